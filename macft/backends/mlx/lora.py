@@ -1,0 +1,156 @@
+"""Turns linear layers of an MLX model into layers with a LoRA adapter, in PEFT's layout and names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from macft.backends.base import PEFT_PREFIX, LoraSpec, State, initial_lora_a, select_targets
+from macft.errors import ConfigError, ModelError
+
+_SUFFIXES = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
+
+
+@dataclass
+class Dropout:
+    """Keys for the dropout masks of one micro-batch; None switches dropout off.
+
+    Keys are handed in rather than drawn, so that a layer that is computed again in the
+    backward pass drops the same elements.
+    """
+
+    keys: mx.array | None = None
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer plus scale * B A, or its DoRA form (arXiv 2402.09353)."""
+
+    def __init__(self, base: nn.Module, width: tuple[int, int], spec: LoraSpec, dropout: Dropout, index: int):
+        super().__init__()
+        out_features, in_features = width
+        self.base = base
+        self.lora_A = mx.zeros((spec.rank, in_features))
+        self.lora_B = mx.zeros((out_features, spec.rank))
+        if spec.use_dora:
+            self.lora_magnitude_vector = mx.linalg.norm(dense_weight(base).astype(mx.float32), axis=1)
+        self._scale = spec.scale
+        self._rate = spec.dropout
+        self._dropout = dropout
+        self._index = index
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x: [..., in] -> [..., out]."""
+        dropped = self._drop(x)
+        delta = self._scale * ((dropped @ self.lora_A.T) @ self.lora_B.T)
+        if "lora_magnitude_vector" not in self:
+            return self.base(x) + delta.astype(x.dtype)
+        # y = b + m / ||W + s B A|| * (W x + s B A x); the norm is a constant in the backward pass
+        updated = dense_weight(self.base) + self._scale * (self.lora_B @ self.lora_A)
+        norm = mx.stop_gradient(mx.linalg.norm(updated.astype(mx.float32), axis=1))
+        ratio = (self.lora_magnitude_vector.astype(mx.float32) / norm).astype(x.dtype)
+        bias = self.base.get("bias")
+        product = self.base(dropped) if bias is None else self.base(dropped) - bias
+        result = ratio * (product + delta.astype(x.dtype))
+        return result if bias is None else result + bias
+
+    def _drop(self, x: mx.array) -> mx.array:
+        if self._rate == 0.0 or self._dropout.keys is None:
+            return x
+        keep = mx.random.bernoulli(1.0 - self._rate, x.shape, key=self._dropout.keys[self._index])
+        return mx.where(keep, x / (1.0 - self._rate), 0.0).astype(x.dtype)
+
+
+def dense_weight(linear: nn.Module) -> mx.array:
+    """[out, in] weight of a linear layer, dequantized if need be."""
+    if isinstance(linear, nn.QuantizedLinear):
+        return mx.dequantize(
+            linear.weight,
+            linear.scales,
+            linear.get("biases"),
+            group_size=linear.group_size,
+            bits=linear.bits,
+            mode=linear.mode,
+        )
+    return linear.weight
+
+
+def _width(linear: nn.Module) -> tuple[int, int]:
+    out_features, in_features = linear.weight.shape
+    if isinstance(linear, nn.QuantizedLinear):
+        in_features = in_features * 32 // linear.bits
+    return out_features, in_features
+
+
+def attach(model: nn.Module, spec: LoraSpec, seed: int) -> tuple[list[str], Dropout]:
+    """Freeze the model and put an adapter on every target; returns the targets and the dropout switch."""
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.QuantizedLinear)) and ".layers." in f".{name}."
+    ]
+    linears.sort(key=_natural_order)
+    try:
+        targets = select_targets(linears, spec.target)
+    except KeyError as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        raise ConfigError(
+            f"lora_target {error.args[0]!r} matches no linear layer; this model has {', '.join(names)}"
+        ) from None
+    model.freeze()
+    dropout = Dropout()
+    modules = dict(model.named_modules())
+    layers = []
+    for index, name in enumerate(targets):
+        layer = LoraLinear(modules[name], _width(modules[name]), spec, dropout, index)
+        layer.base.freeze()
+        canonical = f"{PEFT_PREFIX}{name}.lora_A.weight"
+        rank, in_features = layer.lora_A.shape
+        layer.lora_A = mx.array(initial_lora_a(seed, canonical, rank, in_features))
+        layers.append((name, layer))
+    model.update_modules(tree_unflatten(layers))
+    return targets, dropout
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (math.inf, part) for part in name.split(".")]  # type: ignore[misc]
+
+
+def dropout_keys(seed: int, count: int) -> mx.array:
+    """One key a layer, for one micro-batch."""
+    return mx.random.split(mx.random.key(seed), count)
+
+
+def canonical_name(path: str) -> str:
+    """PEFT's name of a trainable parameter; a full model's parameters keep their own names."""
+    last = path.rpartition(".")[2]
+    if last in _SUFFIXES:
+        return f"{PEFT_PREFIX}{path}{_SUFFIXES[last]}"
+    return path
+
+
+def trainable_state(model: nn.Module) -> State:
+    """Trainable parameters as float32 numpy arrays under their canonical names."""
+    parameters = tree_flatten(model.trainable_parameters())
+    return {canonical_name(path): np.array(value.astype(mx.float32)) for path, value in parameters}
+
+
+def set_trainable_state(model: nn.Module, state: State) -> None:
+    """Put arrays under canonical names back; raises ModelError naming all that do not fit."""
+    have = {canonical_name(path): (path, value.shape) for path, value in tree_flatten(model.trainable_parameters())}
+    faults = [f"missing {name}" for name in have if name not in state]
+    faults += [f"unknown {name}" for name in state if name not in have]
+    faults += [
+        f"{name} has shape {list(state[name].shape)}, the model wants {list(shape)}"
+        for name, (_, shape) in have.items()
+        if name in state and tuple(state[name].shape) != tuple(shape)
+    ]
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise ModelError(f"the adapter does not fit this model: {'; '.join(faults[:3])}{more}")
+    values = [(path, mx.array(state[name].astype(np.float32))) for name, (path, _) in have.items()]
+    model.update(tree_unflatten(values))

@@ -1,0 +1,209 @@
+"""Loads an mlx-lm model from a folder and makes its head compute only the rows that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.utils import load_model as load_mlx_lm_model
+
+from macft.backends.base import ModelSpec
+from macft.errors import ModelError
+from macft.weights.model_config import check_window, normalise_config, read_config
+from macft.weights.quantized import LOAD_GROUP_SIZE
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on Metal (or CUDA)."""
+    return mx.default_device() == mx.Device(mx.gpu)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An mlx-lm model, its compute type, and what the user should be told."""
+
+    model: nn.Module
+    dtype: mx.Dtype
+    notes: list[str]
+
+
+def load(spec: ModelSpec) -> Loaded:
+    """Load a folder in HF or MLX layout, quantized or not, in the precision of this device."""
+    config = normalise_config(read_config(spec.folder))
+    check_window(config, spec.max_length)
+    notes: list[str] = []
+    dtype = _compute_dtype(spec.precision, notes)
+    try:
+        model, _ = load_mlx_lm_model(spec.folder, lazy=True, model_config=config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{spec.folder}: mlx-lm cannot load this model: {str(error).splitlines()[0]}") from error
+    if spec.quantization_bit is not None:
+        _quantize(model, spec.quantization_bit)
+    if not on_gpu() and _dequantize(model):
+        notes.append("the quantized base is dequantized to float32: quantized products are slow on this CPU build")
+    model.update(tree_map(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x, model.parameters()))
+    model.train()
+    mx.eval(model.parameters())
+    return Loaded(model, dtype, notes)
+
+
+def _compute_dtype(precision: str, notes: list[str]) -> mx.Dtype:
+    if precision == "auto":
+        return mx.bfloat16 if on_gpu() else mx.float32
+    if precision != "float32" and not on_gpu():
+        notes.append(f"{precision} products are slow on MLX's CPU build: computing in float32")
+        return mx.float32
+    return DTYPES[precision]
+
+
+def _quantize(model: nn.Module, bits: int) -> None:
+    """Affine groups of 64; a layer whose width no group divides stays as it is."""
+
+    def fits(_: str, module: nn.Module) -> bool:
+        return hasattr(module, "to_quantized") and module.weight.shape[-1] % LOAD_GROUP_SIZE == 0
+
+    nn.quantize(model, group_size=LOAD_GROUP_SIZE, bits=bits, class_predicate=fits)
+
+
+def _dequantize(model: nn.Module) -> bool:
+    """Replace quantized layers by dense ones of the same values; False if there were none."""
+    found = False
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            if hasattr(module, "scales"):
+                raise ModelError(f"{name}: quantized experts cannot be dequantized; use an unquantized model on CPU")
+            continue
+        found = True
+        weight = mx.dequantize(
+            module.weight,
+            module.scales.astype(mx.float32),
+            module.biases.astype(mx.float32) if "biases" in module else None,
+            group_size=module.group_size,
+            bits=module.bits,
+            mode=module.mode,
+        )
+        dense: nn.Module
+        if isinstance(module, nn.QuantizedLinear):
+            dense = nn.Linear(1, 1, bias="bias" in module)
+            if "bias" in module:
+                dense.bias = module.bias
+        else:
+            dense = nn.Embedding(1, 1)
+        dense.weight = weight.astype(mx.float32)
+        _replace(model, name, dense)
+    return found
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent: Any = model
+    *path, last = name.split(".")
+    for part in path:
+        parent = parent[int(part)] if isinstance(parent, list) else parent[part]
+    if isinstance(parent, list):
+        parent[int(last)] = module
+    else:
+        setattr(parent, last, module)
+
+
+class RowGather:
+    """Stands in for a model's trunk; while `rows` is set, passes on only those rows of its output.
+
+    The model file's own head then runs on [1, K, D] instead of [B, T, D]: soft caps, scaling and
+    tied embeddings stay its business. `rows` index the flattened [B * T] positions.
+    """
+
+    def __init__(self, trunk: nn.Module):
+        self.trunk = trunk
+        self.rows: mx.array | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        hidden = self.trunk(*args, **kwargs)
+        if self.rows is None:
+            return hidden
+        return hidden.reshape(-1, hidden.shape[-1])[self.rows][None]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trunk, name)
+
+    @contextmanager
+    def only(self, rows: mx.array) -> Iterator[None]:
+        """Within the block, the model returns logits [1, K, V] of these rows."""
+        self.rows = rows
+        try:
+            yield
+        finally:
+            self.rows = None
+
+
+_TRUNKS = ("model", "transformer", "backbone")
+
+
+def install_row_gather(model: nn.Module) -> RowGather | None:
+    """Put a `RowGather` in front of the trunk; None if the model's logits would not be the same."""
+    owner = getattr(model, "language_model", model)
+    name = next((name for name in _TRUNKS if isinstance(owner.get(name), nn.Module)), None)
+    if name is None:
+        return None
+    gather = RowGather(owner[name])
+    # An instance attribute shadows the module's entry for reading; the parameter tree stays.
+    object.__setattr__(owner, name, gather)
+    tokens = mx.arange(16).reshape(2, 8) % 7
+    rows = mx.array([1, 6, 8, 15])
+    full = model(tokens).astype(mx.float32)
+    with gather.only(rows):
+        some = model(tokens).astype(mx.float32)
+    wanted = full.reshape(-1, full.shape[-1])[rows][None]
+    tolerance = 1e-4 if full.dtype == mx.float32 and not on_gpu() else 2e-2
+    if some.shape == wanted.shape and mx.allclose(some, wanted, rtol=tolerance, atol=tolerance).item():
+        return gather
+    object.__delattr__(owner, name)
+    return None
+
+
+class CheckpointedLayer:
+    """A block that keeps only its input and computes the rest again in the backward pass."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        # Parameters are inputs here: an array captured by closure would get no gradient.
+        def compute(parameters: dict[str, Any], x: mx.array) -> mx.array:
+            self.layer.update(parameters)
+            return self.layer(x, *args, **kwargs)
+
+        return mx.checkpoint(compute)(self.layer.trainable_parameters(), x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Wrap every block of the trunk in a `CheckpointedLayer`; the parameter tree stays."""
+    owner = getattr(model, "language_model", model)
+    for name in _TRUNKS:
+        trunk = owner.get(name)
+        if isinstance(trunk, nn.Module) and isinstance(trunk.get("layers"), list):
+            object.__setattr__(trunk, "layers", [CheckpointedLayer(layer) for layer in trunk["layers"]])
+            return
+    raise ModelError("gradient checkpointing: this architecture keeps its blocks where macft does not look")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a quantized matrix counts as many as it stands for."""
+    trainable = sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
+    total = 0
+    for _, module in model.named_modules():
+        own = [value for value in module.values() if isinstance(value, mx.array)]
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            total += module.weight.size * 32 // module.bits
+        else:
+            total += sum(value.size for value in own)
+    return trainable, total

@@ -1,0 +1,1 @@
+"""The PyTorch backend: CUDA, then Apple's MPS, then the CPU."""

@@ -1,0 +1,169 @@
+"""Loads a transformers model from a folder and makes its head compute only the rows that are asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from macft.backends.base import ModelSpec
+from macft.errors import MissingPackageError, ModelError
+from macft.weights.model_config import normalise_config, read_config
+from macft.weights.quantized import dequantize_folder_tensors, quantization_of, roundtrip_folder_tensors
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A transformers model on its device, its compute type, and what the user should be told."""
+
+    model: torch.nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    notes: list[str]
+
+
+def pick_device() -> torch.device:
+    """CUDA, then MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def load(spec: ModelSpec) -> Loaded:
+    """Load a folder in HF or MLX layout, quantized or not, in the precision of this device."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    device = pick_device()
+    notes: list[str] = []
+    dtype = _compute_dtype(spec.precision, device, notes)
+    # A fully trained model keeps float32 weights and computes in `dtype` under autocast.
+    weight_dtype = torch.float32 if spec.full else dtype
+    try:
+        model = _from_folder(spec, device, weight_dtype, notes)
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+        raise ModelError(
+            f"{spec.folder}: transformers cannot load this model: {str(error).strip().splitlines()[0]}"
+        ) from error
+    model.config.use_cache = False
+    return Loaded(model.to(device) if spec.quantization_bit is None else model, device, dtype, notes)
+
+
+def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, notes: list[str]) -> torch.nn.Module:
+    config = read_config(spec.folder)
+    if quantization_of(config) is not None:
+        notes.append("the MLX-quantized base is dequantized: PyTorch has no kernels for it")
+        return _from_tensors(spec, dequantize_folder_tensors(spec.folder), dtype)
+    if spec.quantization_bit is None:
+        return AutoModelForCausalLM.from_pretrained(spec.folder, dtype=dtype)
+    if device.type == "cuda":
+        return AutoModelForCausalLM.from_pretrained(
+            spec.folder,
+            dtype=dtype,
+            quantization_config=_bitsandbytes(spec.quantization_bit, dtype),
+            device_map={"": device},
+        )
+    notes.append(
+        f"quantization_bit {spec.quantization_bit}: values are rounded to MLX's affine groups, then computed dense"
+    )
+    return _from_tensors(spec, roundtrip_folder_tensors(spec.folder, bits=spec.quantization_bit), dtype)
+
+
+def _from_tensors(spec: ModelSpec, tensors: Iterator[tuple[str, Any]], dtype: torch.dtype) -> torch.nn.Module:
+    config = {key: value for key, value in normalise_config(read_config(spec.folder)).items()}
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+    hf_config = AutoConfig.for_model(**config)
+    state = {name: torch.from_numpy(array).to(dtype) for name, array in tensors}
+    return AutoModelForCausalLM.from_pretrained(None, config=hf_config, state_dict=state, dtype=dtype)
+
+
+def _bitsandbytes(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackageError("quantization_bit on CUDA needs bitsandbytes: pip install bitsandbytes")
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _compute_dtype(precision: str, device: torch.device, notes: list[str]) -> torch.dtype:
+    if precision == "auto":
+        has_bf16 = device.type == "mps" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        notes.append("this GPU has no bfloat16: computing in float32")
+        return torch.float32
+    if precision == "float16" and device.type == "cpu":
+        notes.append("float16 is not trainable on the CPU: computing in float32")
+        return torch.float32
+    return DTYPES[precision]
+
+
+class RowGather:
+    """While `rows` is set, the decoder passes on only those rows of its hidden states.
+
+    The head then runs on [1, K, D] instead of [B, T, D]. `rows` index the flattened [B * T] positions.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.rows: torch.Tensor | None = None
+        self._hook = model.get_decoder().register_forward_hook(self._gather)
+
+    def _gather(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        if self.rows is not None:
+            hidden = output.last_hidden_state
+            output.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[self.rows][None]
+        return output
+
+    @contextmanager
+    def only(self, rows: torch.Tensor) -> Iterator[None]:
+        """Within the block, the model returns logits [1, K, V] of these rows."""
+        self.rows = rows
+        try:
+            yield
+        finally:
+            self.rows = None
+
+    def remove(self) -> None:
+        """Take the hook off again."""
+        self._hook.remove()
+
+
+@torch.no_grad()
+def install_row_gather(model: torch.nn.Module, device: torch.device) -> RowGather | None:
+    """Hook the decoder; None if the model's logits would not be the same."""
+    gather = RowGather(model)
+    tokens = torch.arange(16, device=device).reshape(2, 8) % 7
+    rows = torch.tensor([1, 6, 8, 15], device=device)
+    full = model(input_ids=tokens).logits.float()
+    with gather.only(rows):
+        some = model(input_ids=tokens).logits.float()
+    wanted = full.reshape(-1, full.shape[-1])[rows][None]
+    tolerance = 1e-4 if device.type == "cpu" else 2e-2
+    if some.shape == wanted.shape and torch.allclose(some, wanted, rtol=tolerance, atol=tolerance):
+        return gather
+    gather.remove()
+    return None
+
+
+def checkpoint_layers(model: torch.nn.Module) -> None:
+    """Keep only the inputs of the blocks and compute the rest again in the backward pass."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

@@ -1,0 +1,188 @@
+"""Every key of a training configuration: its name (LLaMA-Factory's), type, default and meaning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class Settings(BaseModel):
+    """A training run. Keys and defaults are LLaMA-Factory's unless the description says otherwise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    # ---- model
+    model_name_or_path: str = Field(
+        description="`smollm2-135m`, a hub id, a local folder (HF or MLX layout) or a `.gguf` file."
+    )
+    adapter_name_or_path: str | None = Field(
+        None, description="A PEFT adapter to go on training; its own rank, alpha and targets are taken."
+    )
+    backend: Literal["auto", "mlx", "torch"] = Field(
+        "auto",
+        description="Training engine. `auto`: MLX on a Mac, PyTorch with CUDA, else MLX if its BLAS is fast.",
+    )
+    quantization_bit: Literal[4, 8] | None = Field(
+        None,
+        description="Quantize the base at load: MLX affine groups of 64, bitsandbytes (nf4, int8) on CUDA.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute blocks in the backward pass to save memory. LLaMA-Factory's default is on.",
+    )
+
+    # ---- method
+    stage: Literal["sft"] = Field("sft", description="`sft`: supervised fine-tuning.")
+    finetuning_type: Literal["lora", "full"] = Field(
+        "lora", description="`lora`, or `full`: every parameter."
+    )
+    lora_rank: int = Field(8, ge=1, description="Width of the adapter.")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="Scale of the adapter is alpha / rank. Default: 2 x rank."
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    lora_target: str = Field(
+        "all",
+        description="`all` linear layers inside the blocks, or names separated by commas (`q_proj,v_proj`).",
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (arXiv 2312.03732).")
+    use_dora: bool = Field(False, description="Weight-decomposed LoRA (arXiv 2402.09353).")
+
+    # ---- data
+    dataset: str = Field(
+        description="Files (`.jsonl`, `.json`) separated by commas, or names inside `dataset_dir`."
+    )
+    eval_dataset: str | None = Field(None, description="As `dataset`; what `eval_loss` is computed on.")
+    dataset_dir: str = Field("data", description="Folder where names in `dataset` are looked up.")
+    template: str | None = Field(None, description="A Jinja chat template file. Default: the model's own.")
+    cutoff_len: int = Field(
+        2048, ge=2, description="Longest example in tokens; what is longer loses user text."
+    )
+    max_samples: int | None = Field(None, ge=1, description="Take only the first examples of each data set.")
+    val_size: float = Field(0.0, ge=0, description="Held out for evaluation: a share below 1, else a count.")
+    train_on_prompt: bool = Field(False, description="Train on every token, not on the answers alone.")
+    mask_history: bool = Field(False, description="Train on the last answer of a conversation only.")
+
+    # ---- training
+    per_device_train_batch_size: int = Field(8, ge=1, description="Examples in one forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes in one optimizer step.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the data.")
+    max_steps: int = Field(-1, description="Optimizer steps; above 0 it overrides `num_train_epochs`.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="Course of the learning rate after the warmup."
+    )
+    warmup_ratio: float = Field(
+        0.0, ge=0, le=1, description="Share of all steps in which the rate rises from 0."
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="The same as a count; above 0 it overrides `warmup_ratio`."
+    )
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW's decay of matrices; biases and norms have none."
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
+    bf16: bool | None = Field(
+        None,
+        description="Compute in bfloat16. Default: yes on Metal and on CUDA devices that have it, no on a CPU.",
+    )
+    fp16: bool = Field(False, description="Compute in float16, where the device trains in it.")
+    group_by_length: bool = Field(
+        True,
+        description="Examples of like length share a step: less padding. LLaMA-Factory's default is off.",
+    )
+    seed: int = Field(42, ge=0, description="Seed of the adapter's start, of the data order and of dropout.")
+    data_seed: int | None = Field(None, ge=0, description="A seed of its own for the data order.")
+
+    # ---- evaluation
+    eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
+        None, description="When to evaluate. Default: each epoch if there is evaluation data, else `no`."
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="For `eval_strategy: steps`. Default: `logging_steps`."
+    )
+    per_device_eval_batch_size: int = Field(
+        8, ge=1, description="Examples in one forward pass of an evaluation."
+    )
+
+    # ---- output
+    output_dir: str = Field(description="The run folder.")
+    overwrite_output_dir: bool = Field(False, description="Start anew in a folder that already holds a run.")
+    resume_from_checkpoint: bool | str = Field(
+        False, description="`true`: go on from the newest checkpoint in `output_dir`; or the path of one."
+    )
+    logging_steps: int = Field(
+        10, ge=1, description="Steps per row of `trainer_log.jsonl`. LLaMA-Factory's 500 hides short runs."
+    )
+    save_strategy: Literal["no", "steps", "epoch"] = Field("steps", description="When to write a checkpoint.")
+    save_steps: int = Field(500, ge=1, description="For `save_strategy: steps`.")
+    save_total_limit: int | None = Field(
+        None, ge=1, description="Keep only so many of the newest checkpoints."
+    )
+    save_only_model: bool = Field(
+        False, description="Checkpoints without optimizer state; they cannot be resumed."
+    )
+    plot_loss: bool = Field(True, description="Draw `training_loss.png`. LLaMA-Factory's default is off.")
+    report_to: str = Field("none", description="`none`, or some of tensorboard, wandb, swanlab (commas).")
+    run_name: str | None = Field(None, description="Name of the run in those.")
+
+    @field_validator("lora_target", "dataset", "eval_dataset", "report_to", mode="before")
+    @classmethod
+    def _join_lists(cls, value: object) -> object:
+        return ",".join(map(str, value)) if isinstance(value, list) else value
+
+    @field_validator("resume_from_checkpoint", "report_to", "eval_strategy", "save_strategy", mode="before")
+    @classmethod
+    def _yaml_nulls(cls, value: object, info: object) -> object:
+        # YAML reads a bare `no` as false and an empty value as null
+        name = info.field_name  # type: ignore[attr-defined]
+        if name == "resume_from_checkpoint":
+            return False if value is None else value
+        if name == "report_to":
+            return "none" if value is None else value
+        return "no" if value is False else value
+
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha`, or its default."""
+        return self.lora_alpha if self.lora_alpha is not None else 2.0 * self.lora_rank
+
+    @property
+    def precision(self) -> str:
+        """What `bf16` and `fp16` ask for: auto, float32, bfloat16 or float16."""
+        if self.fp16:
+            return "float16"
+        if self.bf16 is None:
+            return "auto"
+        return "bfloat16" if self.bf16 else "float32"
+
+
+# Keys of LLaMA-Factory that change nothing here -> why.
+IGNORED_KEYS = {
+    "do_train": "training is what `macft train` does",
+    "trust_remote_code": "code from a model repository is never run",
+    "overwrite_cache": "tokenized data is not cached",
+    "preprocessing_num_workers": "tokenizing uses all cores by itself",
+    "preprocessing_batch_size": "tokenizing needs no such setting",
+    "dataloader_num_workers": "batches are made in the training process",
+    "ddp_timeout": "one process trains",
+    "use_fast_tokenizer": "the fast tokenizer is the only one",
+    "flash_attn": "the engine's own fast attention is used",
+    "low_cpu_mem_usage": "nothing to switch",
+    "use_mps_device": "the device is found by itself",
+    "save_safetensors": "safetensors is the only format",
+    "include_num_input_tokens_seen": "tokens are always counted",
+    "optim": "AdamW is the only optimizer",
+    "tf32": "float32 products stay float32",
+}
+
+# Other names of keys -> macft's.
+ALIASES = {
+    "evaluation_strategy": "eval_strategy",
+    "train_dataset": "dataset",
+    "max_length": "cutoff_len",
+}

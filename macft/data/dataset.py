@@ -1,0 +1,63 @@
+"""The config's `dataset` names in; conversations, split into training and validation, out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from macft.data.formats import Example, to_examples
+from macft.data.sources import SUFFIXES, nearest_file, read_rows
+from macft.errors import ConfigError, DataError
+
+
+def read_examples(dataset: str, dataset_dir: str, max_samples: int | None) -> list[Example]:
+    """All examples of a comma-separated list of paths, or of names of files in `dataset_dir`.
+
+    `max_samples` caps each file. Raises DataError naming every file that is missing or faulty.
+    """
+    names = [name.strip() for name in dataset.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"dataset: found {dataset!r}, wanted the path of a .jsonl or .json file")
+    examples: list[Example] = []
+    faults: list[str] = []
+    for name in names:
+        try:
+            path = _find(name, Path(dataset_dir))
+            examples += to_examples(path, read_rows(path)[:max_samples])
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("\n".join(faults))
+    return examples
+
+
+def split_examples(examples: Sequence[Example], val_size: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, validation): `val_size` below 1 is a share, from 1 on a count; order is kept.
+
+    Raises ConfigError when `val_size` is neither, or leaves nothing to train on.
+    """
+    if val_size < 0 or not math.isfinite(val_size) or (val_size > 1 and val_size != int(val_size)):
+        raise ConfigError(f"val_size: found {val_size}, wanted a share from 0 to 1 or a whole count")
+    # the small step down undoes rounding: 0.07 of 100 is 7, not 7.000000000000001
+    count = int(val_size) if val_size >= 1 else math.ceil(val_size * len(examples) - 1e-9)
+    if count >= len(examples):
+        raise ConfigError(
+            f"val_size: {val_size} takes {count} of {len(examples)} examples and leaves none to train on; lower it"
+        )
+    chosen = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
+    train = [example for i, example in enumerate(examples) if i not in chosen]
+    return train, [examples[i] for i in sorted(chosen)]
+
+
+def _find(name: str, folder: Path) -> Path:
+    path = Path(name).expanduser()
+    looked = [path, folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
+    for candidate in looked:
+        if candidate.is_file():
+            return candidate
+    hint = next(filter(None, map(nearest_file, looked)), "")
+    unique = dict.fromkeys(map(str, looked))
+    raise DataError(f"{name}: no such data file; looked for {', '.join(unique)}{hint}")

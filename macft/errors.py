@@ -1,0 +1,39 @@
+"""The errors a user can cause; the command line shows each as one line, without a traceback."""
+
+from __future__ import annotations
+
+
+class MacftError(Exception):
+    """Something failed; the message names the thing, what was found, what was wanted, what to do."""
+
+    exit_code = 1
+
+
+class UsageError(MacftError):
+    """The command line or the configuration asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration file or override is wrong; lists every fault found."""
+
+
+class DataError(MacftError):
+    """A data file is wrong; lists every fault found in it."""
+
+
+class ModelError(MacftError):
+    """A model, tokenizer, template or adapter is missing, damaged or unsupported."""
+
+
+class MissingPackageError(MacftError):
+    """A package that this job needs is not installed; the message holds the command to install it."""
+
+
+def join_faults(headline: str, faults: list[str], limit: int = 20) -> str:
+    """One message for all faults of one file; past `limit` the rest are counted, not listed."""
+    shown = faults[:limit]
+    if len(faults) > limit:
+        shown.append(f"... and {len(faults) - limit} more")
+    return "\n".join([headline, *(f"  {fault}" for fault in shown)])

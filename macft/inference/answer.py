@@ -1,0 +1,74 @@
+"""A conversation goes in; the model's answer comes out piece by piece, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Protocol
+
+from macft.backends.base import Sampling
+from macft.data.template import ChatTemplate, Message
+from macft.data.tokenizer import Tokenizer
+
+_BROKEN = "\ufffd"
+_WINDOW = 16
+_LONGEST_WAIT = 64
+
+
+class CanGenerate(Protocol):
+    """What answering needs of a backend."""
+
+    def generate(
+        self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
+    ) -> Iterator[int]: ...
+
+
+def answer(
+    backend: CanGenerate,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+) -> Iterator[str]:
+    """Pieces of the assistant's next turn; raises DataError when the template refuses the messages."""
+    prompt = encode_prompt(tokenizer, template, messages)
+    new_ids = backend.generate(prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling)
+    return stream_text(new_ids, tokenizer.decode)
+
+
+def encode_prompt(tokenizer: Tokenizer, template: ChatTemplate | None, messages: Sequence[Message]) -> list[int]:
+    """The ids that ask for the next turn; without a template, of the last message's text as it is."""
+    if template is None:
+        return tokenizer.encode(str(messages[-1]["content"])).ids
+    return tokenizer.encode(template.render(messages, add_generation_prompt=True)).ids
+
+
+def stream_text(token_ids: Iterator[int], decode: Callable[[list[int]], str]) -> Generator[str, None, None]:
+    """Text of a growing token sequence, never half a character.
+
+    A character may need several tokens: until its last one the text ends in U+FFFD and that end is held
+    back; if the tokens stop there, it is dropped. Decodes a short window, so time is linear in the tokens.
+    """
+    window: list[int] = []
+    sent = 0  # characters of the decoded window that were yielded
+    whole = 0  # tokens of the window after which the text last ended with a whole character
+    for token in token_ids:
+        window.append(token)
+        text = decode(window)
+        steady = text.rstrip(_BROKEN)
+        if len(steady) > sent:
+            yield steady[sent:]
+            sent = len(steady)
+        if len(steady) < len(text):
+            if len(window) > _LONGEST_WAIT:  # no character is this long: broken bytes
+                yield text[sent:]
+                window, sent, whole = [], 0, 0
+            continue
+        if len(window) > _WINDOW:
+            # some decoders drop the first token's leading space, so a new window starts on old text
+            kept = decode(window[whole:])
+            if kept:
+                window, sent = window[whole:], len(kept)
+        whole = len(window)

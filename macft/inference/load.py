@@ -1,0 +1,109 @@
+"""The names of a model and an adapter in, a model that is ready to answer out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from macft.backends import load_backend
+from macft.backends.base import Backend, LoadedModel, ModelSpec, Sampling
+from macft.data.template import Message, load_template, template_end_ids
+from macft.data.tokenizer import load_tokenizer
+from macft.inference.answer import answer
+from macft.inference.chat import ChatModel
+from macft.training.prepare import spec_of_adapter, warn_of_other_base
+from macft.weights.adapter import Adapter, read_adapter
+from macft.weights.locate import ModelFolder, locate_adapter, locate_model
+from macft.weights.model_config import read_config
+
+logger = logging.getLogger("macft")
+
+
+def load_chat_model(
+    model: str,
+    adapter: str | None,
+    *,
+    backend_name: str,
+    template: str | None,
+    raw: bool,
+    sampling: Sampling,
+    max_new_tokens: int,
+) -> tuple[ChatModel, LoadedModel]:
+    """Load a base model, with an adapter if one is named, and the template it is prompted with.
+
+    The adapter's template comes before the model's own; `template` names another; `raw` uses none.
+    """
+    base = locate_model(model)
+    trained = read_adapter(locate_adapter(adapter)) if adapter is not None else None
+    tokenizer = load_tokenizer(base.path)
+    chat_template = None
+    if not raw:
+        own = trained is not None and (trained.folder / "chat_template.jinja").exists()
+        source = trained.folder if own and trained is not None else base.path
+        chat_template = load_template(source, tokenizer.special_map, template)
+    backend, loaded = _load_backend(base, trained, backend_name)
+    stop_ids = tokenizer.eos_ids
+    if chat_template is not None:
+        stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)
+    length = read_config(base.path).get("max_position_embeddings")
+    chat = ChatModel(
+        backend=backend,
+        tokenizer=tokenizer,
+        template=chat_template,
+        stop_ids=stop_ids,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        context_length=length if isinstance(length, int) else None,
+    )
+    return chat, loaded
+
+
+def compare_answers(
+    model: str,
+    adapters: Sequence[str],
+    conversations: Sequence[list[Message]],
+    *,
+    backend_name: str,
+    template: str | None,
+    max_new_tokens: int,
+) -> dict[str, list[str]]:
+    """Greedy answers of the base alone and with each adapter, under the labels to show."""
+    answers: dict[str, list[str]] = {}
+    for adapter in (None, *adapters):
+        chat, _ = load_chat_model(
+            model,
+            adapter,
+            backend_name=backend_name,
+            template=template,
+            raw=False,
+            sampling=Sampling(),
+            max_new_tokens=max_new_tokens,
+        )
+        label = model if adapter is None else f"+ {adapter}"
+        logger.info("answering with %s", label)
+        answers[label] = [_answer(chat, messages) for messages in conversations]
+    return answers
+
+
+def _answer(chat: ChatModel, messages: list[Message]) -> str:
+    assert chat.template is not None, "loaded with a template"
+    pieces = answer(
+        chat.backend,
+        chat.tokenizer,
+        chat.template,
+        messages,
+        max_new_tokens=chat.max_new_tokens,
+        sampling=chat.sampling,
+        stop_ids=chat.stop_ids,
+    )
+    return "".join(pieces)
+
+
+def _load_backend(base: ModelFolder, adapter: Adapter | None, name: str) -> tuple[Backend, LoadedModel]:
+    backend = load_backend(name)
+    lora = spec_of_adapter(adapter) if adapter is not None else None
+    loaded = backend.load(ModelSpec(folder=base.path, lora=lora))
+    if adapter is not None:
+        warn_of_other_base(adapter, base)
+        backend.set_adapter_state(adapter.state)
+    return backend, loaded

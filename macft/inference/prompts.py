@@ -1,0 +1,75 @@
+"""A file of prompts goes in; one conversation per prompt comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from macft.data.sources import Row, nearest_file, read_rows
+from macft.data.template import Message
+from macft.errors import DataError, join_faults
+
+_WANTED = 'wanted {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+
+
+def read_prompts(path: Path) -> list[list[Message]]:
+    """The conversations to answer: one prompt per line, or in a .jsonl file `prompt` or `messages` rows.
+
+    Answers at the end of a `messages` row are left out. Raises DataError naming every faulty line.
+    """
+    if path.suffix == ".jsonl":
+        return _from_rows(path, read_rows(path))
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such prompt file{nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable as UTF-8 text ({error}); save it as UTF-8") from None
+    prompts = [user_turn(line) for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{path}: holds no prompt; write one per line")
+    return prompts
+
+
+def user_turn(text: str) -> list[Message]:
+    """The conversation of one question."""
+    return [{"role": "user", "content": text}]
+
+
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """The conversation behind a system prompt, unless it brings its own."""
+    if system is None or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def last_question(messages: list[Message]) -> str:
+    """The text that stands for a conversation in a table: its last message."""
+    return str(messages[-1]["content"])
+
+
+def _from_rows(path: Path, rows: list[Row]) -> list[list[Message]]:
+    prompts, faults = [], []
+    for row in rows:
+        prompt = _conversation(row)
+        if prompt is None:
+            faults.append(f"line {row.number}: found keys {', '.join(row.value) or 'none'}; {_WANTED}")
+        else:
+            prompts.append(prompt)
+    if faults:
+        raise DataError(join_faults(f"{path}: {len(faults)} lines hold no prompt", faults))
+    return prompts
+
+
+def _conversation(row: Row) -> list[Message] | None:
+    if isinstance(row.value.get("prompt"), str):
+        return user_turn(row.value["prompt"])
+    messages = row.value.get("messages")
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        return None
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return messages or None
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))

@@ -1,0 +1,127 @@
+"""All that resuming needs, in one folder a step: trained parameters, moments, position; no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.numpy import load_file, save_file
+
+from macft.backends.base import State
+from macft.errors import MacftError
+from macft.files import new_dir, write_json
+
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after `step` optimizer steps."""
+
+    data_hash: str  # of the tokenized examples and the plan: the position means nothing on other data
+    step: int = 0
+    total_tokens: int = 0
+    loss_sum: float = 0.0  # of all step losses so far
+    seconds: float = 0.0  # spent in steps
+
+
+def save_checkpoint(
+    output_dir: Path,
+    progress: Progress,
+    optimizer_state: State | None,
+    write_model: Callable[[Path], None],
+    keep: int | None,
+) -> Path:
+    """Write checkpoint-STEP, then delete the oldest beyond `keep`; it counts once its manifest is there.
+
+    `write_model` puts the model files into the folder it is given. Without `optimizer_state` the
+    checkpoint cannot be resumed from.
+    """
+    path = output_dir / f"checkpoint-{progress.step}"
+    with new_dir(path) as folder:
+        write_model(folder)
+        if optimizer_state is not None:
+            save_file(optimizer_state, folder / OPTIMIZER)
+        write_json(folder / TRAINER_STATE, asdict(progress))
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        write_json(folder / MANIFEST, {file.name: _fingerprint(file) for file in files})
+    if keep is not None:
+        for old in list_checkpoints(output_dir)[:-keep]:
+            # without its manifest a half-deleted checkpoint does not count
+            (old / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(old)
+    return path
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders, oldest first, whole or not."""
+    found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def find_checkpoint(output_dir: Path, wanted: bool | str) -> Path:
+    """The checkpoint to resume from: a given path, or the newest whole one in `output_dir`.
+
+    Raises MacftError when there is none, or when the given one is damaged (what is wrong with it).
+    """
+    if isinstance(wanted, str):
+        path = Path(wanted).expanduser()
+        if not path.is_dir():
+            raise MacftError(f"resume_from_checkpoint: {wanted} is no folder; give a checkpoint-N folder")
+        if fault := checkpoint_fault(path):
+            raise MacftError(f"resume_from_checkpoint: {path}: {fault}")
+        return path
+    faults = []
+    for path in reversed(list_checkpoints(output_dir)):
+        fault = checkpoint_fault(path)
+        if fault is None:
+            return path
+        faults.append(f"{path.name}: {fault}")
+    detail = f" ({'; '.join(faults)})" if faults else ""
+    raise MacftError(
+        f"resume_from_checkpoint: {output_dir} holds no checkpoint to go on from{detail}; remove the key to start anew"
+    )
+
+
+def checkpoint_fault(path: Path) -> str | None:
+    """What keeps a checkpoint from being used, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"no {MANIFEST}: it was not written to its end"
+    except ValueError:
+        return f"{MANIFEST} is not JSON"
+    for name, wanted in manifest.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _fingerprint(path / name) != wanted:
+            return f"{name} is not what was written"
+    if OPTIMIZER not in manifest:
+        return f"no {OPTIMIZER}: it was written with save_only_model"
+    return None
+
+
+def read_progress(path: Path) -> Progress:
+    """Where the run stood."""
+    return Progress(**json.loads((path / TRAINER_STATE).read_text(encoding="utf-8")))
+
+
+def read_optimizer_state(path: Path) -> State:
+    """The moments, under canonical names."""
+    return dict(load_file(path / OPTIMIZER))
+
+
+def _fingerprint(file: Path) -> dict[str, str | int]:
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}

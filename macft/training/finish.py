@@ -1,0 +1,67 @@
+"""The last step is done: model files, results, picture and card are written."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from macft.backends.base import Backend
+from macft.config.settings import Settings
+from macft.training.checkpoint import Progress
+from macft.training.model_files import ModelFiles
+from macft.training.plots import plot_loss
+from macft.training.prepare import Prepared
+from macft.training.results import merge_results, model_card, train_results, write_model_card
+
+
+def finish(
+    settings: Settings,
+    prepared: Prepared,
+    backend: Backend,
+    files: ModelFiles,
+    output_dir: Path,
+    progress: Progress,
+    packages: tuple[str, ...],
+) -> None:
+    """Write the model, the results, the picture and the card."""
+    files.write(output_dir, backend.adapter_state())
+    plan = prepared.plan
+    results = train_results(
+        epoch=progress.step / plan.steps_per_epoch,
+        train_loss=progress.loss_sum / max(1, progress.step),
+        seconds=progress.seconds,
+        examples=_examples_seen(prepared, progress.step),
+        steps=progress.step,
+        tokens=progress.total_tokens,
+        peak_memory_gb=backend.peak_memory() / 1e9,
+    )
+    merge_results(output_dir, "train", results)
+    if settings.plot_loss:
+        plot_loss(output_dir)
+    if files.lora is not None:
+        shown = {key: value for key, value in settings.model_dump().items() if value is not None}
+        card = model_card(
+            base=settings.model_name_or_path,
+            adapter_dir=settings.output_dir,
+            data=settings.dataset,
+            settings=shown,
+            results=results,
+            versions=_versions(packages),
+        )
+        write_model_card(output_dir, card)
+
+
+def _examples_seen(prepared: Prepared, steps: int) -> int:
+    plan = prepared.plan
+    epochs, rest = divmod(steps, plan.steps_per_epoch)
+    return epochs * len(plan.lengths) + rest * plan.batch_size * plan.accumulation
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,174 @@
+"""Settings in; tokenized data, the plan of steps and the model's folder out, before any engine is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from macft.backends.base import LoraSpec, ModelSpec
+from macft.config.settings import Settings
+from macft.data.batches import Plan
+from macft.data.dataset import read_examples, split_examples
+from macft.data.formats import Example
+from macft.data.template import ChatTemplate, load_template
+from macft.data.tokenize import TokenizedExample, TokenizeReport, tokenize_examples
+from macft.data.tokenizer import Tokenizer, load_tokenizer
+from macft.errors import ConfigError
+from macft.weights.adapter import Adapter, read_adapter
+from macft.weights.locate import ModelFolder, locate_adapter, locate_model, weights_hash
+
+logger = logging.getLogger("macft")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs that is not the engine."""
+
+    base: ModelFolder
+    start: Adapter | None  # the adapter to go on training
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    train: list[TokenizedExample]
+    valid: list[TokenizedExample]
+    report: TokenizeReport
+    plan: Plan
+    data_hash: str
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Find the model, read and tokenize the data, plan the steps."""
+    base = locate_model(settings.model_name_or_path)
+    start = None
+    if settings.adapter_name_or_path is not None:
+        start = read_adapter(locate_adapter(settings.adapter_name_or_path))
+        _check_start(settings, start, base)
+    tokenizer = load_tokenizer(base.path)
+    # An adapter goes on with the template it was trained with.
+    source = start.folder if start is not None and (start.folder / "chat_template.jinja").exists() else base.path
+    template = load_template(source, tokenizer.special_map, settings.template)
+    examples = read_examples(settings.dataset, settings.dataset_dir, settings.max_samples)
+    if settings.eval_dataset is not None:
+        held_out = read_examples(settings.eval_dataset, settings.dataset_dir, settings.max_samples)
+    else:
+        examples, held_out = split_examples(examples, settings.val_size, _data_seed(settings))
+    train, report = _tokenize(settings, examples, tokenizer, template)
+    valid = _tokenize(settings, held_out, tokenizer, template)[0] if held_out else []
+    plan = Plan(
+        lengths=np.array([len(example.tokens) for example in train]),
+        batch_size=settings.per_device_train_batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        seed=_data_seed(settings),
+        sort_by_length=settings.group_by_length,
+    )
+    return Prepared(base, start, tokenizer, template, train, valid, report, plan, _data_hash(train, plan))
+
+
+def _data_seed(settings: Settings) -> int:
+    return settings.seed if settings.data_seed is None else settings.data_seed
+
+
+def _tokenize(
+    settings: Settings, examples: list[Example], tokenizer: Tokenizer, template: ChatTemplate
+) -> tuple[list[TokenizedExample], TokenizeReport]:
+    return tokenize_examples(
+        examples,
+        tokenizer,
+        template,
+        cutoff_len=settings.cutoff_len,
+        train_on_prompt=settings.train_on_prompt,
+        mask_history=settings.mask_history,
+    )
+
+
+def _data_hash(examples: list[TokenizedExample], plan: Plan) -> str:
+    """Names the data and its order: a checkpoint's position means something on these alone."""
+    digest = hashlib.sha256(f"{plan.batch_size * plan.accumulation} {plan.seed} {plan.sort_by_length}".encode())
+    for example in examples:
+        digest.update(example.tokens.tobytes())
+        digest.update(example.loss_mask.tobytes())
+    return digest.hexdigest()
+
+
+def _check_start(settings: Settings, start: Adapter, base: ModelFolder) -> None:
+    """A loaded adapter's own shape wins; a key that was set to something else is an error."""
+    own = {
+        "lora_rank": start.config.rank,
+        "lora_alpha": start.config.alpha,
+        "use_rslora": start.config.use_rslora,
+        "use_dora": start.config.use_dora,
+    }
+    faults = [
+        f"{key} is {getattr(settings, key)}, the adapter has {value}"
+        for key, value in own.items()
+        if key in settings.model_fields_set and getattr(settings, key) not in (None, value)
+    ]
+    if settings.lora_target != "all" and set(settings.lora_target.split(",")) != set(start.config.target_modules):
+        faults.append(f"lora_target is {settings.lora_target}, the adapter has {','.join(start.config.target_modules)}")
+    if faults:
+        raise ConfigError(f"{start.folder}: {'; '.join(faults)}; remove these keys")
+    warn_of_other_base(start, base)
+
+
+def warn_of_other_base(adapter: Adapter, base: ModelFolder) -> None:
+    """One warning when an adapter was trained on weights other than these."""
+    if adapter.base_hash is not None and adapter.base_hash != weights_hash(base.path):
+        logger.warning(
+            "%s was trained on %s, whose weights are not those of %s",
+            adapter.folder,
+            adapter.config.base,
+            base.name,
+        )
+
+
+def lora_spec(settings: Settings, start: Adapter | None) -> LoraSpec | None:
+    """The adapter to attach; None for full fine-tuning."""
+    if settings.finetuning_type == "full":
+        return None
+    if start is not None:
+        return spec_of_adapter(start, dropout=settings.lora_dropout)
+    return LoraSpec(
+        rank=settings.lora_rank,
+        alpha=settings.alpha,
+        dropout=settings.lora_dropout,
+        target=tuple(name.strip() for name in settings.lora_target.split(",")),
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+    )
+
+
+def spec_of_adapter(adapter: Adapter, dropout: float = 0.0) -> LoraSpec:
+    """The spec that a saved adapter fits."""
+    config = adapter.config
+    return LoraSpec(
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=dropout,
+        target=config.target_modules,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
+
+
+def model_spec(settings: Settings, prepared: Prepared) -> ModelSpec:
+    """How to load the model for this run."""
+    return ModelSpec(
+        folder=prepared.base.path,
+        lora=lora_spec(settings, prepared.start),
+        full=settings.finetuning_type == "full",
+        precision=settings.precision,
+        quantization_bit=settings.quantization_bit,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        max_length=max(len(example.tokens) for example in [*prepared.train, *prepared.valid]),
+        seed=settings.seed,
+    )
+
+
+def is_occupied(output_dir: Path, names: tuple[str, ...]) -> bool:
+    """Whether a folder already holds a run."""
+    return any((output_dir / name).exists() for name in names) or any(output_dir.glob("checkpoint-*"))

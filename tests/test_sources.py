@@ -1,0 +1,277 @@
+"""Data files: what is read, and one clear error for everything that cannot be."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from macft.data.dataset import read_examples, split_examples
+from macft.data.formats import Example, to_examples
+from macft.data.sources import Row, read_rows
+from macft.errors import ConfigError, DataError
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the trial data is not here")
+GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def fault(path: Path) -> str:
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    return str(error.value)
+
+
+def row_faults(tmp_path: Path, *rows: dict[str, Any]) -> list[str]:
+    """The listed faults of a JSONL file of these rows."""
+    path = written(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError) as error:
+        to_examples(path, read_rows(path))
+    headline, *faults = str(error.value).split("\n")
+    assert str(path) in headline and str(len(faults)) in headline
+    return [line.strip() for line in faults]
+
+
+# --- sources
+
+
+def test_jsonl_rows_know_their_lines(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", '\ufeff{"a": "你"}\r\n\r\n  \n{"b": "x\u2028y"}\n')
+    assert read_rows(path) == [Row(1, {"a": "你"}), Row(4, {"b": "x\u2028y"})]
+
+
+def test_json_rows_know_the_line_they_start_on(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.json", '\ufeff[\n  {"a": 1},\n  {\n   "b": [2]\n  }, {"c": 3}\n]\n')
+    assert read_rows(path) == [Row(2, {"a": 1}), Row(3, {"b": [2]}), Row(5, {"c": 3})]
+
+
+def test_json_rows_equal_those_of_the_json_module(tmp_path: Path) -> None:
+    rows = [{"i": i, "text": '],[ "\\ \n' * i, "nested": [{"x": None}]} for i in range(20)]
+    for indent in (None, 2):
+        path = written(tmp_path / "a.json", json.dumps(rows, indent=indent))
+        assert [row.value for row in read_rows(path)] == rows
+
+
+def test_every_bad_line_is_named_at_once(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", '{"a": 1}\n{"a": \n[1]\n"text"\n{"b": 2}\n{"a": 1,}\n')
+    headline, *faults = fault(path).split("\n")
+    assert headline == f"{path}: 4 faults"
+    assert faults[0] == "  line 2: not JSON (Expecting value at column 7)"
+    assert faults[1] == "  line 3: found a list, wanted an object"
+    assert faults[2] == "  line 4: found a string, wanted an object"
+    assert faults[3].startswith("  line 6: not JSON (")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('[{"a": 1},\n {"b": 2},\n]', "line 2: column 10: a comma after the last item"),
+        ('[{"a": 1}\n {"b": 2}]', "line 2: column 2: found '{', wanted ',' or ']'"),
+        ('[{"a": 1},\n {"b" 2}]', "line 2: not JSON (Expecting ':' delimiter at column 7)"),
+        ('[{"a": 1}, 5,\n null]', "line 1: found a number, wanted an object"),
+        ('[{"a": 1}, 5,\n null]', "line 2: found null, wanted an object"),
+        ('[{"a": 1}', "line 1: column 10: the file ends here, wanted ',' or ']'"),
+        ('[{"a": 1}]\n]', "line 2: column 1: found ']' after the list"),
+        (
+            '{"a": 1}\n{"a": 2}',
+            "wanted a list of objects; one object a line belongs in a .jsonl file",
+        ),
+        ("[]", "the list is empty"),
+        (" \n", "the file is empty"),
+        ("", "the file is empty"),
+    ],
+)
+def test_a_bad_json_file_is_placed(tmp_path: Path, content: str, expected: str) -> None:
+    assert expected in fault(written(tmp_path / "a.json", content))
+
+
+def test_a_list_in_a_jsonl_file_is_explained(tmp_path: Path) -> None:
+    assert "a list belongs in a .json file" in fault(written(tmp_path / "a.jsonl", '[\n{"a": 1}\n]'))
+
+
+def test_absurd_json_is_a_fault_not_a_crash(tmp_path: Path) -> None:
+    deep = '{"a": ' + "[" * 100_000
+    assert "line 1: not JSON" in fault(written(tmp_path / "a.jsonl", deep))
+    assert "line 1: not JSON" in fault(written(tmp_path / "a.json", "[" + deep))
+    assert "line 1: not JSON" in fault(written(tmp_path / "a.jsonl", '{"a": ' + "9" * 10_000 + "}"))
+
+
+def test_other_encodings_are_placed_by_byte(tmp_path: Path) -> None:
+    gbk = fault(written(tmp_path / "a.jsonl", b'{"a": "' + "你".encode("gbk") + b'"}'))
+    assert gbk.endswith("not UTF-8: byte 0xc4 at offset 7; save the file as UTF-8")
+    utf16 = fault(written(tmp_path / "b.jsonl", '{"a": 1}'.encode("utf-16")))
+    assert "byte 0xff at offset 0" in utf16
+
+
+def test_a_missing_file_offers_the_nearest(tmp_path: Path) -> None:
+    written(tmp_path / "train.jsonl", "{}")
+    assert fault(tmp_path / "trian.jsonl").endswith(f"did you mean {tmp_path / 'train.jsonl'}?")
+    assert fault(tmp_path / "folder" / "x.json").endswith("no such file")
+    assert "ends in '.csv', wanted .jsonl or .json" in fault(tmp_path / "a.csv")
+
+
+# --- formats
+
+
+def test_messages_rows_become_their_messages(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    examples = to_examples(path, [Row(3, GOOD), Row(5, {"messages": [{"role": "user", "content": ""}]})])
+    assert examples[0] == Example(tuple(GOOD["messages"]), f"{path}:3")
+    assert examples[1].messages == ({"role": "user", "content": ""},)
+
+
+def test_alpaca_rows_become_turns() -> None:
+    row = {
+        "instruction": "translate",
+        "input": "cat",
+        "output": "猫",
+        "system": "s",
+        "history": [["q1", "a1"], ["q2", ""]],
+    }
+    bare = {"instruction": "hi", "input": "", "output": "", "system": None, "history": None}
+    only_input = {"instruction": "", "input": "x", "output": "y"}
+    rows = [Row(i, value) for i, value in enumerate((row, bare, only_input))]
+    got = [[(m["role"], m["content"]) for m in e.messages] for e in to_examples(Path("a.json"), rows)]
+    assert got == [
+        [
+            *[("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "")],
+            *[("user", "translate\ncat"), ("assistant", "猫")],
+        ],
+        [("user", "hi"), ("assistant", "")],
+        [("user", "x"), ("assistant", "y")],
+    ]
+
+
+def test_faults_of_messages_rows_are_all_named(tmp_path: Path) -> None:
+    faults = row_faults(
+        tmp_path,
+        GOOD,
+        {"text": "x"},
+        {"messages": []},
+        {"messages": "hi"},
+        {"messages": ["hi", {"role": "human", "content": "q"}, {"role": "user"}]},
+        {"messages": [{"role": "assistant", "content": None}, {"role": 3, "content": ["x"]}]},
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}], "tools": [{}]},
+        {"messages": [{"role": "user", "content": "\ud83d"}]},
+    )
+    assert faults == [
+        'line 2: no "messages"; found the keys text',
+        'line 3: "messages": the list is empty, wanted at least one user and one assistant message',
+        'line 4: "messages": found a string, wanted a list',
+        'line 5: "messages"[0]: found a string, wanted an object with role and content',
+        'line 5: "messages"[1] "role": found \'human\', wanted one of system, user, assistant, tool',
+        'line 5: "messages"[2]: no "content"; found the keys role',
+        'line 6: "messages"[0] "content": found null, wanted a string',
+        'line 6: "messages"[1] "role": found a number, wanted one of system, user, assistant, tool',
+        'line 6: "messages"[1] "content": found a list, wanted a string',
+        'line 7: "tools": tool definitions are not supported; remove them',
+        'line 7: "messages"[0] "tool_calls": tool calls are not supported; write them into the content',
+        'line 8: "messages"[0] "content": half a character (\\ud83d) at position 0',
+    ]
+
+
+def test_faults_of_alpaca_rows_are_all_named(tmp_path: Path) -> None:
+    faults = row_faults(
+        tmp_path,
+        {"instruction": "a"},
+        {"instruction": 1, "output": True, "input": {}},
+        {"instruction": "a", "output": "b", "history": "x"},
+        {"instruction": "a", "output": "b", "history": [["q"], ["q", None], 4]},
+    )
+    assert faults == [
+        'line 1: no "output"; an alpaca row needs instruction and output, found instruction',
+        'line 2: "instruction": found a number, wanted a string',
+        'line 2: "output": found a boolean, wanted a string',
+        'line 2: "input": found an object, wanted a string',
+        'line 3: "history": found a string, wanted a list of [question, answer] pairs',
+        'line 4: "history"[0]: found a list of 1, wanted a list of question and answer',
+        'line 4: "history"[1][1]: found null, wanted a string',
+        'line 4: "history"[2]: found a number, wanted a list of question and answer',
+    ]
+
+
+def test_an_unknown_format_names_what_is_accepted() -> None:
+    with pytest.raises(DataError) as error:
+        to_examples(Path("a.json"), [Row(2, {"conversations": [], "id": 1})])
+    assert str(error.value) == (
+        "a.json: line 2: found the keys conversations, id; wanted messages, or instruction/input/output (alpaca)"
+    )
+
+
+def test_format_and_oddities_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    alpaca = {"instruction": "I am {{name}}", "output": "by {{author}}", "id": 1}
+    with caplog.at_level(logging.INFO, logger="macft"):
+        to_examples(Path("a.json"), [Row(i, alpaca) for i in range(1, 4)])
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == "a.json: 3 alpaca rows"
+    assert said[1].startswith("a.json: 3 of 3 rows hold the placeholders {{name}} or {{author}} (first: a.json:1)")
+    assert said[2:] == ["a.json: keys that are not used: id"]
+
+
+def test_unused_keys_inside_messages_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    row = {"messages": [{"role": "assistant", "content": "a", "weight": 0}], "tools": None}
+    to_examples(Path("a.json"), [Row(1, row)])
+    assert caplog.messages == ["a.json: keys that are not used: messages[].weight"]
+
+
+# --- dataset
+
+
+def test_names_and_paths_are_found_and_capped_each(tmp_path: Path) -> None:
+    line = json.dumps(GOOD) + "\n"
+    one = written(tmp_path / "one.jsonl", line * 5)
+    (tmp_path / "d").mkdir()
+    two = written(tmp_path / "d" / "two.json", json.dumps([GOOD] * 3))
+    sources = [example.source for example in read_examples(f"{one}, two,", str(tmp_path / "d"), 2)]
+    assert sources == [f"{one}:1", f"{one}:2", f"{two}:1", f"{two}:1"]
+    assert len(read_examples(f"two.json,{one}", str(tmp_path / "d"), None)) == 8
+
+
+def test_faults_of_all_files_come_together(tmp_path: Path) -> None:
+    written(tmp_path / "bad.jsonl", "x\n")
+    written(tmp_path / "good.jsonl", json.dumps(GOOD))
+    with pytest.raises(DataError) as error:
+        read_examples("bad,god,good", str(tmp_path), None)
+    message = str(error.value)
+    assert "bad.jsonl: 1 fault\n  line 1: not JSON" in message
+    assert f"god: no such data file; looked for god, {tmp_path / 'god'}" in message
+    assert f"did you mean {tmp_path / 'good.jsonl'}?" in message
+    with pytest.raises(ConfigError, match="dataset: found ' , '"):
+        read_examples(" , ", str(tmp_path), None)
+
+
+def test_the_split_is_seeded_whole_and_ordered() -> None:
+    examples = [Example((), f"x:{i}") for i in range(30)]
+    train, valid = split_examples(examples, 0.1, seed=42)
+    assert len(valid) == 3 and sorted([*train, *valid], key=examples.index) == examples
+    assert train == sorted(train, key=examples.index) and valid == sorted(valid, key=examples.index)
+    assert split_examples(examples, 0.1, seed=42) == (train, valid)
+    assert split_examples(examples, 0.1, seed=43)[1] != valid
+    assert len(split_examples([examples[0]] * 100, 0.07, seed=1)[1]) == 7
+    assert len(split_examples(examples, 7, seed=1)[1]) == 7
+    assert len(split_examples(examples, 1, seed=1)[1]) == 1
+    assert split_examples(examples, 0, seed=1) == (examples, [])
+
+
+@pytest.mark.parametrize("val_size", [30, 31, 0.99, -0.1, 1.5, float("nan"), float("inf")])
+def test_a_split_that_cannot_be_is_refused(val_size: float) -> None:
+    with pytest.raises(ConfigError, match="val_size"):
+        split_examples([Example((), f"x:{i}") for i in range(30)], val_size, seed=1)
+
+
+@needs_data
+def test_public_alpaca_files_are_read() -> None:
+    examples = read_examples("alpaca_zh_demo,identity.json", str(DATA), None)
+    assert len(examples) == 1091
+    assert examples[1000].source == f"{DATA / 'identity.json'}:2"
+    assert [m["role"] for m in examples[1000].messages] == ["user", "assistant"]
+    with pytest.raises(DataError, match="found the keys conversations, tools; wanted messages"):
+        read_examples("glaive_toolcall_zh_demo", str(DATA), None)
