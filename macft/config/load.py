@@ -105,9 +105,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is there twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -155,9 +153,7 @@ def _contradictions(settings: Settings) -> list[str]:
         ),
         (settings.eval_dataset and settings.val_size, "eval_dataset and val_size are both set; keep one"),
         (
-            settings.eval_strategy in ("steps", "epoch")
-            and not settings.eval_dataset
-            and not settings.val_size,
+            settings.eval_strategy in ("steps", "epoch") and not settings.eval_dataset and not settings.val_size,
             f"eval_strategy {settings.eval_strategy} needs eval_dataset or val_size",
         ),
         (

@@ -34,13 +34,9 @@ class Settings(BaseModel):
 
     # ---- method
     stage: Literal["sft"] = Field("sft", description="`sft`: supervised fine-tuning.")
-    finetuning_type: Literal["lora", "full"] = Field(
-        "lora", description="`lora`, or `full`: every parameter."
-    )
+    finetuning_type: Literal["lora", "full"] = Field("lora", description="`lora`, or `full`: every parameter.")
     lora_rank: int = Field(8, ge=1, description="Width of the adapter.")
-    lora_alpha: float | None = Field(
-        None, gt=0, description="Scale of the adapter is alpha / rank. Default: 2 x rank."
-    )
+    lora_alpha: float | None = Field(None, gt=0, description="Scale of the adapter is alpha / rank. Default: 2 x rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     lora_target: str = Field(
         "all",
@@ -50,15 +46,11 @@ class Settings(BaseModel):
     use_dora: bool = Field(False, description="Weight-decomposed LoRA (arXiv 2402.09353).")
 
     # ---- data
-    dataset: str = Field(
-        description="Files (`.jsonl`, `.json`) separated by commas, or names inside `dataset_dir`."
-    )
+    dataset: str = Field(description="Files (`.jsonl`, `.json`) separated by commas, or names inside `dataset_dir`.")
     eval_dataset: str | None = Field(None, description="As `dataset`; what `eval_loss` is computed on.")
     dataset_dir: str = Field("data", description="Folder where names in `dataset` are looked up.")
     template: str | None = Field(None, description="A Jinja chat template file. Default: the model's own.")
-    cutoff_len: int = Field(
-        2048, ge=2, description="Longest example in tokens; what is longer loses user text."
-    )
+    cutoff_len: int = Field(2048, ge=2, description="Longest example in tokens; what is longer loses user text.")
     max_samples: int | None = Field(None, ge=1, description="Take only the first examples of each data set.")
     val_size: float = Field(0.0, ge=0, description="Held out for evaluation: a share below 1, else a count.")
     train_on_prompt: bool = Field(False, description="Train on every token, not on the answers alone.")
@@ -73,15 +65,9 @@ class Settings(BaseModel):
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="Course of the learning rate after the warmup."
     )
-    warmup_ratio: float = Field(
-        0.0, ge=0, le=1, description="Share of all steps in which the rate rises from 0."
-    )
-    warmup_steps: int = Field(
-        0, ge=0, description="The same as a count; above 0 it overrides `warmup_ratio`."
-    )
-    weight_decay: float = Field(
-        0.0, ge=0, description="AdamW's decay of matrices; biases and norms have none."
-    )
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="Share of all steps in which the rate rises from 0.")
+    warmup_steps: int = Field(0, ge=0, description="The same as a count; above 0 it overrides `warmup_ratio`.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of matrices; biases and norms have none.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
@@ -102,12 +88,8 @@ class Settings(BaseModel):
     eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
         None, description="When to evaluate. Default: each epoch if there is evaluation data, else `no`."
     )
-    eval_steps: int | None = Field(
-        None, ge=1, description="For `eval_strategy: steps`. Default: `logging_steps`."
-    )
-    per_device_eval_batch_size: int = Field(
-        8, ge=1, description="Examples in one forward pass of an evaluation."
-    )
+    eval_steps: int | None = Field(None, ge=1, description="For `eval_strategy: steps`. Default: `logging_steps`.")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="Examples in one forward pass of an evaluation.")
 
     # ---- output
     output_dir: str = Field(description="The run folder.")
@@ -120,12 +102,8 @@ class Settings(BaseModel):
     )
     save_strategy: Literal["no", "steps", "epoch"] = Field("steps", description="When to write a checkpoint.")
     save_steps: int = Field(500, ge=1, description="For `save_strategy: steps`.")
-    save_total_limit: int | None = Field(
-        None, ge=1, description="Keep only so many of the newest checkpoints."
-    )
-    save_only_model: bool = Field(
-        False, description="Checkpoints without optimizer state; they cannot be resumed."
-    )
+    save_total_limit: int | None = Field(None, ge=1, description="Keep only so many of the newest checkpoints.")
+    save_only_model: bool = Field(False, description="Checkpoints without optimizer state; they cannot be resumed.")
     plot_loss: bool = Field(True, description="Draw `training_loss.png`. LLaMA-Factory's default is off.")
     report_to: str = Field("none", description="`none`, or some of tensorboard, wandb, swanlab (commas).")
     run_name: str | None = Field(None, description="Name of the run in those.")

@@ -39,6 +39,20 @@ class GgufFile:
     tensors: dict[str, GgufTensor]
     data: np.ndarray[Any, np.dtype[np.uint8]]
 
+    def number(self, key: str, default: Any = None) -> Any:
+        """A field that must be one number; ModelError when it is a list, text or flag."""
+        value = self.fields.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float, type(default))):
+            raise ModelError(f"{self.path}: {key} is {str(value)[:60]}, one number was expected")
+        return value
+
+    def text(self, key: str) -> str | None:
+        """A field that must be text, or None where the file has none; ModelError for anything else."""
+        value = self.fields.get(key)
+        if not isinstance(value, (str, type(None))):
+            raise ModelError(f"{self.path}: {key} is {str(value)[:60]}, text was expected")
+        return value
+
     def packed(self, tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The bytes of a tensor as stored, [rows, bytes per row]; a vector is one row."""
         flat = self.data[tensor.offset : tensor.offset + tensor.num_bytes]

@@ -103,15 +103,15 @@ def import_gguf(path: Path, destination: Path) -> None:
 
 
 def _architecture(source: GgufFile) -> _Architecture:
-    name = source.fields.get("general.architecture")
+    name = source.text("general.architecture")
     if name not in _ARCHITECTURES:
         raise ModelError(
             f"{source.path}: GGUF architecture {name!r} cannot be read "
             f"(accepted: {', '.join(_ARCHITECTURES)}): use the original model's folder or hub id"
         )
-    if source.fields.get("split.count", 1) > 1:
+    if source.number("split.count", 1) > 1:
         raise ModelError(f"{source.path}: one part of a split model; join the parts with llama-gguf-split --merge")
-    if source.fields.get(f"{name}.expert_count", 0):
+    if source.number(f"{name}.expert_count", 0):
         raise ModelError(f"{source.path}: a mixture of experts; use the original model's folder or hub id")
     return _ARCHITECTURES[name]
 
@@ -137,8 +137,8 @@ def _sizes(source: GgufFile) -> dict[str, int]:
         faults.append(f"{sizes['layers']} layers in {len(source.tensors)} tensors")
     if faults:
         raise ModelError(join_faults(f"{source.path}: this file cannot be read as {prefix}:", faults))
-    sizes["kv_heads"] = source.fields.get(f"{prefix}.attention.head_count_kv", sizes["heads"])
-    sizes["head_dim"] = source.fields.get(f"{prefix}.attention.key_length", sizes["hidden"] // sizes["heads"])
+    sizes["kv_heads"] = source.number(f"{prefix}.attention.head_count_kv", sizes["heads"])
+    sizes["head_dim"] = source.number(f"{prefix}.attention.key_length", sizes["hidden"] // sizes["heads"])
     faults = _odd_heads(source, prefix, sizes)
     if faults:
         raise ModelError(join_faults(f"{source.path}: this file cannot be read as {prefix}:", faults))
@@ -163,7 +163,7 @@ def _odd_heads(source: GgufFile, prefix: str, sizes: dict[str, int]) -> list[str
 def _config(
     source: GgufFile, architecture: _Architecture, vocabulary: GgufVocabulary, sizes: dict[str, int]
 ) -> dict[str, Any]:
-    fields, prefix = source.fields, source.fields["general.architecture"]
+    prefix = source.fields["general.architecture"]
     if sizes["vocab"] != len(vocabulary.tokens):
         raise ModelError(
             f"{source.path}: token_embd.weight has {sizes['vocab']} rows for {len(vocabulary.tokens)} tokens"
@@ -181,8 +181,8 @@ def _config(
         "num_key_value_heads": sizes["kv_heads"],
         "head_dim": sizes["head_dim"],
         "hidden_act": architecture.hidden_act,
-        "rms_norm_eps": _shortest(fields.get(f"{prefix}.attention.layer_norm_rms_epsilon", 1e-6)),
-        "max_position_embeddings": fields.get(f"{prefix}.context_length", 2048),
+        "rms_norm_eps": _shortest(source.number(f"{prefix}.attention.layer_norm_rms_epsilon", 1e-6)),
+        "max_position_embeddings": source.number(f"{prefix}.context_length", 2048),
         "rope_parameters": parameters,
         "vocab_size": sizes["vocab"],
         "tie_word_embeddings": "output.weight" not in source.tensors,
@@ -212,16 +212,15 @@ def _shortest(value: float) -> float:
 
 
 def _rope_parameters(source: GgufFile, prefix: str, head_dim: int) -> dict[str, Any]:
-    fields = source.fields
-    theta = _shortest(fields.get(f"{prefix}.rope.freq_base", 10_000.0))
-    kind = fields.get(f"{prefix}.rope.scaling.type", "none")
+    theta = _shortest(source.number(f"{prefix}.rope.freq_base", 10_000.0))
+    kind = source.text(f"{prefix}.rope.scaling.type") or "none"
     factors = source.tensors.get("rope_freqs.weight")
     if factors is not None:
         return {"rope_theta": theta, **_llama3_scaling(source, factors, theta, head_dim)}
     if kind == "none":
         return {"rope_theta": theta, "rope_type": "default"}
     if kind == "linear":
-        factor = _shortest(fields.get(f"{prefix}.rope.scaling.factor", 1.0))
+        factor = _shortest(source.number(f"{prefix}.rope.scaling.factor", 1.0))
         return {"rope_theta": theta, "rope_type": "linear", "factor": factor}
     raise ModelError(
         f"{source.path}: {prefix}.rope.scaling.type is {kind!r}; none and linear can be read: "

@@ -82,13 +82,13 @@ class GgufVocabulary:
 def read_vocabulary(source: GgufFile) -> GgufVocabulary:
     """Check the tokenizer fields; ModelError for a kind or pre-tokenizer that is not in the tables."""
     fields, path = source.fields, source.path
-    kind = fields.get("tokenizer.ggml.model")
+    kind = source.text("tokenizer.ggml.model")
     if kind not in _KINDS:
         raise ModelError(
             f"{path}: tokenizer.ggml.model is {kind!r}; {' and '.join(map(repr, _KINDS))} can be read: "
             "use the original model's folder instead of the .gguf file"
         )
-    pre = fields.get("tokenizer.ggml.pre", "default") if kind == "gpt2" else "default"
+    pre = (source.text("tokenizer.ggml.pre") if kind == "gpt2" else None) or "default"
     if pre not in PRE_TOKENIZERS:
         raise ModelError(
             f"{path}: pre-tokenizer {pre!r} is not known (known: {', '.join(sorted(PRE_TOKENIZERS))}): "
@@ -103,8 +103,8 @@ def read_vocabulary(source: GgufFile) -> GgufVocabulary:
         raise ModelError(f"{path}: tokenizer.ggml.token_type does not hold one type for each of {len(tokens)} tokens")
     ids = dict(_SENTENCEPIECE_IDS) if kind == "llama" else {}
     for role in ("bos", "eos", "eot", "unknown", "padding"):
-        token_id = fields.get(f"tokenizer.ggml.{role}_token_id", ids.get(role))
-        if token_id is not None and not 0 <= token_id < len(tokens):
+        token_id = source.number(f"tokenizer.ggml.{role}_token_id", ids.get(role))
+        if token_id is not None and not (isinstance(token_id, int) and 0 <= token_id < len(tokens)):
             raise ModelError(f"{path}: the {role} token id {token_id} is outside the {len(tokens)} tokens")
         if token_id is not None:
             ids[role] = token_id
@@ -135,7 +135,7 @@ def write_tokenizer(source: GgufFile, vocabulary: GgufVocabulary, folder: Path) 
     tokenizer.post_processor = _bos_and_eos(vocabulary)
     write_text(folder / "tokenizer.json", tokenizer.to_str())
     write_json(folder / "tokenizer_config.json", _tokenizer_config(source, vocabulary))
-    template = source.fields.get("tokenizer.chat_template")
+    template = source.text("tokenizer.chat_template")
     if template is not None:
         write_text(folder / "chat_template.jinja", template)
 

