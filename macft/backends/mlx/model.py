@@ -42,8 +42,11 @@ def load(spec: ModelSpec) -> Loaded:
     dtype = _compute_dtype(spec.precision, notes)
     try:
         model, _ = load_mlx_lm_model(spec.folder, lazy=True, model_config=config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{spec.folder}: mlx-lm cannot load this model: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # any fault of a foreign loader
+        raise ModelError(
+            f"{spec.folder}: the mlx backend cannot load this {config['model_type']} model: mlx-lm says: "
+            f"{' '.join(str(error).split())[:160].rstrip('.')}; give a causal language model, or try --backend torch"
+        ) from error
     if spec.quantization_bit is not None:
         _quantize(model, spec.quantization_bit)
     if not on_gpu() and _dequantize(model):

@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 from macft.backends.base import OptimizerSpec, is_decayed
 from macft.backends.mlx.lora import Dropout
 from macft.backends.mlx.model import RowGather
-from macft.backends.mlx.ops import MlxOps
+from macft.backends.mlx.ops import MlxOps, cross_entropy, exact_sum
 from macft.data.batches import Batch, NumpyBatch
 from macft.objectives.losses import Objective
 
@@ -54,7 +54,7 @@ def token_logps(
     else:
         with gather.only(rows):
             logits = model(inputs)[0]
-    logps = -nn.losses.cross_entropy(logits.astype(mx.float32), targets) * valid
+    logps = -cross_entropy(logits, targets) * valid
     return mx.zeros(batch_size * length).at[rows].add(logps).reshape(batch_size, length)
 
 
@@ -104,7 +104,7 @@ def place(model: nn.Module, parameters: Parameters) -> None:
 
 def clip(gradients: Parameters, max_norm: float) -> tuple[Parameters, mx.array]:
     """Scale gradients so that their global norm is at most `max_norm` (0: leave them); also the norm."""
-    norm = mx.sqrt(sum((mx.sum(mx.square(g)) for g in gradients.values()), mx.array(0.0)))
+    norm = mx.sqrt(exact_sum(mx.stack([exact_sum(mx.square(g)) for g in gradients.values()])))
     if max_norm <= 0:
         return gradients, norm
     factor = mx.minimum(max_norm / (norm + 1e-6), 1.0)

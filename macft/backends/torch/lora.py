@@ -26,6 +26,11 @@ def attach(model: torch.nn.Module, spec: LoraSpec, seed: int) -> tuple[torch.nn.
         raise ConfigError(
             f"lora_target {error.args[0]!r} matches no linear layer; this model has {', '.join(names)}"
         ) from None
+    if not targets:
+        raise ModelError(
+            f"the torch backend finds no linear layers in the blocks of this {model.config.model_type} model; "
+            "set finetuning_type to full, or take another model"
+        )
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from macft.backends.base import ModelSpec
-from macft.errors import MissingPackageError, ModelError
+from macft.errors import MacftError, MissingPackageError, ModelError
 from macft.weights.model_config import normalise_config, read_config
 from macft.weights.quantized import dequantize_folder_tensors, quantization_of, roundtrip_folder_tensors
 
@@ -53,9 +53,13 @@ def load(spec: ModelSpec) -> Loaded:
     weight_dtype = torch.float32 if spec.full else dtype
     try:
         model = _from_folder(spec, device, weight_dtype, notes)
-    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+    except MacftError:
+        raise
+    except Exception as error:  # any fault of a foreign loader
+        architecture = read_config(spec.folder)["model_type"]
         raise ModelError(
-            f"{spec.folder}: transformers cannot load this model: {str(error).strip().splitlines()[0]}"
+            f"{spec.folder}: the torch backend cannot load this {architecture} model: transformers says: "
+            f"{' '.join(str(error).split())[:160].rstrip('.')}; give a causal language model"
         ) from error
     model.config.use_cache = False
     return Loaded(model.to(device) if spec.quantization_bit is None else model, device, dtype, notes)
@@ -67,11 +71,11 @@ def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, note
         notes.append("the MLX-quantized base is dequantized: PyTorch has no kernels for it")
         return _from_tensors(spec, dequantize_folder_tensors(spec.folder), dtype)
     if spec.quantization_bit is None:
-        return AutoModelForCausalLM.from_pretrained(spec.folder, dtype=dtype)
+        return _pretrained(spec, dtype)
     if device.type == "cuda":
-        return AutoModelForCausalLM.from_pretrained(
-            spec.folder,
-            dtype=dtype,
+        return _pretrained(
+            spec,
+            dtype,
             quantization_config=_bitsandbytes(spec.quantization_bit, dtype),
             device_map={"": device},
         )
@@ -79,6 +83,19 @@ def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, note
         f"quantization_bit {spec.quantization_bit}: values are rounded to MLX's affine groups, then computed dense"
     )
     return _from_tensors(spec, roundtrip_folder_tensors(spec.folder, bits=spec.quantization_bit), dtype)
+
+
+def _pretrained(spec: ModelSpec, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
+    """from_pretrained, which fills tensors that are not in the files with random numbers; here they are an error."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        spec.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    if faulty := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
+        raise ModelError(
+            f"{spec.folder}: {len(faulty)} tensors that the torch backend wants of this {model.config.model_type} "
+            f"model are missing or of another shape, {faulty[0]} first; download it again, or correct config.json"
+        )
+    return model
 
 
 def _from_tensors(spec: ModelSpec, tensors: Iterator[tuple[str, Any]], dtype: torch.dtype) -> torch.nn.Module:
