@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import click
 
 from macft import __version__
-from macft.errors import MacftError, UsageError
+from macft.errors import MacftError, StoppedError, UsageError
 
 BACKEND = click.Choice(["auto", "mlx", "torch"])
 
@@ -204,12 +206,18 @@ class _Lines(logging.Formatter):
 
 
 def _set_up() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal without a character gets a question mark; what is no text file is left as it is
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
     logger = logging.getLogger("macft")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    # what libraries tell the authors of programs is of no use to who runs one
+    warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
@@ -219,10 +227,14 @@ def main() -> None:
     _set_up()
     try:
         code = cli.main(standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:
         error.show()
+        code = error.exit_code
+    except StoppedError as error:
+        click.echo(f"\n{error}", err=True)
         code = error.exit_code
     except MacftError as error:
         click.echo(f"error: {error}", err=True)
@@ -232,6 +244,8 @@ def main() -> None:
         code = 130
     except OSError as error:
         if isinstance(error, BrokenPipeError):
+            # the reader left early; Python's own flush at exit must not complain of it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
         else:
             click.echo(f"error: {error.filename or 'file system'}: {error.strerror or error}", err=True)

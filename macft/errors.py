@@ -19,6 +19,12 @@ class ConfigError(UsageError):
     """A configuration file or override is wrong; lists every fault found."""
 
 
+class StoppedError(MacftError):
+    """The user stopped a run; the message says where it stands and how to go on."""
+
+    exit_code = 130
+
+
 class DataError(MacftError):
     """A data file is wrong; lists every fault found in it."""
 

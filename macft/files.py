@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_LEFTOVER = re.compile(r"\..+\.\d+(\.old)?\.tmp")
 
 
 def cache_dir() -> Path:
@@ -18,16 +21,8 @@ def cache_dir() -> Path:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, nothing between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -56,13 +51,27 @@ def sync_file(path: Path) -> None:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; the file written there becomes `path` when the block ends well and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        sync_file(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_dir(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends well and vanishes otherwise.
 
     An older `path` is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
+    older = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -70,9 +79,28 @@ def new_dir(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 sync_file(file)
+        sync_dir(temporary)
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(older)
         temporary.replace(path)
         sync_dir(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if older.exists() and not path.exists():
+            older.replace(path)
+        for folder in (temporary, older):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left of `new_file` and `new_dir` in a folder that nobody else writes to."""
+    for path in folder.glob(".*.tmp"):
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import ARCHITECTURES, VOCABULARY, random_examples
+
 from macft.backends.base import Backend, LoraSpec, ModelSpec, OptimizerSpec, State
 from macft.backends.mlx.backend import MlxBackend
 from macft.backends.torch.backend import TorchBackend
@@ -14,7 +16,6 @@ from macft.data.batches import Batch, NumpyBatch, collate
 from macft.data.tokenize import TokenizedExample
 from macft.objectives.losses import Sft
 from macft.objectives.ops import NumpyOps
-from tiny_models import ARCHITECTURES, VOCABULARY, random_examples, write_model
 
 pytestmark = [pytest.mark.mlx, pytest.mark.torch]
 
@@ -48,7 +49,9 @@ def gradients(backend: Backend, batches: list[NumpyBatch]) -> tuple[float, State
     result = backend.train_step(Sft(), batches, lr=0.0, step=0)
     moments = backend.optimizer_state()
     return result.loss, {
-        name.removesuffix(".exp_avg"): value / (1 - BETA1) for name, value in moments.items() if name.endswith(".exp_avg")
+        name.removesuffix(".exp_avg"): value / (1 - BETA1)
+        for name, value in moments.items()
+        if name.endswith(".exp_avg")
     }
 
 
@@ -219,3 +222,18 @@ def test_smollm2_gives_one_curve_on_both_engines_for_10_steps():
     # Against float64, PyTorch's own gradient norms here are off by up to 4e-5, MLX's by 5e-6.
     np.testing.assert_allclose(curves["mlx"][:, 1], curves["torch"][:, 1], rtol=5e-5)
     assert curves["mlx"][-1, 0] < curves["mlx"][0, 0]
+
+
+def test_the_compiled_step_equals_the_eager_one(tiny_model):
+    """On a GPU the step is compiled and its shapes are padded; neither may change a number."""
+    examples = random_examples(8, seed=6)
+    curves = []
+    for compiles in (False, True):
+        backend = load("mlx", tiny_model("qwen2"))
+        backend._compiles = compiles
+        backend._multiple = 32 if compiles else 1
+        batches = [[collate(examples[i : i + 2]), collate(examples[i + 2 : i + 4])] for i in (0, 4)] * 2
+        results = [backend.train_step(Sft(), pair, lr=1e-3, step=step) for step, pair in enumerate(batches)]
+        curves.append([(result.loss, result.grad_norm) for result in results])
+        assert len(backend._shapes) == (3 if compiles else 0)
+    np.testing.assert_allclose(curves[1], curves[0], rtol=2e-6)

@@ -28,21 +28,27 @@ class Entry:
 
 def load_settings(config: Path | None, overrides: Sequence[str]) -> Settings:
     """Settings of a run; raises ConfigError listing every unknown key and wrong value."""
-    entries = _read_yaml(config) if config is not None else {}
-    entries.update(parse_overrides(overrides))
+    written = _read_yaml(config) if config is not None else {}
     headline = f"{config}: " if config is not None else ""
-    entries = _apply_aliases(entries)
-    faults = [_unknown(key, entry) for key, entry in entries.items() if key not in Settings.model_fields]
+    faults: list[str] = []
+    # each source by itself, so that the command line may override a key by its other name
+    entries = _apply_aliases(written, faults) | _apply_aliases(parse_overrides(overrides), faults)
+    _drop_ignored(entries)
+    faults += [_unknown(key, entry) for key, entry in entries.items() if key not in Settings.model_fields]
     known = {key: entry for key, entry in entries.items() if key in Settings.model_fields}
     try:
         settings = Settings(**{key: entry.value for key, entry in known.items()})
     except ValidationError as error:
-        faults += [_describe(detail, known) for detail in error.errors()]
+        # one fault a key: a key of several types gives one error for each of them
+        details = {detail["loc"][0]: detail for detail in reversed(error.errors())}
+        faults += [_describe(detail, known) for detail in reversed(details.values())]
     else:
         faults += _contradictions(settings)
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise ConfigError(join_faults(f"{headline}{count} in the configuration", faults))
+    if useless := _without_effect(settings):
+        logger.warning("no effect here: %s", "; ".join(useless))
     return settings
 
 
@@ -51,16 +57,19 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     waiting: str | None = None
     for argument in arguments:
-        if waiting is not None:
-            entries[waiting] = Entry(_yaml_value(argument), "command line")
+        if waiting is not None and not argument.startswith("--"):
+            entries[waiting] = Entry(_override_value(waiting, argument), "command line")
             waiting = None
+        elif waiting is not None:
+            break
         elif "=" in argument:
             key, _, text = argument.partition("=")
-            entries[_key(key)] = Entry(_yaml_value(text), "command line")
+            entries[_key(key)] = Entry(_override_value(_key(key), text), "command line")
         elif argument.startswith("--"):
             waiting = _key(argument)
         else:
-            raise ConfigError(f"{argument!r} is not an override; write key=value or --key value")
+            hint = "; a configuration file comes first" if argument.endswith((".yaml", ".yml")) else ""
+            raise ConfigError(f"{argument!r} is not an override; write key=value or --key value{hint}")
     if waiting is not None:
         raise ConfigError(f"--{waiting} has no value; write --{waiting} VALUE")
     return entries
@@ -70,18 +79,22 @@ def _key(text: str) -> str:
     return text.removeprefix("--").replace("-", "_")
 
 
-def _yaml_value(text: str) -> Any:
+def _override_value(key: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: an impossible date
         return text
+    field = Settings.model_fields.get(ALIASES.get(key, key))
+    takes_text = field is not None and field.annotation in (str, str | None)
+    is_number_or_comment = not isinstance(value, str | list | bool) and text not in ("", "null", "~")
+    return text if takes_text and is_number_or_comment else value
 
 
 def _read_yaml(path: Path) -> dict[str, Entry]:
+    if path.is_dir():
+        raise ConfigError(f"{path}: a folder, wanted a YAML file{_yaml_files_in(path)}")
     if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        hint = f"; {path.parent} holds {', '.join(near[:5])}" if near else ""
-        raise ConfigError(f"{path}: no such configuration file{hint}")
+        raise ConfigError(f"{path}: no such configuration file{_yaml_files_in(path.parent)}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except UnicodeDecodeError as error:
@@ -91,41 +104,60 @@ def _read_yaml(path: Path) -> dict[str, Entry]:
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
         raise ConfigError(f"{path}{where}: {problem}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: a value is not what it looks like ({error}); put it in quotes") from None
     if not isinstance(content, dict):
-        found = "nothing" if content is None else type(content).__name__
+        found = "nothing" if content is None else f"a {type(content).__name__}"
         raise ConfigError(f"{path}: found {found}, wanted keys such as model_name_or_path: ...")
     return {str(key): Entry(value, str(path)) for key, value in content.items()}
+
+
+def _yaml_files_in(folder: Path) -> str:
+    names = sorted(str(p) for p in folder.glob("*.y*ml")) if folder.is_dir() else []
+    return f"; {folder} holds {', '.join(names[:5])}" if names else ""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML lets a later key win in silence; here a key written twice is a fault."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            key = str(key_node.value)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
+                problem = f"the key {key} is there twice; keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _apply_aliases(entries: dict[str, Entry]) -> dict[str, Entry]:
+def _apply_aliases(entries: dict[str, Entry], faults: list[str]) -> dict[str, Entry]:
+    """The entries of one source under macft's names."""
     result: dict[str, Entry] = {}
-    ignored = []
     for key, entry in entries.items():
         name = ALIASES.get(key, key)
         if key == "disable_gradient_checkpointing":
+            if not isinstance(entry.value, bool):
+                faults.append(f"{key} ({entry.origin}): found {_shown(entry.value)}, wanted true or false")
+                continue
             name, entry = "gradient_checkpointing", Entry(not entry.value, entry.origin)
-        if key in IGNORED_KEYS:
-            ignored.append(f"{key} ({IGNORED_KEYS[key]})")
-        elif name in result and name != key:
-            raise ConfigError(f"{entry.origin}: {key} and {name} mean the same; keep one")
-        else:
-            result[name] = entry
-    if ignored:
-        logger.warning("no effect here: %s", "; ".join(ignored))
+        if name in result:
+            first = next(other for other in entries if other != key and _name_of(other) == name)
+            faults.append(f"{key} ({entry.origin}): means the same as {first}; keep one")
+        result[name] = entry
     return result
+
+
+def _name_of(key: str) -> str:
+    return "gradient_checkpointing" if key == "disable_gradient_checkpointing" else ALIASES.get(key, key)
+
+
+def _drop_ignored(entries: dict[str, Entry]) -> None:
+    ignored = [key for key in entries if key in IGNORED_KEYS]
+    for key in ignored:
+        del entries[key]
+    if ignored:
+        logger.warning("no effect here: %s", "; ".join(f"{key} ({IGNORED_KEYS[key]})" for key in ignored))
 
 
 def _unknown(key: str, entry: Entry) -> str:
@@ -134,14 +166,35 @@ def _unknown(key: str, entry: Entry) -> str:
     return f"{key} ({entry.origin}): unknown key{hint}"
 
 
+# kinds of pydantic errors -> what is wanted, in a user's words
+_WANTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text (a number or a date in quotes)",
+}
+
+
 def _describe(detail: Any, entries: dict[str, Entry]) -> str:
-    key = str(detail["loc"][0]) if detail["loc"] else "?"
+    key = str(detail["loc"][0])
     if detail["type"] == "missing":
         return f"{key}: missing; {Settings.model_fields[key].description}"
-    entry = entries.get(key)
-    origin = f" ({entry.origin})" if entry else ""
-    wanted = str(detail["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{key}{origin}: found {detail['input']!r}, wanted {wanted}"
+    wanted = _WANTED.get(detail["type"]) or str(detail["msg"]).removeprefix("Input should be ")
+    if key == "resume_from_checkpoint":
+        wanted = "true, false or the path of a checkpoint"
+    return f"{key} ({entries[key].origin}): found {_shown(detail['input'])}, wanted {wanted}"
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML writes it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return repr(value) if isinstance(value, str | int | float | list | dict) else str(value)
 
 
 def _contradictions(settings: Settings) -> list[str]:
@@ -161,8 +214,8 @@ def _contradictions(settings: Settings) -> list[str]:
             "eval_dataset is set but eval_strategy is no; remove one",
         ),
         (
-            settings.eval_steps is not None and settings.eval_strategy not in ("steps", None),
-            f"eval_steps has no effect with eval_strategy {settings.eval_strategy}; use steps",
+            settings.eval_steps is not None and settings.eval_strategy != "steps",
+            "eval_steps needs eval_strategy steps",
         ),
         (
             settings.finetuning_type == "full" and settings.quantization_bit is not None,
@@ -181,6 +234,11 @@ def _contradictions(settings: Settings) -> list[str]:
             "overwrite_output_dir and resume_from_checkpoint are both set; keep one",
         ),
         (
+            settings.lr_scheduler_type == "constant" and (settings.warmup_ratio > 0 or settings.warmup_steps > 0),
+            "lr_scheduler_type constant has no warmup; write constant_with_warmup, "
+            "or remove warmup_ratio and warmup_steps",
+        ),
+        (
             settings.max_steps == 0 or settings.max_steps < -1,
             f"max_steps {settings.max_steps}: wanted -1 or above 0",
         ),
@@ -188,8 +246,26 @@ def _contradictions(settings: Settings) -> list[str]:
     return [text for is_wrong, text in checks if is_wrong]
 
 
+def _without_effect(settings: Settings) -> list[str]:
+    """Keys set to something that this run does not look at."""
+    owners = [
+        ("finetuning_type is full", settings.finetuning_type == "full", _LORA_KEYS),
+        (f"save_strategy is {settings.save_strategy}", settings.save_strategy != "steps", ("save_steps",)),
+    ]
+    return [
+        f"{key} ({why})"
+        for why, applies, keys in owners
+        for key in keys
+        if applies and getattr(settings, key) != Settings.model_fields[key].default
+    ]
+
+
+_LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target")
+
+
 def dump_yaml(settings: Settings) -> str:
     """The resolved configuration, as a file that `macft train` reads back."""
     values = settings.model_dump()
-    values["lora_alpha"] = settings.alpha
+    if settings.finetuning_type == "lora":
+        values["lora_alpha"] = settings.alpha
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

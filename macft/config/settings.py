@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 
 class Settings(BaseModel):
     """A training run. Keys and defaults are LLaMA-Factory's unless the description says otherwise."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     # ---- model
     model_name_or_path: str = Field(
@@ -115,14 +116,23 @@ class Settings(BaseModel):
 
     @field_validator("resume_from_checkpoint", "report_to", "eval_strategy", "save_strategy", mode="before")
     @classmethod
-    def _yaml_nulls(cls, value: object, info: object) -> object:
+    def _yaml_nulls(cls, value: object, info: ValidationInfo) -> object:
         # YAML reads a bare `no` as false and an empty value as null
-        name = info.field_name  # type: ignore[attr-defined]
+        name = info.field_name
         if name == "resume_from_checkpoint":
             return False if value is None else value
         if name == "report_to":
-            return "none" if value is None else value
+            return "none" if value is None or value is False or value == "" else value
         return "no" if value is False else value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, value: object, info: ValidationInfo) -> object:
+        # Python counts true as 1
+        annotation = str(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and ("int" in annotation or "float" in annotation):
+            raise PydanticCustomError("float_type", "Input should be a number")
+        return value
 
     @property
     def alpha(self) -> float:

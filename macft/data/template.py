@@ -70,6 +70,12 @@ def load_template(folder: Path, special_map: dict[str, str], template: str | Non
     return ChatTemplate(source, name=str(path), special_map=special_map)
 
 
+def template_folder(base: Path, adapter: Path | None) -> Path:
+    """The folder whose template goes with a model: the adapter's if it brings one, else the base's."""
+    own = adapter is not None and (adapter / "chat_template.jinja").is_file()
+    return adapter if own and adapter is not None else base
+
+
 def template_end_ids(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:
     """The id of the special token that ends a rendered assistant turn; empty if none does."""
     answer = "macft-answer"

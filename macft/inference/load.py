@@ -6,13 +6,14 @@ import logging
 from collections.abc import Sequence
 
 from macft.backends import load_backend
+from macft.backends.adapters import spec_of_adapter, warn_of_other_base
 from macft.backends.base import Backend, LoadedModel, ModelSpec, Sampling
-from macft.data.template import Message, load_template, template_end_ids
+from macft.data.template import Message, load_template, template_end_ids, template_folder
 from macft.data.tokenizer import load_tokenizer
+from macft.errors import ConfigError, ModelError
 from macft.inference.answer import answer
 from macft.inference.chat import ChatModel
-from macft.training.prepare import spec_of_adapter, warn_of_other_base
-from macft.weights.adapter import Adapter, read_adapter
+from macft.weights.adapter import Adapter, fitting, read_adapter
 from macft.weights.locate import ModelFolder, locate_adapter, locate_model
 from macft.weights.model_config import read_config
 
@@ -38,8 +39,7 @@ def load_chat_model(
     tokenizer = load_tokenizer(base.path)
     chat_template = None
     if not raw:
-        own = trained is not None and (trained.folder / "chat_template.jinja").exists()
-        source = trained.folder if own and trained is not None else base.path
+        source = template_folder(base.path, trained.folder if trained is not None else None)
         chat_template = load_template(source, tokenizer.special_map, template)
     backend, loaded = _load_backend(base, trained, backend_name)
     stop_ids = tokenizer.eos_ids
@@ -68,6 +68,8 @@ def compare_answers(
     max_new_tokens: int,
 ) -> dict[str, list[str]]:
     """Greedy answers of the base alone and with each adapter, under the labels to show."""
+    for folder in adapters:
+        read_adapter(locate_adapter(folder))  # a fault shows before the base has answered, which takes a while
     answers: dict[str, list[str]] = {}
     for adapter in (None, *adapters):
         chat, _ = load_chat_model(
@@ -101,9 +103,11 @@ def _answer(chat: ChatModel, messages: list[Message]) -> str:
 
 def _load_backend(base: ModelFolder, adapter: Adapter | None, name: str) -> tuple[Backend, LoadedModel]:
     backend = load_backend(name)
-    lora = spec_of_adapter(adapter) if adapter is not None else None
-    loaded = backend.load(ModelSpec(folder=base.path, lora=lora))
-    if adapter is not None:
-        warn_of_other_base(adapter, base)
+    if adapter is None:
+        return backend, backend.load(ModelSpec(folder=base.path, lora=None))
+    warn_of_other_base(adapter, base)
+    with fitting(adapter, base.name, ConfigError):
+        loaded = backend.load(ModelSpec(folder=base.path, lora=spec_of_adapter(adapter)))
+    with fitting(adapter, base.name, ModelError):
         backend.set_adapter_state(adapter.state)
     return backend, loaded

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from macft.backends.base import State
 from macft.errors import MacftError
 from macft.files import new_dir, write_json
+from macft.training.report import StepRecord
+from macft.weights.stream import write_state
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
@@ -31,6 +33,7 @@ class Progress:
     total_tokens: int = 0
     loss_sum: float = 0.0  # of all step losses so far
     seconds: float = 0.0  # spent in steps
+    unlogged: tuple[StepRecord, ...] = ()  # steps whose row of the log is still to come
 
 
 def save_checkpoint(
@@ -42,6 +45,7 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint-STEP, then delete the oldest beyond `keep`; it counts once its manifest is there.
 
+    Checkpoints of later steps are deleted too: the run went back before them and is on another course.
     `write_model` puts the model files into the folder it is given. Without `optimizer_state` the
     checkpoint cannot be resumed from.
     """
@@ -49,15 +53,16 @@ def save_checkpoint(
     with new_dir(path) as folder:
         write_model(folder)
         if optimizer_state is not None:
-            save_file(optimizer_state, folder / OPTIMIZER)
+            write_state(folder / OPTIMIZER, optimizer_state)
         write_json(folder / TRAINER_STATE, asdict(progress))
         files = sorted(file for file in folder.iterdir() if file.is_file())
         write_json(folder / MANIFEST, {file.name: _fingerprint(file) for file in files})
-    if keep is not None:
-        for old in list_checkpoints(output_dir)[:-keep]:
-            # without its manifest a half-deleted checkpoint does not count
-            (old / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(old)
+    others = list_checkpoints(output_dir)
+    newest = others.index(path)
+    for old in others[newest + 1 :] + (others[: max(0, newest + 1 - keep)] if keep is not None else []):
+        # without its manifest a half-deleted checkpoint does not count
+        (old / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(old)
     return path
 
 
@@ -96,9 +101,11 @@ def checkpoint_fault(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return f"no {MANIFEST}: it was not written to its end"
+        return f"no {MANIFEST}: it is no checkpoint, or one that was not written to its end"
     except ValueError:
         return f"{MANIFEST} is not JSON"
+    if not isinstance(manifest, dict):
+        return f"{MANIFEST} is not what was written"
     for name, wanted in manifest.items():
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -111,7 +118,9 @@ def checkpoint_fault(path: Path) -> str | None:
 
 def read_progress(path: Path) -> Progress:
     """Where the run stood."""
-    return Progress(**json.loads((path / TRAINER_STATE).read_text(encoding="utf-8")))
+    state = json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
+    state["unlogged"] = tuple(StepRecord(**record) for record in state["unlogged"])
+    return Progress(**state)
 
 
 def read_optimizer_state(path: Path) -> State:

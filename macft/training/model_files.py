@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from macft.backends.base import LoraSpec, State
 from macft.data.template import ChatTemplate
 from macft.data.tokenizer import Tokenizer
-from macft.files import write_json, write_text
+from macft.errors import MacftError, UsageError
+from macft.files import write_bytes, write_json, write_text
 from macft.weights.adapter import WEIGHTS_NAME, AdapterConfig, read_adapter, write_adapter
 from macft.weights.locate import ModelFolder, weights_hash
 from macft.weights.model_config import normalise_config, read_config
+from macft.weights.stream import write_state
 
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FULL_WEIGHTS = "model.safetensors"
@@ -34,7 +35,15 @@ class ModelFiles:
     template: ChatTemplate
 
     def write(self, folder: Path, state: State, *, exact: bool = False) -> None:
-        """Write the files; a full model takes the base's precision, or float32 if `exact`."""
+        """Write the files; a full model takes the base's precision, or float32 if `exact`.
+
+        Raises MacftError, before anything is written, when the numbers are not finite.
+        """
+        if broken := [name for name, value in state.items() if not np.isfinite(value).all()]:
+            raise MacftError(
+                f"{broken[0]}: not finite after the last step, nor are {len(broken) - 1} other parameters; training "
+                "has diverged and they are not written: lower learning_rate, or compute in float32 (bf16=false)"
+            )
         self.tokenizer.save(folder)
         write_text(folder / TEMPLATE, self.template.source)
         if self.lora is None:
@@ -58,19 +67,34 @@ class ModelFiles:
         config["dtype"] = config["torch_dtype"] = np.dtype(dtype).name
         for key in ("quantization", "quantization_config"):
             config.pop(key, None)
-        temporary = folder / f".{FULL_WEIGHTS}.tmp"
-        save_file({key: state[key].astype(dtype) for key in sorted(state)}, temporary, metadata={"format": "pt"})
-        temporary.replace(folder / FULL_WEIGHTS)
+        write_state(folder / FULL_WEIGHTS, state, dtype=dtype)
         write_json(folder / "config.json", config)
         generation = self.base.path / "generation_config.json"
         if generation.exists():
-            shutil.copyfile(generation, folder / generation.name)
+            write_bytes(folder / generation.name, generation.read_bytes())
 
     def read_state(self, folder: Path) -> State:
-        """The trained parameters that `write` put there."""
-        if self.lora is not None:
-            return read_adapter(folder).state
+        """The trained parameters that `write` put there; UsageError if they are of another kind of run."""
+        if self.lora is not None and (folder / WEIGHTS_NAME).exists():
+            adapter = read_adapter(folder)
+            self._check_shape(self.lora, adapter.config, folder)
+            return adapter.state
+        if self.lora is not None or not (folder / FULL_WEIGHTS).exists():
+            found, wanted = ("full", "lora") if self.lora is not None else ("lora", "full")
+            raise UsageError(f"{folder}: written with finetuning_type {found}, this run has {wanted}; set it back")
         return {name: value.astype(np.float32) for name, value in load_file(folder / FULL_WEIGHTS).items()}
+
+    def _check_shape(self, lora: LoraSpec, found: AdapterConfig, folder: Path) -> None:
+        pairs = {
+            "lora_rank": (found.rank, lora.rank),
+            "lora_alpha": (found.alpha, lora.alpha),
+            "use_rslora": (found.use_rslora, lora.use_rslora),
+            "use_dora": (found.use_dora, lora.use_dora),
+            "lora_target": (sorted(found.target_modules), sorted(self.target_modules)),
+        }
+        faults = [f"{key} {old}, this run has {new}" for key, (old, new) in pairs.items() if old != new]
+        if faults:
+            raise UsageError(f"{folder}: written with {'; '.join(faults)}; set it back")
 
 
 RUN_FILES = (

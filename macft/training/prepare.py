@@ -9,17 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
+from macft.backends.adapters import spec_of_adapter, warn_of_other_base
 from macft.backends.base import LoraSpec, ModelSpec
 from macft.config.settings import Settings
 from macft.data.batches import Plan
 from macft.data.dataset import read_examples, split_examples
 from macft.data.formats import Example
-from macft.data.template import ChatTemplate, load_template
+from macft.data.template import ChatTemplate, load_template, template_folder
 from macft.data.tokenize import TokenizedExample, TokenizeReport, tokenize_examples
 from macft.data.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import ConfigError
 from macft.weights.adapter import Adapter, read_adapter
-from macft.weights.locate import ModelFolder, locate_adapter, locate_model, weights_hash
+from macft.weights.locate import ModelFolder, locate_adapter, locate_model
 
 logger = logging.getLogger("macft")
 
@@ -47,8 +48,7 @@ def prepare(settings: Settings) -> Prepared:
         start = read_adapter(locate_adapter(settings.adapter_name_or_path))
         _check_start(settings, start, base)
     tokenizer = load_tokenizer(base.path)
-    # An adapter goes on with the template it was trained with.
-    source = start.folder if start is not None and (start.folder / "chat_template.jinja").exists() else base.path
+    source = template_folder(base.path, start.folder if start is not None else None)
     template = load_template(source, tokenizer.special_map, settings.template)
     examples = read_examples(settings.dataset, settings.dataset_dir, settings.max_samples)
     if settings.eval_dataset is not None:
@@ -108,22 +108,12 @@ def _check_start(settings: Settings, start: Adapter, base: ModelFolder) -> None:
         for key, value in own.items()
         if key in settings.model_fields_set and getattr(settings, key) not in (None, value)
     ]
-    if settings.lora_target != "all" and set(settings.lora_target.split(",")) != set(start.config.target_modules):
+    wanted = {name.strip() for name in settings.lora_target.split(",")}
+    if wanted != {"all"} and wanted != set(start.config.target_modules):
         faults.append(f"lora_target is {settings.lora_target}, the adapter has {','.join(start.config.target_modules)}")
     if faults:
         raise ConfigError(f"{start.folder}: {'; '.join(faults)}; remove these keys")
     warn_of_other_base(start, base)
-
-
-def warn_of_other_base(adapter: Adapter, base: ModelFolder) -> None:
-    """One warning when an adapter was trained on weights other than these."""
-    if adapter.base_hash is not None and adapter.base_hash != weights_hash(base.path):
-        logger.warning(
-            "%s was trained on %s, whose weights are not those of %s",
-            adapter.folder,
-            adapter.config.base,
-            base.name,
-        )
 
 
 def lora_spec(settings: Settings, start: Adapter | None) -> LoraSpec | None:
@@ -142,19 +132,6 @@ def lora_spec(settings: Settings, start: Adapter | None) -> LoraSpec | None:
     )
 
 
-def spec_of_adapter(adapter: Adapter, dropout: float = 0.0) -> LoraSpec:
-    """The spec that a saved adapter fits."""
-    config = adapter.config
-    return LoraSpec(
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=dropout,
-        target=config.target_modules,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-    )
-
-
 def model_spec(settings: Settings, prepared: Prepared) -> ModelSpec:
     """How to load the model for this run."""
     return ModelSpec(
@@ -167,6 +144,21 @@ def model_spec(settings: Settings, prepared: Prepared) -> ModelSpec:
         max_length=max(len(example.tokens) for example in [*prepared.train, *prepared.valid]),
         seed=settings.seed,
     )
+
+
+def resolved(settings: Settings, prepared: Prepared, backend_name: str) -> Settings:
+    """The settings with what the run found out filled in: the backend, and a loaded adapter's own shape."""
+    update: dict[str, object] = {"backend": backend_name}
+    if prepared.start is not None:
+        config = prepared.start.config
+        update |= {
+            "lora_rank": config.rank,
+            "lora_alpha": config.alpha,
+            "lora_target": ",".join(config.target_modules),
+            "use_rslora": config.use_rslora,
+            "use_dora": config.use_dora,
+        }
+    return settings.model_copy(update=update)
 
 
 def is_occupied(output_dir: Path, names: tuple[str, ...]) -> bool:

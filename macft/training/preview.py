@@ -14,9 +14,9 @@ from macft.config.load import load_settings
 from macft.config.settings import Settings
 from macft.data.dataset import read_examples
 from macft.data.preview import preview, preview_json
-from macft.data.template import load_template
+from macft.data.template import load_template, template_folder
 from macft.data.tokenizer import load_tokenizer
-from macft.weights.locate import locate_model
+from macft.weights.locate import locate_adapter, locate_model
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -26,7 +26,9 @@ def preview_source(source: str, overrides: Sequence[str], row: int, model: str |
     settings = _settings(source, overrides, model)
     folder = locate_model(settings.model_name_or_path).path
     tokenizer = load_tokenizer(folder)
-    template = load_template(folder, tokenizer.special_map, settings.template)
+    adapter = settings.adapter_name_or_path
+    source_folder = template_folder(folder, locate_adapter(adapter) if adapter is not None else None)
+    template = load_template(source_folder, tokenizer.special_map, settings.template)
     examples = read_examples(settings.dataset, settings.dataset_dir, settings.max_samples)
     show = partial(
         preview_json if as_json else partial(preview, console=Console()),

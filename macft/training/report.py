@@ -45,7 +45,8 @@ class Report:
     """What the training loop shows and logs; a row's loss is the mean of the step losses since the last row.
 
     Opening it cuts the log back to `start_step` (0: begins it anew). `start_tokens` is what the
-    run had read before it was resumed. Use as a context manager, or call `close`.
+    run had read before it was resumed, `unlogged` the steps since its last row. Use as a context
+    manager, or call `close`.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class Report:
         start_step: int = 0,
         start_tokens: int = 0,
         reporters: Sequence[Reporter] = (),
+        unlogged: Sequence[StepRecord] = (),
     ) -> None:
         self.total_tokens = start_tokens
         self._total_steps = total_steps
         self._start_step = start_step
         self._reporters = reporters
-        self._since_log: list[StepRecord] = []
+        self._since_log: list[StepRecord] = list(unlogged)
         self._started = time.perf_counter()
         self._file = _open_log(output_dir, start_step)
         self._bar = _Bar(total_steps, start_step) if _stderr_is_terminal() else None
@@ -70,6 +72,11 @@ class Report:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    @property
+    def unlogged(self) -> tuple[StepRecord, ...]:
+        """The steps whose row is still to come."""
+        return tuple(self._since_log)
 
     def step(self, record: StepRecord) -> None:
         """Take in one optimizer step and move the progress bar."""

@@ -27,16 +27,20 @@ class Reporter(Protocol):
     def close(self) -> None: ...
 
 
+def check_reporters(names: Sequence[str]) -> dict[str, str]:
+    """The package that serves each reporter `report_to` names; `none` stands for no reporter.
+
+    Raises UsageError for an unknown name and MissingPackageError, with the command, for a package
+    that is not installed.
+    """
+    return {name: _installed_package(name) for name in dict.fromkeys(names) if name != "none"}
+
+
 def open_reporters(
     names: Sequence[str], output_dir: Path, run_name: str, settings: Mapping[str, Any]
 ) -> list[Reporter]:
-    """The reporters that `report_to` names; `none` stands for no reporter.
-
-    Raises UsageError for an unknown name and MissingPackageError, with the command, for a package
-    that is not installed; both before any reporter is opened.
-    """
-    wanted = [name for name in dict.fromkeys(names) if name != "none"]
-    packages = {name: _installed_package(name) for name in wanted}
+    """The reporters that `report_to` names; raises as `check_reporters` does, before any is opened."""
+    packages = check_reporters(names)
     return [_open(name, package, output_dir, run_name, settings) for name, package in packages.items()]
 
 

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from macft.backends import PACKAGES, choose_backend, load_backend
-from macft.backends.base import Backend, LoadedModel, OptimizerSpec
+from macft.backends.base import Backend, LoadedModel, LoraSpec, OptimizerSpec, StepResult
 from macft.config.load import dump_yaml
 from macft.config.settings import Settings
 from macft.data.batches import NumpyBatch, collate, in_order
-from macft.errors import MacftError, UsageError
-from macft.files import write_text
+from macft.errors import ConfigError, MacftError, ModelError, StoppedError, UsageError
+from macft.files import remove_leftovers, write_text
 from macft.objectives.losses import OBJECTIVES, Objective
 from macft.objectives.ops import NumpyOps
 from macft.training.awake import keep_awake
 from macft.training.checkpoint import (
     Progress,
+    checkpoint_fault,
     find_checkpoint,
     list_checkpoints,
     read_optimizer_state,
@@ -32,12 +34,13 @@ from macft.training.checkpoint import (
 )
 from macft.training.finish import finish
 from macft.training.model_files import RUN_FILES, ModelFiles
-from macft.training.prepare import Prepared, is_occupied, model_spec, prepare
+from macft.training.prepare import Prepared, is_occupied, model_spec, prepare, resolved
 from macft.training.report import Report, StepRecord
-from macft.training.reporters import open_reporters
+from macft.training.reporters import check_reporters, open_reporters
 from macft.training.results import eval_results, merge_results, read_results
 from macft.training.schedule import Schedule, warmup_steps
 from macft.training.tell import tell_data, tell_model
+from macft.weights.adapter import fitting
 
 logger = logging.getLogger("macft")
 
@@ -47,32 +50,34 @@ def train(settings: Settings) -> Path:
     output_dir = Path(settings.output_dir).expanduser()
     backend_name = choose_backend(settings.backend)
     _check_output_dir(settings, output_dir)
-    reporters = open_reporters(
-        [name.strip() for name in settings.report_to.split(",")],
-        output_dir,
-        settings.run_name or output_dir.name,
-        settings.model_dump(),
-    )
+    trackers = [name.strip() for name in settings.report_to.split(",")]
+    check_reporters(trackers)
     prepared = prepare(settings)
+    _check_base_is_safe(prepared, output_dir)
     checkpoint = None
     if settings.resume_from_checkpoint is not False:
         checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint)
-        _check_data(checkpoint, prepared)
+        _check_position(checkpoint, prepared)
     tell_data(settings, prepared)
     backend = load_backend(backend_name)
     spec = model_spec(settings, prepared)
-    loaded = backend.load(spec, _optimizer_spec(settings))
+    with fitting(prepared.start, prepared.base.name, ConfigError) if prepared.start is not None else nullcontext():
+        loaded = backend.load(spec, _optimizer_spec(settings))
     tell_model(settings, backend_name, loaded)
-    files = ModelFiles(prepared.base, spec.lora, _adapter_targets(loaded), prepared.tokenizer, prepared.template)
+    targets = _adapter_targets(spec.lora, loaded)
+    files = ModelFiles(prepared.base, spec.lora, targets, prepared.tokenizer, prepared.template)
     progress = _start(backend, files, prepared, checkpoint)
     if settings.overwrite_output_dir:
         _clear(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / "config.yaml", dump_yaml(settings.model_copy(update={"backend": backend_name})))
+    remove_leftovers(output_dir)
+    write_text(output_dir / "config.yaml", dump_yaml(resolved(settings, prepared, backend_name)))
+    reporters = open_reporters(trackers, output_dir, settings.run_name or output_dir.name, settings.model_dump())
     with ExitStack() as stack:
         stack.enter_context(keep_awake())
+        total = prepared.plan.total_steps
         report = stack.enter_context(
-            Report(output_dir, prepared.plan.total_steps, progress.step, progress.total_tokens, reporters)
+            Report(output_dir, total, progress.step, progress.total_tokens, reporters, progress.unlogged)
         )
         progress = _Run(settings, prepared, backend, files, report, output_dir).loop(progress)
     finish(settings, prepared, backend, files, output_dir, progress, PACKAGES[backend_name])
@@ -107,19 +112,26 @@ class _Run:
         )
 
     def loop(self, progress: Progress) -> Progress:
-        """Train from the step after `progress.step` to the end of the plan."""
+        """Train from the step after `progress.step` to the end of the plan; StoppedError if the user stops it."""
         plan = self.prepared.plan
-        for indices in plan.steps(after=progress.step):
-            progress = self._step([collate([self.prepared.train[i] for i in part]) for part in indices], progress)
-            is_last = progress.step == plan.total_steps
-            if is_last or progress.step % self.settings.logging_steps == 0:
-                self.report.log()
-            if self._is_due(self._eval_strategy, self._eval_steps, progress.step):
-                self.evaluate(progress.step)
-            strategy = self.settings.save_strategy
-            if self._is_due(strategy, self.settings.save_steps, progress.step) or (is_last and strategy != "no"):
-                self.save(progress)
+        try:
+            for indices in plan.steps(after=progress.step):
+                batches = [collate([self.prepared.train[i] for i in part]) for part in indices]
+                progress = self._step(batches, progress)
+                self._after_step(progress)
+        except KeyboardInterrupt:
+            raise StoppedError(_stopped_text(self.output_dir, progress.step, plan.total_steps)) from None
         return progress
+
+    def _after_step(self, progress: Progress) -> None:
+        is_last = progress.step == self.prepared.plan.total_steps
+        if is_last or progress.step % self.settings.logging_steps == 0:
+            self.report.log()
+        if self._is_due(self._eval_strategy, self._eval_steps, progress.step):
+            self.evaluate(progress.step)
+        strategy = self.settings.save_strategy
+        if self._is_due(strategy, self.settings.save_steps, progress.step) or (is_last and strategy != "no"):
+            self.save(progress)
 
     def _step(self, micro_batches: list[NumpyBatch], before: Progress) -> Progress:
         start = time.perf_counter()
@@ -127,7 +139,7 @@ class _Run:
         result = self.backend.train_step(self.objective, micro_batches, lr=lr, step=before.step)
         seconds = time.perf_counter() - start
         step = before.step + 1
-        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+        if _has_diverged(result):
             raise MacftError(
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; training has diverged: "
                 "lower learning_rate, or compute in float32 (bf16=false)"
@@ -190,11 +202,17 @@ class _Run:
         state = self.backend.adapter_state()
         save_checkpoint(
             self.output_dir,
-            progress,
+            replace(progress, unlogged=self.report.unlogged),
             None if self.settings.save_only_model else self.backend.optimizer_state(),
             lambda folder: self.files.write(folder, state, exact=True),
             keep=self.settings.save_total_limit,
         )
+
+
+def _has_diverged(result: StepResult) -> bool:
+    """Whether numbers have overflowed; norm layers turn infinite activations into 0, and with them all gradients."""
+    is_dead = result.grad_norm == 0 and result.loss > 0.1
+    return is_dead or not math.isfinite(result.loss) or not math.isfinite(result.grad_norm)
 
 
 def evaluation_loss(backend: Backend, objective: Objective, batches: Iterator[NumpyBatch]) -> float:
@@ -221,6 +239,9 @@ def _optimizer_spec(settings: Settings) -> OptimizerSpec:
 def _check_output_dir(settings: Settings, output_dir: Path) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"output_dir: {output_dir} is a file; give a folder")
+    parent = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"output_dir: {output_dir} cannot be written: {parent} is no folder one may write to")
     if settings.resume_from_checkpoint is not False or settings.overwrite_output_dir:
         return
     if is_occupied(output_dir, RUN_FILES):
@@ -228,6 +249,11 @@ def _check_output_dir(settings: Settings, output_dir: Path) -> None:
             f"output_dir: {output_dir} already holds a run; set resume_from_checkpoint=true to go on with it, "
             "overwrite_output_dir=true to start anew, or another output_dir"
         )
+
+
+def _check_base_is_safe(prepared: Prepared, output_dir: Path) -> None:
+    if output_dir.resolve() == prepared.base.path.resolve():
+        raise UsageError(f"output_dir: {output_dir} is the folder of the base model; give another folder")
 
 
 def _clear(output_dir: Path) -> None:
@@ -238,12 +264,15 @@ def _clear(output_dir: Path) -> None:
         (output_dir / name).unlink(missing_ok=True)
 
 
-def _check_data(checkpoint: Path, prepared: Prepared) -> None:
-    if read_progress(checkpoint).data_hash != prepared.data_hash:
+def _check_position(checkpoint: Path, prepared: Prepared) -> None:
+    progress, total = read_progress(checkpoint), prepared.plan.total_steps
+    if progress.data_hash != prepared.data_hash:
         raise UsageError(
             f"{checkpoint}: written on other data, or with another batch size, seed or template; the position "
             "in the data means nothing here. Restore those settings, or start anew with overwrite_output_dir=true"
         )
+    if progress.step > total:
+        raise UsageError(f"{checkpoint}: past the end of a run of {total} steps; raise num_train_epochs or max_steps")
 
 
 def _start(backend: Backend, files: ModelFiles, prepared: Prepared, checkpoint: Path | None) -> Progress:
@@ -255,13 +284,28 @@ def _start(backend: Backend, files: ModelFiles, prepared: Prepared, checkpoint: 
         logger.info("resuming after step %d from %s", progress.step, checkpoint)
         return progress
     if prepared.start is not None:
-        backend.set_adapter_state(prepared.start.state)
+        with fitting(prepared.start, prepared.base.name, ModelError):
+            backend.set_adapter_state(prepared.start.state)
     return Progress(data_hash=prepared.data_hash)
 
 
-def _adapter_targets(loaded: LoadedModel) -> tuple[str, ...]:
-    """The last parts of the target names: what PEFT, vLLM and people expect to read."""
+def _adapter_targets(lora: LoraSpec | None, loaded: LoadedModel) -> tuple[str, ...]:
+    """The last parts of the target names, what PEFT, vLLM and people expect to read, where they say enough."""
+    # q_proj would name it in every layer, layers.0.self_attn.q_proj in one
+    if lora is not None and any("." in name for name in lora.target):
+        return tuple(sorted(loaded.target_modules))
     return tuple(sorted({name.rsplit(".", 1)[-1] for name in loaded.target_modules}))
+
+
+def _stopped_text(output_dir: Path, step: int, total_steps: int) -> str:
+    whole = (path for path in reversed(list_checkpoints(output_dir)) if checkpoint_fault(path) is None)
+    checkpoint = next(whole, None)
+    how = (
+        f"resume_from_checkpoint=true goes on from {checkpoint}"
+        if checkpoint is not None
+        else f"{output_dir} holds no checkpoint to go on from, overwrite_output_dir=true starts anew"
+    )
+    return f"stopped after step {step} of {total_steps}; {how}"
 
 
 def dry_run(settings: Settings) -> str:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (numpy reads bfloat16 only once this is imported)
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from macft import __version__
-from macft.errors import ModelError, join_faults
+from macft.errors import MacftError, ModelError, join_faults
 from macft.files import write_json
+from macft.weights.stream import write_state
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -45,6 +47,15 @@ class Adapter:
     base_hash: str | None
 
 
+@contextmanager
+def fitting(adapter: Adapter, base: str, kind: type[MacftError]) -> Iterator[None]:
+    """Errors of this kind, raised where the adapter meets the base, name both as ModelError."""
+    try:
+        yield
+    except kind as error:
+        raise ModelError(f"{adapter.folder}: made for {adapter.config.base}, on {base}: {error}") from None
+
+
 def write_adapter(folder: Path, config: AdapterConfig, state: State, base_hash: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors into an existing folder.
 
@@ -52,17 +63,8 @@ def write_adapter(folder: Path, config: AdapterConfig, state: State, base_hash: 
     know in its configuration.
     """
     metadata = {"format": "pt", "macft": __version__, "base_weights": base_hash}
-    temporary = folder / f".{WEIGHTS_NAME}.tmp"
-    save_file({name: np.ascontiguousarray(state[name]) for name in sorted(state)}, temporary, metadata=metadata)
-    temporary.replace(folder / WEIGHTS_NAME)
+    write_state(folder / WEIGHTS_NAME, state, metadata=metadata)
     write_json(folder / CONFIG_NAME, _peft_config(config))
-
-
-def short_targets(targets: Sequence[str], linears: Sequence[str]) -> tuple[str, ...]:
-    """The last parts of the target names if they name these modules and no others, else full names."""
-    parts = {name.rsplit(".", 1)[-1] for name in targets}
-    named = {name for name in linears if name.rsplit(".", 1)[-1] in parts}
-    return tuple(sorted(parts)) if named == set(targets) else tuple(targets)
 
 
 def _peft_config(config: AdapterConfig) -> dict[str, Any]:
@@ -96,6 +98,14 @@ _UNSUPPORTED = {
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
     "layer_replication": (None,),
+    "layers_to_transform": (None,),
+    "exclude_modules": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None,),

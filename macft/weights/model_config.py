@@ -41,6 +41,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_text_model(config: dict[str, Any]) -> None:
+    """Refuse models that wrap a text model in another: the engines name their parts differently (ModelError)."""
+    wrapped = next((key for key in ("text_config", "vision_config", "audio_config") if key in config), None)
+    if wrapped is not None:
+        raise ModelError(
+            f"config.json: model_type {config['model_type']} has a {wrapped}; only plain text models can be "
+            "trained: take the text-only variant of this model"
+        )
+
+
 def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
     """A copy that holds both spellings of every key on which mlx-lm and transformers v5 differ.
 

@@ -25,6 +25,7 @@ from macft.backends.mlx.step import (
     AdamW,
     GradientStep,
     Parameters,
+    cast,
     clip,
     gradient_step,
     padded,
@@ -74,7 +75,7 @@ class MlxBackend:
         self._compiles = models.on_gpu()
         self._multiple = COMPILED_SHAPE_MULTIPLE if self._compiles else 1
         self._place_masters()
-        if models.on_gpu():
+        if mx.metal.is_available():
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
         trainable, total = models.count_parameters(self._model)
         return LoadedModel(
@@ -195,7 +196,7 @@ class MlxBackend:
         return int(mx.get_peak_memory()) if models.on_gpu() else peak_process_memory()
 
     def _place_masters(self) -> None:
-        place(self._model, {path: value.astype(self._dtype) for path, value in self._masters.items()})
+        place(self._model, cast(self._masters, self._dtype))
 
 
 def _float(scalar: mx.array) -> float:

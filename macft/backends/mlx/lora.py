@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from macft.backends.base import PEFT_PREFIX, LoraSpec, State, initial_lora_a, select_targets
 from macft.errors import ConfigError, ModelError
 
-_SUFFIXES = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
+MAGNITUDE = "lora_magnitude_vector"
+_SUFFIXES = {"lora_A": ".weight", "lora_B": ".weight", MAGNITUDE: ""}
 
 
 @dataclass
@@ -47,12 +48,13 @@ class LoraLinear(nn.Module):
         """x: [..., in] -> [..., out]."""
         dropped = self._drop(x)
         delta = self._scale * ((dropped @ self.lora_A.T) @ self.lora_B.T)
-        if "lora_magnitude_vector" not in self:
+        if MAGNITUDE not in self:
             return self.base(x) + delta.astype(x.dtype)
         # y = b + m / ||W + s B A|| * (W x + s B A x); the norm is a constant in the backward pass
-        updated = dense_weight(self.base) + self._scale * (self.lora_B @ self.lora_A)
-        norm = mx.stop_gradient(mx.linalg.norm(updated.astype(mx.float32), axis=1))
-        ratio = (self.lora_magnitude_vector.astype(mx.float32) / norm).astype(x.dtype)
+        delta_weight = self.lora_B.astype(mx.float32) @ self.lora_A.astype(mx.float32)
+        updated = dense_weight(self.base).astype(mx.float32) + self._scale * delta_weight
+        norm = mx.stop_gradient(mx.linalg.norm(updated, axis=1))
+        ratio = (self.lora_magnitude_vector / norm).astype(x.dtype)
         bias = self.base.get("bias")
         product = self.base(dropped) if bias is None else self.base(dropped) - bias
         result = ratio * (product + delta.astype(x.dtype))

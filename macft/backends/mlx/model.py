@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model as load_mlx_lm_model
 
 from macft.backends.base import ModelSpec
 from macft.errors import ModelError
-from macft.weights.model_config import check_window, normalise_config, read_config
+from macft.weights.model_config import check_text_model, check_window, normalise_config, read_config
 from macft.weights.quantized import LOAD_GROUP_SIZE
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -37,6 +37,7 @@ class Loaded:
 def load(spec: ModelSpec) -> Loaded:
     """Load a folder in HF or MLX layout, quantized or not, in the precision of this device."""
     config = normalise_config(read_config(spec.folder))
+    check_text_model(config)
     check_window(config, spec.max_length)
     notes: list[str] = []
     dtype = _compute_dtype(spec.precision, notes)
@@ -63,6 +64,8 @@ def _compute_dtype(precision: str, notes: list[str]) -> mx.Dtype:
     if precision != "float32" and not on_gpu():
         notes.append(f"{precision} products are slow on MLX's CPU build: computing in float32")
         return mx.float32
+    if precision == "float16":
+        notes.append("float16 gradients are not scaled here: bf16=true is safer")
     return DTYPES[precision]
 
 

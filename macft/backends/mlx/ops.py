@@ -42,5 +42,5 @@ def _logsumexp(x: mx.array) -> mx.array:
     """log sum exp over the last axis [K, V] -> [K], block by block for the reason above."""
     extra = -x.shape[-1] % _BLOCK
     if extra:
-        x = mx.pad(x, ((0, 0), (0, extra)), constant_values=-float("inf"))
+        x = mx.concatenate([x, mx.full((x.shape[0], extra), -float("inf"))], axis=-1)
     return mx.logsumexp(mx.logsumexp(x.reshape(x.shape[0], -1, _BLOCK), axis=-1), axis=-1)

@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from macft.backends.base import OptimizerSpec, is_decayed
-from macft.backends.mlx.lora import Dropout
+from macft.backends.mlx.lora import MAGNITUDE, Dropout
 from macft.backends.mlx.model import RowGather
 from macft.backends.mlx.ops import MlxOps, cross_entropy, exact_sum
 from macft.data.batches import Batch, NumpyBatch
@@ -81,7 +81,7 @@ def gradient_step(
         keys: mx.array | None,
         scale: mx.array,
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        place(model, {path: value.astype(dtype) for path, value in parameters.items()})
+        place(model, cast(parameters, dtype))
         if dropout is not None:
             dropout.keys = keys
         logps = token_logps(model, gather, tokens, rows, valid)
@@ -95,6 +95,11 @@ def gradient_step(
         return value, metrics, gradients
 
     return step
+
+
+def cast(parameters: Parameters, dtype: mx.Dtype) -> Parameters:
+    """Parameters in the compute type; DoRA magnitudes stay float32, whose ratio to a norm must be 1 at the start."""
+    return {path: value if path.endswith(MAGNITUDE) else value.astype(dtype) for path, value in parameters.items()}
 
 
 def place(model: nn.Module, parameters: Parameters) -> None:

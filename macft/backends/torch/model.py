@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from macft.backends.base import ModelSpec
 from macft.errors import MacftError, MissingPackageError, ModelError
-from macft.weights.model_config import normalise_config, read_config
+from macft.weights.model_config import check_text_model, normalise_config, read_config
 from macft.weights.quantized import dequantize_folder_tensors, quantization_of, roundtrip_folder_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,11 +62,13 @@ def load(spec: ModelSpec) -> Loaded:
             f"{' '.join(str(error).split())[:160].rstrip('.')}; give a causal language model"
         ) from error
     model.config.use_cache = False
-    return Loaded(model.to(device) if spec.quantization_bit is None else model, device, dtype, notes)
+    is_placed = spec.quantization_bit is not None and device.type == "cuda"
+    return Loaded(model if is_placed else model.to(device), device, dtype, notes)
 
 
 def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, notes: list[str]) -> torch.nn.Module:
     config = read_config(spec.folder)
+    check_text_model(config)
     if quantization_of(config) is not None:
         notes.append("the MLX-quantized base is dequantized: PyTorch has no kernels for it")
         return _from_tensors(spec, dequantize_folder_tensors(spec.folder), dtype)
@@ -132,6 +134,8 @@ def _compute_dtype(precision: str, device: torch.device, notes: list[str]) -> to
     if precision == "float16" and device.type == "cpu":
         notes.append("float16 is not trainable on the CPU: computing in float32")
         return torch.float32
+    if precision == "float16":
+        notes.append("float16 gradients are not scaled here: bf16=true is safer")
     return DTYPES[precision]
 
 

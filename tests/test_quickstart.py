@@ -1,0 +1,132 @@
+"""A new user's first minutes: `make quickstart` in a fresh copy of the checkout, then every command of the docs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from commands import CHECKOUT
+
+DOCUMENTS = ("README.md", "README.zh-CN.md", *sorted(f"docs/{path.name}" for path in (CHECKOUT / "docs").glob("*.md")))
+# Commands that are not run here -> why.
+NOT_RUN = {
+    "make quickstart": "run once for all tests of this file, by the fixture",
+    "make test": "it would run this test, without end",
+}
+# what an outer `make test` or an activated environment would hand on to the commands
+_INHERITED = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "VIRTUAL_ENV", "PYTHONPATH")
+_TIMEOUT = 1200
+# what only the trained model knows, one for each prompt of configs/quickstart_prompts.txt
+LEARNT = ("Mica", "Biscuit", "Ola Brandt")
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of the checkout in which `make quickstart` has run once, and what that printed."""
+
+    folder: Path
+    environment: dict[str, str]
+    first: subprocess.CompletedProcess[str]
+
+    def run(self, command: str) -> subprocess.CompletedProcess[str]:
+        return _run(command, self.folder, self.environment)
+
+
+def _run(command: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=_TIMEOUT
+    )
+
+
+def shell_commands(document: str) -> list[str]:
+    """The lines of all ```sh blocks of a document, without blank ones and comments."""
+    text = (CHECKOUT / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def project_files() -> list[str]:
+    """Files that are in the repository, or would be if they were added now."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [name for name in listed.stdout.splitlines() if (CHECKOUT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
+    folder = tmp_path_factory.mktemp("quickstart") / "checkout"
+    for name in project_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(CHECKOUT / name, folder / name)
+    environment = {key: value for key, value in os.environ.items() if key not in _INHERITED}
+    # narrow: answers come as a list, whole lines; an own cache: the model is imported as on a fresh machine
+    environment |= {"COLUMNS": "60", "MACFT_CACHE": str(folder.parent / "cache")}
+    return Copy(folder, environment, _run("make quickstart", folder, environment))
+
+
+def answers(output: str) -> list[tuple[str, str]]:
+    """(before, after) of each prompt in the list that `macft compare` prints."""
+    found = []
+    for part in re.split(r"^prompt \d+: ", output, flags=re.MULTILINE)[1:]:
+        _, before, after = re.split(r"^  \[.*\]$", part, flags=re.MULTILINE)
+        found.append((before, after))
+    return found
+
+
+def check_answers(output: str) -> None:
+    pairs = answers(output)
+    assert len(pairs) == len(LEARNT)
+    for (before, after), word in zip(pairs, LEARNT, strict=True):
+        assert word in after and word not in before, f"{word}: {before} -> {after}"
+
+
+@pytest.mark.slow
+def test_the_first_quickstart_learns_what_the_base_does_not_know(copy):
+    assert copy.first.returncode == 0, copy.first.stdout + copy.first.stderr
+    check_answers(copy.first.stdout)
+    shown = [line for line in copy.first.stderr.splitlines() if line.startswith("step ")]
+    assert len(shown) >= 10, "progress was visible throughout"
+    assert "Traceback" not in copy.first.stderr and "Warning" not in copy.first.stderr
+    for name in ("trainer_log.jsonl", "training_loss.png", "all_results.json", "adapter_config.json", "config.yaml"):
+        assert (copy.folder / "runs" / "quickstart" / name).is_file()
+
+
+@pytest.mark.slow
+def test_the_second_quickstart_only_answers(copy):
+    start = time.perf_counter()
+    second = copy.run("make quickstart")
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert time.perf_counter() - start < 60
+    assert answers(second.stdout) == answers(copy.first.stdout)
+    assert not [line for line in second.stderr.splitlines() if line.startswith("step ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_of_the_documents_works(document, copy):
+    assert copy.first.returncode == 0, copy.first.stderr
+    for command in shell_commands(document):
+        if command in NOT_RUN:
+            continue
+        done = copy.run(command)
+        assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
+        assert "Traceback" not in done.stderr, f"$ {command}\n{done.stderr}"
+
+
+def test_the_readme_shows_the_two_commands_first():
+    for document in ("README.md", "README.zh-CN.md"):
+        assert shell_commands(document)[:2] == ["make quickstart", "make test"]
+    everywhere = {command for document in DOCUMENTS for command in shell_commands(document)}
+    assert set(NOT_RUN) <= everywhere, "an exclusion that excludes nothing"
