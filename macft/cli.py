@@ -35,6 +35,8 @@ def train(arguments: tuple[str, ...], backend: str | None, dry_run: bool) -> Non
     from macft.training.run import dry_run as run_dry
     from macft.training.run import train as run
 
+    if not arguments:
+        raise UsageError("macft train wants a configuration: macft train configs/quickstart.yaml [key=value ...]")
     overrides = list(arguments)
     config = None
     if overrides and not overrides[0].startswith("--") and "=" not in overrides[0]:
@@ -108,6 +110,8 @@ def chat(
         raise UsageError("--raw uses no chat template, so --system and --template have no effect; drop one")
     if prompt is not None and prompt_file is not None:
         raise UsageError("--prompt and --prompt-file exclude each other; keep one")
+    if prompt is not None and not prompt.strip():
+        raise UsageError("--prompt is empty; give the text to answer")
     conversations = None
     if prompt is not None:
         conversations = [user_turn(prompt)]

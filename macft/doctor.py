@@ -21,7 +21,7 @@ from rich.text import Text
 from macft import __version__
 from macft.files import cache_dir
 
-Status = Literal["ok", "missing", "warning"]
+Status = Literal["ok", "optional", "missing", "warning"]
 
 # a broken framework must not take the doctor along, so each is asked in a process of its own
 _TIMEOUT = 60
@@ -56,13 +56,11 @@ _PACKAGES = {
     "transformers": ("both backends", "pip install 'transformers>=5.0'"),
     "peft": ("the PyTorch backend", _ENGINE_COMMANDS["torch"]),
     "bitsandbytes": ("quantization_bit on NVIDIA", "pip install bitsandbytes"),
-    "deepspeed": ("ZeRO on NVIDIA", "pip install deepspeed"),
-    "xllamacpp": ("the test suite", "pip install xllamacpp"),
     "tensorboard": ("report_to: tensorboard", "pip install tensorboard"),
     "wandb": ("report_to: wandb", "pip install wandb"),
     "swanlab": ("report_to: swanlab", "pip install swanlab"),
 }
-_NVIDIA_ONLY = {"bitsandbytes", "deepspeed"}
+_NVIDIA_ONLY = {"bitsandbytes"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,6 @@ def examine() -> list[Finding]:
         *_packages(),
         _built_in_model(),
         _hub(),
-        _ollama(),
         _auto(),
     ]
 
@@ -92,14 +89,14 @@ def examine() -> list[Finding]:
 def show(findings: list[Finding], console: Console) -> None:
     """One aligned line per finding, and under what is missing the way to get it."""
     width = max(len(finding.name) for finding in findings)
-    colours = {"ok": "green", "missing": "yellow", "warning": "red"}
+    colours = {"ok": "green", "optional": "cyan", "missing": "yellow", "warning": "red"}
     for finding in findings:
         line = Text.assemble(
-            (f"{finding.status:<8}", colours[finding.status]), f"{finding.name:<{width}}  {finding.detail}"
+            (f"{finding.status:<9}", colours[finding.status]), f"{finding.name:<{width}}  {finding.detail}"
         )
         console.print(line, soft_wrap=True)
         if finding.remedy:
-            remedy = Text(f"{'':{8 + width}}  to get it: {finding.remedy}", style="dim")
+            remedy = Text(f"{'':{9 + width}}  to get it: {finding.remedy}", style="dim")
             console.print(remedy, soft_wrap=True)
 
 
@@ -176,7 +173,7 @@ def _packages() -> Iterator[Finding]:
             continue
         found = _version(name)
         if found is None:
-            yield Finding(name, "missing", f"not installed; needed for {purpose}", command)
+            yield Finding(name, "optional", f"not installed; for {purpose}", command)
         else:
             yield Finding(name, "ok", found)
 
@@ -207,14 +204,6 @@ def _hub() -> Finding:
 
 def _is_set(flag: str) -> bool:
     return os.environ.get(flag, "").upper() in {"1", "ON", "YES", "TRUE"}
-
-
-def _ollama() -> Finding:
-    path = shutil.which("ollama")
-    if path is None:
-        detail = "not found; needed to run exported models"
-        return Finding("ollama", "missing", detail, "https://ollama.com/download")
-    return Finding("ollama", "ok", path)
 
 
 def _auto() -> Finding:

@@ -92,7 +92,9 @@ def test_a_missing_model_names_the_nearest(folder, model):
     )
 
 
-def test_a_hub_model_out_of_reach(folder):
+def test_a_hub_model_out_of_reach(folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refused(folder, "model_name_or_path=nobody/nothing")
     assert message.startswith("nobody/nothing: not in the hub cache, and HF_HUB_OFFLINE is set; ")
 
@@ -116,8 +118,8 @@ def test_a_built_in_model_whose_package_is_missing(folder):
 
 def test_missing_data_says_where_it_was_looked_for(folder):
     assert refused(folder, "dataset=chats.jsonl").startswith(
-        "chats.jsonl: no such data file; looked for chats.jsonl, data/chats.jsonl, data/chats.jsonl.jsonl, "
-        "data/chats.jsonl.json; did you mean chat.jsonl?"
+        "chats.jsonl: no such data file; looked for chats.jsonl, data/chats.jsonl in "
+        f"{folder}; did you mean chat.jsonl?"
     )
 
 
@@ -143,7 +145,8 @@ def test_a_missing_template(folder, model):
 def test_lines_that_are_not_json_all_at_once(folder):
     (folder / "bad.jsonl").write_text('{"messages": []}\n{oops}\n[1]\n')
     assert refused(folder, "dataset=bad.jsonl").split("\n") == [
-        "bad.jsonl: 2 faults",
+        "bad.jsonl: 3 faults in messages rows",
+        '  line 1: "messages": the list is empty, wanted at least one user and one assistant message',
         "  line 2: not JSON (Expecting property name enclosed in double quotes at column 2)",
         "  line 3: found a list, wanted an object",
     ]
@@ -165,11 +168,12 @@ def write_rows(path: Path, *conversations: list[tuple[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_rows_with_nothing_to_train_on(folder):
+def test_rows_with_nothing_to_train_on(folder, model):
     write_rows(folder / "bad.jsonl", [("user", "hello")], [("user", "who")])
     assert refused(folder, "dataset=bad.jsonl") == (
         "none of the 2 examples has a token to train on: each lacks an assistant turn, "
-        "or is cut before it by cutoff_len 2048"
+        f"is cut before it by cutoff_len 2048, or its template, {model / 'tokenizer_config.json'}, "
+        "renders no answer"
     )
 
 

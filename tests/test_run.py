@@ -395,3 +395,20 @@ def test_a_dry_run_keeps_nothing(model, data, tmp_path):
     said = dry_run(toy_settings(model, data, tmp_path / "out", "mlx", save_strategy="epoch"))
     assert said.startswith("dry run: all of it works")
     assert not names_in(tmp_path)
+
+
+def test_overwriting_a_full_run_with_lora_leaves_no_model_config_behind(model, data, tmp_path):
+    """A folder with config.json but no weights would pass for a broken model."""
+    run = tmp_path / "run"
+    train(toy_settings(model, data, run, "torch", finetuning_type="full", max_steps=1))
+    assert "config.json" in names_in(run)
+    train(toy_settings(model, data, run, "torch", max_steps=1, overwrite_output_dir=True))
+    assert not {"config.json", "generation_config.json", "model.safetensors"} & names_in(run)
+    assert "adapter_config.json" in names_in(run)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_data_is_read(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    settings = toy_settings(model, tmp_path / "absent.jsonl", tmp_path / "file" / "run", "torch")
+    with pytest.raises(UsageError, match=r"output_dir: .* cannot be written here; give another folder"):
+        train(settings)

@@ -202,7 +202,8 @@ def test_an_unknown_format_names_what_is_accepted() -> None:
     with pytest.raises(DataError) as error:
         to_examples(Path("a.json"), [Row(2, {"conversations": [], "id": 1})])
     assert str(error.value) == (
-        "a.json: line 2: found the keys conversations, id; wanted messages, or instruction/input/output (alpaca)"
+        "a.json: line 2: found the keys conversations, id; wanted messages, or instruction/input/output (alpaca); "
+        "ShareGPT rows are not read yet: write them as messages"
     )
 
 

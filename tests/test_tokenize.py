@@ -180,7 +180,7 @@ def test_a_refused_conversation_is_named_with_the_templates_words(tokenizer: Tok
     assert str(error.value) == (
         "chat.jsonl:7: the chat template (test.jinja) refuses this conversation: System role not supported"
     )
-    with pytest.raises(DataError, match=r"^2 examples cannot be rendered\n  chat.jsonl:7: the chat"):
+    with pytest.raises(DataError, match=r"^chat.jsonl:7 and 1 more: the chat template"):
         tokenize_examples([bad, bad], tokenizer, gemma, cutoff_len=99)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from macft.data.formats import Example, to_examples
-from macft.data.sources import SUFFIXES, nearest_file, read_rows
+from macft.data.sources import SUFFIXES, nearest_file, scan_rows
 from macft.errors import ConfigError, DataError
 
 
@@ -26,7 +26,8 @@ def read_examples(dataset: str, dataset_dir: str, max_samples: int | None) -> li
     for name in names:
         try:
             path = _find(name, Path(dataset_dir))
-            examples += to_examples(path, read_rows(path)[:max_samples])
+            rows, unread = scan_rows(path)
+            examples += to_examples(path, rows[:max_samples], unread)
         except DataError as error:
             faults.append(str(error))
     if faults:
@@ -54,10 +55,13 @@ def split_examples(examples: Sequence[Example], val_size: float, seed: int) -> t
 
 def _find(name: str, folder: Path) -> Path:
     path = Path(name).expanduser()
-    looked = [path, folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
+    suffixes = SUFFIXES if path.suffix not in SUFFIXES else ()
+    looked = [path, folder / name, *(folder / f"{name}{suffix}" for suffix in suffixes)]
+    if path.is_dir():
+        raise DataError(f"{name}: a folder, wanted a .jsonl or .json file")
     for candidate in looked:
         if candidate.is_file():
             return candidate
     hint = next(filter(None, map(nearest_file, looked)), "")
     unique = dict.fromkeys(map(str, looked))
-    raise DataError(f"{name}: no such data file; looked for {', '.join(unique)}{hint}")
+    raise DataError(f"{name}: no such data file; looked for {', '.join(unique)} in {Path.cwd()}{hint}")

@@ -34,26 +34,34 @@ class Example:
     source: str
 
 
-def to_examples(path: Path, rows: Sequence[Row]) -> list[Example]:
+def to_examples(path: Path, rows: Sequence[Row], unread: Sequence[str] = ()) -> list[Example]:
     """The rows of one file as conversations, in the format its first row shows.
 
-    Raises DataError with every faulty row's line, key, what was found and what was wanted.
+    `unread` are the faults of lines that are no rows. Raises DataError with these and with every
+    faulty row's line, key, what was found and what was wanted.
     """
+    if not rows:
+        raise DataError(join_faults(f"{path}: {_count(len(unread))}", list(unread)))
     kind, convert = _recognise(path, rows[0])
     examples: list[Example] = []
-    faults: list[str] = []
+    faults = list(unread)
     for row in rows:
         found: list[str] = []
         messages = convert(row.value, found)
         faults += [f"line {row.number}: {fault}" for fault in found]
         examples.append(Example(tuple(messages), f"{path}:{row.number}"))
     if faults:
-        plural = "" if len(faults) == 1 else "s"
-        raise DataError(join_faults(f"{path}: {len(faults)} fault{plural} in {kind} rows", faults))
+        faults.sort(key=lambda fault: int(fault.split(":")[0].removeprefix("line ")))
+        where = "" if len(faults) == len(unread) else f" in {kind} rows"
+        raise DataError(join_faults(f"{path}: {_count(len(faults))}{where}", faults))
     logger.info("%s: %d %s rows", path, len(rows), kind)
     _warn_of_placeholders(path, examples)
     _warn_of_unused_keys(path, rows, kind)
     return examples
+
+
+def _count(faults: int) -> str:
+    return f"{faults} fault{'' if faults == 1 else 's'}"
 
 
 def _recognise(path: Path, row: Row) -> tuple[str, Any]:
@@ -62,7 +70,8 @@ def _recognise(path: Path, row: Row) -> tuple[str, Any]:
     if "instruction" in row.value:
         return "alpaca", _from_alpaca
     keys = ", ".join(row.value) or "none"
-    raise DataError(f"{path}: line {row.number}: found the keys {keys}; wanted {_ACCEPTED}")
+    hint = "; ShareGPT rows are not read yet: write them as messages" if "conversations" in row.value else ""
+    raise DataError(f"{path}: line {row.number}: found the keys {keys}; wanted {_ACCEPTED}{hint}")
 
 
 def _from_messages(row: dict[str, Any], faults: list[str]) -> list[Message]:

@@ -29,6 +29,17 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises DataError: file missing, not UTF-8, empty, or with every line that is not a JSON object.
     """
+    rows, faults = scan_rows(path)
+    if faults:
+        raise DataError(join_faults(f"{path}: {_count(len(faults), 'fault')}", faults))
+    return rows
+
+
+def scan_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """The rows of a file that are JSON objects, and a fault for each line that is not.
+
+    Raises DataError when there is nothing to scan: file missing, not UTF-8 or empty.
+    """
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: ends in {path.suffix or 'nothing'!r}, wanted .jsonl or .json")
     text = _read_text(path)
@@ -41,11 +52,9 @@ def read_rows(path: Path) -> list[Row]:
             rows.append(Row(line, value))
         else:
             faults.append(f"line {line}: {fault or f'found {kind_of(value)}, wanted an object'}")
-    if faults:
-        raise DataError(join_faults(f"{path}: {_count(len(faults), 'fault')}", faults))
-    if not rows:
+    if not rows and not faults:
         raise DataError(f"{path}: the list is empty, wanted at least one row")
-    return rows
+    return rows, faults
 
 
 def nearest_file(path: Path) -> str:

@@ -31,7 +31,9 @@ class ChatTemplate:
         try:
             self._compiled = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise ModelError(f"{name} line {error.lineno}: {error.message}; correct the template") from None
+            raise ModelError(
+                f"{name} line {error.lineno}: {str(error.message).rstrip('.')}; correct the template"
+            ) from None
 
     def render(
         self,

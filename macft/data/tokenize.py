@@ -114,7 +114,7 @@ def tokenize_examples(
     if not kept:
         raise DataError(
             f"none of the {len(examples)} examples has a token to train on: each lacks an assistant turn, "
-            f"or is cut before it by cutoff_len {cutoff_len}"
+            f"is cut before it by cutoff_len {cutoff_len}, or its template, {template.name}, renders no answer"
         )
     _warn(report, special, cutoff_len)
     return kept, report
@@ -135,21 +135,25 @@ def fit_examples(
     """
     job = _Job(tokenizer, template, cutoff_len, train_on_prompt, mask_history)
     rendered: list[Rendered] = []
-    faults: list[str] = []
+    faults: dict[str, list[str]] = {}  # cause -> examples
     for example in examples:
         try:
             rendered.append(job.render(example.messages))
         except DataError as error:
-            faults.append(f"{example.source}: {error}")
-    if len(faults) == 1:
-        raise DataError(faults[0])
+            faults.setdefault(str(error), []).append(example.source)
     if faults:
-        raise DataError(join_faults(f"{len(faults)} examples cannot be rendered", faults))
+        lines = [f"{sources[0]}{_and_others(sources)}: {cause}" for cause, sources in faults.items()]
+        count = sum(map(len, faults.values()))
+        raise DataError(lines[0] if len(lines) == 1 else join_faults(f"{count} examples cannot be rendered", lines))
     for start in range(0, len(rendered), _CHUNK):
         chunk = rendered[start : start + _CHUNK]
         encoded = tokenizer.encode_batch([one.text for one in chunk])
         for parts in zip(examples[start : start + _CHUNK], chunk, encoded, strict=True):
             yield _fit(job, *parts)
+
+
+def _and_others(sources: Sequence[str]) -> str:
+    return f" and {len(sources) - 1} more" if len(sources) > 1 else ""
 
 
 def special_in_content(examples: Sequence[Example], tokenizer: Tokenizer) -> list[tuple[str, list[str]]]:

@@ -82,7 +82,7 @@ def compare_answers(
             max_new_tokens=max_new_tokens,
         )
         label = model if adapter is None else f"+ {adapter}"
-        logger.info("answering with %s", label)
+        logger.info("answering with %s", model if adapter is None else f"{adapter} on {model}")
         answers[label] = [_answer(chat, messages) for messages in conversations]
     return answers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,6 +13,15 @@ from macft.training.model_files import ModelFiles
 from macft.training.plots import plot_loss
 from macft.training.prepare import Prepared
 from macft.training.results import merge_results, model_card, train_results, write_model_card
+
+logger = logging.getLogger("macft")
+
+# Settings that say nothing about the adapter.
+_NOT_SHOWN = frozenset(
+    ("model_name_or_path", "dataset", "dataset_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+) | frozenset(
+    ("plot_loss", "report_to", "run_name", "logging_steps", "save_strategy", "save_steps", "save_total_limit")
+)
 
 
 def finish(
@@ -39,7 +49,9 @@ def finish(
     if settings.plot_loss:
         plot_loss(output_dir)
     if files.lora is not None:
-        shown = {key: value for key, value in settings.model_dump().items() if value is not None}
+        shown = {
+            key: value for key, value in settings.model_dump().items() if value is not None and key not in _NOT_SHOWN
+        }
         card = model_card(
             base=settings.model_name_or_path,
             adapter_dir=settings.output_dir,
@@ -49,6 +61,10 @@ def finish(
             versions=_versions(packages),
         )
         write_model_card(output_dir, card)
+    logger.info(
+        "done: mean loss %.4f, %.0f tokens/s, peak memory %.1f GB; saved to %s",
+        *(results["train_loss"], results["train_tokens_per_second"], results["peak_memory_gb"], output_dir),
+    )
 
 
 def _examples_seen(prepared: Prepared, steps: int) -> int:

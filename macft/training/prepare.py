@@ -147,8 +147,16 @@ def model_spec(settings: Settings, prepared: Prepared) -> ModelSpec:
 
 
 def resolved(settings: Settings, prepared: Prepared, backend_name: str) -> Settings:
-    """The settings with what the run found out filled in: the backend, and a loaded adapter's own shape."""
-    update: dict[str, object] = {"backend": backend_name}
+    """The settings with what the run found out filled in: the backend, and a loaded adapter's own shape.
+
+    What was said about this folder alone is left out: run again, the file must not delete this run.
+    """
+    update: dict[str, object] = {
+        "backend": backend_name,
+        "lora_alpha": settings.alpha if settings.finetuning_type == "lora" else None,
+        "overwrite_output_dir": False,
+        "resume_from_checkpoint": False,
+    }
     if prepared.start is not None:
         config = prepared.start.config
         update |= {

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from macft.training.checkpoint import (
     save_checkpoint,
 )
 from macft.training.finish import finish
-from macft.training.model_files import RUN_FILES, ModelFiles
+from macft.training.model_files import FULL_WEIGHTS, RUN_FILES, ModelFiles
 from macft.training.prepare import Prepared, is_occupied, model_spec, prepare, resolved
 from macft.training.report import Report, StepRecord
 from macft.training.reporters import check_reporters, open_reporters
@@ -52,11 +52,12 @@ def train(settings: Settings) -> Path:
     _check_output_dir(settings, output_dir)
     trackers = [name.strip() for name in settings.report_to.split(",")]
     check_reporters(trackers)
-    prepared = prepare(settings)
-    _check_base_is_safe(prepared, output_dir)
     checkpoint = None
     if settings.resume_from_checkpoint is not False:
         checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint)
+    prepared = prepare(settings)
+    _check_base_is_safe(prepared, output_dir)
+    if checkpoint is not None:
         _check_position(checkpoint, prepared)
     tell_data(settings, prepared)
     backend = load_backend(backend_name)
@@ -71,7 +72,8 @@ def train(settings: Settings) -> Path:
         _clear(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output_dir)
-    write_text(output_dir / "config.yaml", dump_yaml(resolved(settings, prepared, backend_name)))
+    settings = resolved(settings, prepared, backend_name)
+    write_text(output_dir / "config.yaml", dump_yaml(settings))
     reporters = open_reporters(trackers, output_dir, settings.run_name or output_dir.name, settings.model_dump())
     with ExitStack() as stack:
         stack.enter_context(keep_awake())
@@ -239,9 +241,7 @@ def _optimizer_spec(settings: Settings) -> OptimizerSpec:
 def _check_output_dir(settings: Settings, output_dir: Path) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"output_dir: {output_dir} is a file; give a folder")
-    parent = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"output_dir: {output_dir} cannot be written: {parent} is no folder one may write to")
+    _check_writable(output_dir)
     if settings.resume_from_checkpoint is not False or settings.overwrite_output_dir:
         return
     if is_occupied(output_dir, RUN_FILES):
@@ -251,6 +251,21 @@ def _check_output_dir(settings: Settings, output_dir: Path) -> None:
         )
 
 
+def _check_writable(output_dir: Path) -> None:
+    """Make the folder and take it away again: some file systems refuse what their permissions allow."""
+    absent = [path for path in (output_dir, *output_dir.absolute().parents) if not path.exists()]
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(output_dir, os.W_OK | os.X_OK)
+    except OSError:
+        is_writable = False
+    for path in absent:
+        with suppress(OSError):
+            path.rmdir()
+    if not is_writable:
+        raise UsageError(f"output_dir: {output_dir} cannot be written here; give another folder")
+
+
 def _check_base_is_safe(prepared: Prepared, output_dir: Path) -> None:
     if output_dir.resolve() == prepared.base.path.resolve():
         raise UsageError(f"output_dir: {output_dir} is the folder of the base model; give another folder")
@@ -258,6 +273,9 @@ def _check_base_is_safe(prepared: Prepared, output_dir: Path) -> None:
 
 def _clear(output_dir: Path) -> None:
     """Remove an older run's files, and nothing else."""
+    if (output_dir / FULL_WEIGHTS).exists():
+        for name in ("config.json", "generation_config.json"):
+            (output_dir / name).unlink(missing_ok=True)
     for checkpoint in list_checkpoints(output_dir):
         shutil.rmtree(checkpoint)
     for name in RUN_FILES:

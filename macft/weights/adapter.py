@@ -126,7 +126,7 @@ def read_adapter(folder: Path) -> Adapter:
             for name in file.keys():  # noqa: SIM118
                 state[name] = file.get_tensor(name).astype(np.float32)
     except (SafetensorError, TypeError, OSError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
+        raise ModelError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from None
     return Adapter(folder, config, state, metadata.get("base_weights"))
 
 
