@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -21,6 +22,11 @@ from tokenizers import Tokenizer
 from macft.cli import main
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def heed_ctrl_c() -> None:
+    """For `preexec_fn`: a process started by a background job would ignore SIGINT, and Python with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import heed_ctrl_c
 from tiny_tokenizer import GEMMA, write_tiny_model
 
 from macft.backends.base import Sampling
@@ -280,6 +281,7 @@ class Terminal:
             stderr=secondary,
             env=environment,
             start_new_session=True,
+            preexec_fn=heed_ctrl_c,
         )
         os.close(secondary)
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import heed_ctrl_c
 from toy_backend import ENGINES, curve, one_thread, press_ctrl_c_in_step, toy_settings, write_rows, write_toy_model
 from transformers import AutoModelForCausalLM
 
@@ -375,7 +376,9 @@ def test_ctrl_c_in_a_terminal_ends_with_code_130_and_no_traceback(model, data, t
     settings = toy_settings(model, data, tmp_path / "out", "mlx", max_steps=5000, save_strategy="steps", save_steps=5)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings.model_dump()))
     command = [sys.executable, "-m", "macft", "train", str(tmp_path / "run.yaml")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    ) as child:
         lines = []
         for line in child.stderr:
             lines.append(line)
