@@ -82,8 +82,8 @@ def run_mlx_lm(steps: int, batch_size: int) -> tuple[float, int]:
             marks.append((time.perf_counter(), int(info["trained_tokens"])))
 
     arguments = TrainingArgs(
-        batch_size=batch_size, iters=steps, steps_per_report=1, steps_per_eval=10**9, steps_per_save=10**9,
-        max_seq_length=256, adapter_file="/dev/null",
+        batch_size=batch_size, iters=steps, steps_per_report=1, val_batches=1, steps_per_eval=10**9,
+        steps_per_save=10**9, max_seq_length=256, adapter_file="/dev/null",
     )  # fmt: skip
     train(model, optim.AdamW(LR), data, data[:batch_size], args=arguments, training_callback=Note())
     mean = sum(len(tokens) for tokens, _ in data) / len(data)
