@@ -50,6 +50,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check macft tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --quiet --durations=0 --durations-min=60 tests/test_project.py
 
 test: check
 	$(BIN)/python -m pytest
