@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import write_chat_model
 from rich.console import Console
 from test_template import build, chat
 from tiny_tokenizer import TEMPLATES, write_tiny_model
 
 from macft.data.formats import Example
-from macft.data.preview import preview, preview_json
+from macft.data.pairs import PairExample
+from macft.data.preview import preview, preview_json, preview_pair, preview_pair_json
+from macft.data.template import load_template
 from macft.data.tokenizer import Tokenizer, load_tokenizer
-from macft.errors import UsageError
+from macft.errors import DataError, UsageError
+from macft.training.preview import preview_source
 
 CHATML = build(TEMPLATES["chatml"])
 
@@ -97,3 +102,69 @@ def test_a_row_that_is_not_there_is_refused(tokenizer: Tokenizer, index: int) ->
 
 def test_cut_rows_without_targets_still_show(tokenizer: Tokenizer) -> None:
     assert "3 tokens, 0 trained (0.0%)" in shown(tokenizer, "one two", "b", cutoff_len=3)
+
+
+# --- pairs
+
+PAIR = PairExample(
+    tuple(chat("a")),
+    *[({"role": "assistant", "content": text},) for text in ("bc", "\x1b[1m")],
+    source="p.jsonl:3",
+)
+
+
+def shown_pair(tokenizer: Tokenizer, example: PairExample, cutoff_len: int = 999) -> str:
+    file = io.StringIO()
+    preview_pair([example], 0, tokenizer, CHATML, cutoff_len=cutoff_len, console=Console(file=file, width=40))
+    return file.getvalue()
+
+
+def test_a_pair_shows_the_prompt_once_and_both_answers_in_marks(tokenizer: Tokenizer) -> None:
+    assert shown_pair(tokenizer, PAIR) == (
+        "--- prompt\n<|im_start|>user⏎\na<|im_end|>⏎\n<|im_start|>assistant⏎\n\n"
+        "--- chosen\n⟦bc<|im_end|>⏎\n⟧\n"
+        "--- rejected\n⟦<U+001B>[1m<|im_end|>⏎\n⟧\n"
+        "p.jsonl:3: prompt 9 tokens, chosen 4 trained, rejected 6 trained, 0 straddling, not shortened, "
+        "special tokens inside content: none\n"
+    )
+
+
+def test_what_happened_to_the_pair_is_said(tokenizer: Tokenizer) -> None:
+    system = PairExample(tuple(chat("one two", system="three")), PAIR.chosen, PAIR.rejected, "p.jsonl:3")
+    assert "0 straddling, user text shortened," in shown_pair(tokenizer, system, 22)
+    assert "0 straddling, user text emptied and an answer cut," in shown_pair(tokenizer, system, 20)
+    assert "left out of training: cutoff_len leaves no answer on one side," in shown_pair(tokenizer, system, 10)
+    raw = load_template(Path(), {"eos_token": "</s>"}, "empty")
+    hidden = PairExample(tuple(chat(" qu")), tuple(chat("", "ick")[1:]), tuple(chat("", " two")[1:]), "x:1")
+    shown = preview_pair_json([hidden], 0, tokenizer, raw, cutoff_len=99)
+    assert shown["fate"] == "refused in training: the prompt has no token of its own"
+
+
+def test_json_of_a_pair_holds_the_same(tokenizer: Tokenizer) -> None:
+    value = preview_pair_json([PAIR], 0, tokenizer, CHATML, cutoff_len=999)
+    assert json.loads(json.dumps(value)) == value
+    text = CHATML.render([*PAIR.prompt, *PAIR.chosen])
+    prompt, chosen = value["prompt"], value["chosen"]
+    assert prompt["tokens"] + chosen["tokens"] == tokenizer.encode(text).ids
+    assert "".join(piece["text"] for piece in prompt["pieces"] + chosen["pieces"]) == text
+    assert [piece["trained"] for piece in prompt["pieces"] + chosen["pieces"]] == [False, True]
+    assert [value[side]["num_tokens"] for side in ("prompt", "chosen", "rejected")] == [9, 4, 6]
+    with pytest.raises(UsageError, match="row 1: there are 1 rows"):
+        preview_pair_json([PAIR], 1, tokenizer, CHATML, cutoff_len=9)
+
+
+def test_a_file_is_shown_by_what_it_holds_and_a_config_by_its_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_chat_model(tmp_path / "model")
+    data, config = tmp_path / "p.jsonl", tmp_path / "run.yaml"
+    data.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
+    config.write_text(json.dumps({"model_name_or_path": str(model), "dataset": str(data), "output_dir": "out"}))
+    preview_source(str(data), (), 0, str(model), as_json=False)
+    assert "--- rejected\n⟦c<|im_end|>" in capsys.readouterr().out
+    preview_source(str(config), ("stage=foodpo",), 0, None, as_json=True)
+    shown = json.loads(capsys.readouterr().out)
+    assert [shown[side]["num_tokens"] for side in ("prompt", "chosen", "rejected")] == [9, 3, 3]
+    for source, overrides in ((str(config), ()), (str(data), ("stage=sft",))):
+        with pytest.raises(DataError, match="these are preference pairs; set stage: dpo"):
+            preview_source(source, overrides, 0, str(model), as_json=True)

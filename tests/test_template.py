@@ -170,3 +170,15 @@ def test_a_template_without_end_token_has_no_end_id(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_tiny_model(tmp_path))
     template = build("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     assert template_end_ids(template, tokenizer) == frozenset()
+
+
+def test_the_empty_template_is_the_texts_with_an_end_after_each_answer(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, "the model's own", eos="</s>")
+    tokenizer = load_tokenizer(folder)
+    template = load_template(folder, tokenizer.special_map, "empty")
+    text = template.render(chat(" a\n", "b", "c", "d</s>", system="s {{ x }}"))
+    assert text == "s {{ x }} a\nb</s>cd</s>" and template.name == "empty"
+    assert template.render(chat("a"), add_generation_prompt=True) == "a"
+    assert template_end_ids(template, tokenizer) == set(tokenizer.encode("</s>").ids)
+    with pytest.raises(ModelError, match="names no eos_token, with which template: empty ends an answer"):
+        load_template(folder, {}, "empty")

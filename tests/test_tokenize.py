@@ -153,6 +153,13 @@ def test_many_examples_come_in_order_each_as_if_alone(tokenizer: Tokenizer) -> N
     assert report.tokens == sum(len(tokenized.tokens) for tokenized in kept)
 
 
+def test_the_empty_template_trains_the_answer_and_the_end_token(tokenizer: Tokenizer) -> None:
+    raw = load_template(Path(), {"eos_token": "</s>"}, "empty")
+    [tokenized], report = tokenize_examples([example("one two", " three")], tokenizer, raw, cutoff_len=99)
+    assert tokenized.tokens.tolist() == tokenizer.encode("one two three</s>").ids
+    assert trained_text(tokenizer, tokenized) == " three</s>" and report.straddling == 0
+
+
 # --- what cannot be trained on
 
 

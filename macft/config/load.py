@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from macft.config.checks import contradictions, doubts, without_effect
 from macft.config.settings import ALIASES, IGNORED_KEYS, Settings
 from macft.errors import ConfigError, join_faults
 
@@ -36,35 +37,53 @@ def load_settings(config: Path | None, overrides: Sequence[str]) -> Settings:
     _drop_ignored(entries)
     faults += [_unknown(key, entry) for key, entry in entries.items() if key not in Settings.model_fields]
     known = {key: entry for key, entry in entries.items() if key in Settings.model_fields}
-    try:
-        settings = Settings(**{key: entry.value for key, entry in known.items()})
-    except ValidationError as error:
-        # one fault a key: a key of several types gives one error for each of them
-        details = {detail["loc"][0]: detail for detail in reversed(error.errors())}
-        faults += [_describe(detail, known) for detail in reversed(details.values())]
-    else:
-        faults += _contradictions(settings)
+    settings = _checked_settings(known, faults)
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise ConfigError(join_faults(f"{headline}{count} in the configuration", faults))
-    if useless := _without_effect(settings):
+    if useless := without_effect(settings):
         logger.warning("no effect here: %s", "; ".join(useless))
+    for doubt in doubts(settings):
+        logger.warning(doubt)
+    return settings
+
+
+def _checked_settings(entries: dict[str, Entry], faults: list[str]) -> Settings:
+    """The settings, whose unsound keys have their defaults; the faults are added to `faults`."""
+    values = {key: entry.value for key, entry in entries.items()}
+    unsound: set[str] = set()
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        # one fault a key: a key of several types gives one error for each of them
+        details = {str(detail["loc"][0]): detail for detail in reversed(error.errors())}
+        faults += [_describe(detail, entries) for detail in reversed(details.values())]
+        unsound = set(details)
+        sound = {key: value for key, value in values.items() if key not in unsound}
+        settings = Settings(**sound | {key: "" for key in unsound if Settings.model_fields[key].is_required()})
+    faults += contradictions(settings, unsound)
     return settings
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Entry]:
     """`key=value`, `--key value` and `--key=value` to entries; values are read as YAML."""
     entries: dict[str, Entry] = {}
+
+    def add(key: str, text: str) -> None:
+        if key in entries:
+            raise ConfigError(f"{key} is there twice on the command line; keep one")
+        entries[key] = Entry(_override_value(key, text), "command line")
+
     waiting: str | None = None
     for argument in arguments:
         if waiting is not None and not argument.startswith("--"):
-            entries[waiting] = Entry(_override_value(waiting, argument), "command line")
+            add(waiting, argument)
             waiting = None
         elif waiting is not None:
             break
         elif "=" in argument:
             key, _, text = argument.partition("=")
-            entries[_key(key)] = Entry(_override_value(_key(key), text), "command line")
+            add(_key(key), text)
         elif argument.startswith("--"):
             waiting = _key(argument)
         else:
@@ -195,72 +214,6 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return repr(value) if isinstance(value, str | int | float | list | dict) else str(value)
-
-
-def _contradictions(settings: Settings) -> list[str]:
-    checks = [
-        (settings.bf16 and settings.fp16, "bf16 and fp16 are both true; keep one"),
-        (
-            settings.train_on_prompt and settings.mask_history,
-            "train_on_prompt and mask_history exclude each other",
-        ),
-        (settings.eval_dataset and settings.val_size, "eval_dataset and val_size are both set; keep one"),
-        (
-            settings.eval_strategy in ("steps", "epoch") and not settings.eval_dataset and not settings.val_size,
-            f"eval_strategy {settings.eval_strategy} needs eval_dataset or val_size",
-        ),
-        (
-            settings.eval_strategy == "no" and settings.eval_dataset is not None,
-            "eval_dataset is set but eval_strategy is no; remove one",
-        ),
-        (
-            settings.eval_steps is not None and settings.eval_strategy != "steps",
-            "eval_steps needs eval_strategy steps",
-        ),
-        (
-            settings.finetuning_type == "full" and settings.quantization_bit is not None,
-            "finetuning_type full cannot train a quantized base; remove quantization_bit",
-        ),
-        (
-            settings.finetuning_type == "full" and settings.adapter_name_or_path is not None,
-            "adapter_name_or_path needs finetuning_type lora",
-        ),
-        (
-            settings.finetuning_type == "full" and (settings.use_dora or settings.use_rslora),
-            "use_dora and use_rslora need finetuning_type lora",
-        ),
-        (
-            settings.overwrite_output_dir and settings.resume_from_checkpoint is not False,
-            "overwrite_output_dir and resume_from_checkpoint are both set; keep one",
-        ),
-        (
-            settings.lr_scheduler_type == "constant" and (settings.warmup_ratio > 0 or settings.warmup_steps > 0),
-            "lr_scheduler_type constant has no warmup; write constant_with_warmup, "
-            "or remove warmup_ratio and warmup_steps",
-        ),
-        (
-            settings.max_steps == 0 or settings.max_steps < -1,
-            f"max_steps {settings.max_steps}: wanted -1 or above 0",
-        ),
-    ]
-    return [text for is_wrong, text in checks if is_wrong]
-
-
-def _without_effect(settings: Settings) -> list[str]:
-    """Keys set to something that this run does not look at."""
-    owners = [
-        ("finetuning_type is full", settings.finetuning_type == "full", _LORA_KEYS),
-        (f"save_strategy is {settings.save_strategy}", settings.save_strategy != "steps", ("save_steps",)),
-    ]
-    return [
-        f"{key} ({why})"
-        for why, applies, keys in owners
-        for key in keys
-        if applies and getattr(settings, key) != Settings.model_fields[key].default
-    ]
-
-
-_LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target")
 
 
 def dump_yaml(settings: Settings) -> str:

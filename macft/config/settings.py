@@ -20,6 +20,9 @@ class Settings(BaseModel):
     adapter_name_or_path: str | None = Field(
         None, description="A PEFT adapter to go on training; its own rank, alpha and targets are taken."
     )
+    create_new_adapter: bool = Field(
+        False, description="`adapter_name_or_path` becomes part of the base, and a fresh adapter is trained on it."
+    )
     backend: Literal["auto", "mlx", "torch"] = Field(
         "auto",
         description="Training engine. `auto`: MLX on a Mac, PyTorch with CUDA, else MLX if its BLAS is fast.",
@@ -34,11 +37,17 @@ class Settings(BaseModel):
     )
 
     # ---- method
-    stage: Literal["sft"] = Field("sft", description="`sft`: supervised fine-tuning.")
+    stage: Literal["sft", "dpo", "foodpo"] = Field(
+        "sft",
+        description="`sft`: supervised fine-tuning; `dpo`: preference pairs; `foodpo`: DPO whose beta grows with "
+        "the difficulty of the prompt.",
+    )
     finetuning_type: Literal["lora", "full"] = Field("lora", description="`lora`, or `full`: every parameter.")
     lora_rank: int = Field(8, ge=1, description="Width of the adapter.")
     lora_alpha: float | None = Field(None, gt=0, description="Scale of the adapter is alpha / rank. Default: 2 x rank.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout on the adapter's input; none in preference stages."
+    )
     lora_target: str = Field(
         "all",
         description="`all` linear layers inside the blocks, or names separated by commas (`q_proj,v_proj`).",
@@ -46,16 +55,59 @@ class Settings(BaseModel):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (arXiv 2312.03732).")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA (arXiv 2402.09353).")
 
+    # ---- preference
+    pref_beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference; scale of the rewards.")
+    pref_loss: Literal["sigmoid", "hinge", "ipo", "robust", "orpo", "simpo"] = Field(
+        "sigmoid",
+        description="`sigmoid` (arXiv 2305.18290), `hinge` (2305.10425), `ipo` (2310.12036), `robust` (2403.00409); "
+        "without a reference: `orpo` (2403.07691), `simpo` (2405.14734).",
+    )
+    pref_ftx: float = Field(0.0, ge=0, description="Weight of the supervised loss of the chosen answer, added.")
+    dpo_label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of pairs taken to be labelled the wrong way; for `sigmoid` and `robust`."
+    )
+    simpo_gamma: float = Field(0.5, ge=0, description="Margin that `simpo` asks for.")
+    ld_alpha: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Weight of the tokens by which one answer is longer than the other (arXiv 2409.06411).",
+    )
+    pref_beta_scale: float = Field(
+        0.5,
+        description="FooDPO: beta of a pair is `pref_beta` x this x log perplexity of the prompt; 0 or below: "
+        "`pref_beta`, as in DPO.",
+    )
+    foodpo_perplexity: Literal["reference", "policy", "policy_with_gradient"] = Field(
+        "reference",
+        description="Whose perplexity: the reference's, fixed; the policy's of each step; or the policy's and "
+        "trained through (as the original did).",
+    )
+    foodpo_beta_min: float | None = Field(None, gt=0, description="FooDPO: the least beta of a pair.")
+    foodpo_beta_max: float | None = Field(None, gt=0, description="FooDPO: the greatest beta of a pair.")
+    ref_model: str | None = Field(
+        None,
+        description="Another model as the reference. Default: the policy at step 0, loaded adapter included "
+        "(LLaMA-Factory: the base without it).",
+    )
+    ref_model_adapters: str | None = Field(
+        None, description="A PEFT adapter on `ref_model`, or on the base: the reference."
+    )
+
     # ---- data
     dataset: str = Field(description="Files (`.jsonl`, `.json`) separated by commas, or names inside `dataset_dir`.")
     eval_dataset: str | None = Field(None, description="As `dataset`; what `eval_loss` is computed on.")
     dataset_dir: str = Field("data", description="Folder where names in `dataset` are looked up.")
-    template: str | None = Field(None, description="A Jinja chat template file. Default: the model's own.")
+    template: str | None = Field(
+        None,
+        description="A Jinja chat template file, or `empty`: the texts alone, answers closed by the end token. "
+        "Default: the model's own.",
+    )
     cutoff_len: int = Field(2048, ge=2, description="Longest example in tokens; what is longer loses user text.")
     max_samples: int | None = Field(None, ge=1, description="Take only the first examples of each data set.")
     val_size: float = Field(0.0, ge=0, description="Held out for evaluation: a share below 1, else a count.")
-    train_on_prompt: bool = Field(False, description="Train on every token, not on the answers alone.")
-    mask_history: bool = Field(False, description="Train on the last answer of a conversation only.")
+    train_on_prompt: bool = Field(False, description="Train on every token, not on the answers alone (`sft`).")
+    mask_history: bool = Field(False, description="Train on the last answer of a conversation only (`sft`).")
 
     # ---- training
     per_device_train_batch_size: int = Field(8, ge=1, description="Examples in one forward pass.")
@@ -91,6 +143,16 @@ class Settings(BaseModel):
     )
     eval_steps: int | None = Field(None, ge=1, description="For `eval_strategy: steps`. Default: `logging_steps`.")
     per_device_eval_batch_size: int = Field(8, ge=1, description="Examples in one forward pass of an evaluation.")
+    load_best_model_at_end: bool = Field(False, description="End with the best checkpoint, not with the last.")
+    metric_for_best_model: str | None = Field(
+        None, description="Metric of the evaluation (`eval_rewards/margins`) that says so. Default: `eval_loss`."
+    )
+    greater_is_better: bool | None = Field(
+        None, description="Whether more of it is better. Default: yes, unless its name ends in `loss`."
+    )
+    early_stopping_steps: int | None = Field(
+        None, ge=1, description="Stop after so many evaluations in a row without a better one."
+    )
 
     # ---- output
     output_dir: str = Field(description="The run folder.")
@@ -135,6 +197,26 @@ class Settings(BaseModel):
         return value
 
     @property
+    def is_preference(self) -> bool:
+        """Whether the examples are pairs."""
+        return self.stage != "sft"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the policy with a reference."""
+        return self.is_preference and self.pref_loss not in ("orpo", "simpo")
+
+    @property
+    def names_reference(self) -> bool:
+        """Whether the reference is another model than the policy at its start."""
+        return self.ref_model is not None or self.ref_model_adapters is not None
+
+    @property
+    def asks_prompts(self) -> bool:
+        """Whether the strength of a pair depends on its prompt."""
+        return self.stage == "foodpo" and self.pref_beta_scale > 0
+
+    @property
     def alpha(self) -> float:
         """`lora_alpha`, or its default."""
         return self.lora_alpha if self.lora_alpha is not None else 2.0 * self.lora_rank
@@ -166,6 +248,8 @@ IGNORED_KEYS = {
     "include_num_input_tokens_seen": "tokens are always counted",
     "optim": "AdamW is the only optimizer",
     "tf32": "float32 products stay float32",
+    "precompute_ref_log_probs": "the reference is computed once, before the first step",
+    "remove_unused_columns": "columns without a use are not read",
 }
 
 # Other names of keys -> macft's.
@@ -173,4 +257,7 @@ ALIASES = {
     "evaluation_strategy": "eval_strategy",
     "train_dataset": "dataset",
     "max_length": "cutoff_len",
+    "beta": "pref_beta",
+    "loss_type": "pref_loss",
+    "label_smoothing": "dpo_label_smoothing",
 }

@@ -1,16 +1,20 @@
-"""The config's `dataset` names in; conversations, split into training and validation, out."""
+"""The config's `dataset` names in; conversations or pairs, split into training and validation, out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from macft.data.formats import Example, to_examples
-from macft.data.sources import SUFFIXES, nearest_file, scan_rows
+from macft.data.pairs import PairExample, holds_pair, to_pairs
+from macft.data.sources import SUFFIXES, Row, nearest_file, scan_rows
 from macft.errors import ConfigError, DataError
+
+T = TypeVar("T")
 
 
 def read_examples(dataset: str, dataset_dir: str, max_samples: int | None) -> list[Example]:
@@ -18,16 +22,36 @@ def read_examples(dataset: str, dataset_dir: str, max_samples: int | None) -> li
 
     `max_samples` caps each file. Raises DataError naming every file that is missing or faulty.
     """
-    names = [name.strip() for name in dataset.split(",") if name.strip()]
-    if not names:
-        raise ConfigError(f"dataset: found {dataset!r}, wanted the path of a .jsonl or .json file")
-    examples: list[Example] = []
+    return _read(dataset, dataset_dir, max_samples, to_examples)
+
+
+def read_pairs(dataset: str, dataset_dir: str, max_samples: int | None) -> list[PairExample]:
+    """All preference pairs of a list as `read_examples` takes it, with the same errors."""
+    return _read(dataset, dataset_dir, max_samples, to_pairs)
+
+
+def holds_pairs(dataset: str, dataset_dir: str) -> bool:
+    """Whether the first row of the first file is a preference pair; False where none can be read."""
+    try:
+        rows, _ = scan_rows(_find(_names(dataset)[0], Path(dataset_dir)))
+    except DataError:
+        return False
+    return bool(rows) and holds_pair(rows[0])
+
+
+def _read(
+    dataset: str,
+    dataset_dir: str,
+    max_samples: int | None,
+    convert: Callable[[Path, Sequence[Row], Sequence[str]], list[T]],
+) -> list[T]:
+    examples: list[T] = []
     faults: list[str] = []
-    for name in names:
+    for name in _names(dataset):
         try:
             path = _find(name, Path(dataset_dir))
             rows, unread = scan_rows(path)
-            examples += to_examples(path, rows[:max_samples], unread)
+            examples += convert(path, rows[:max_samples], unread)
         except DataError as error:
             faults.append(str(error))
     if faults:
@@ -35,7 +59,14 @@ def read_examples(dataset: str, dataset_dir: str, max_samples: int | None) -> li
     return examples
 
 
-def split_examples(examples: Sequence[Example], val_size: float, seed: int) -> tuple[list[Example], list[Example]]:
+def _names(dataset: str) -> list[str]:
+    names = [name.strip() for name in dataset.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"dataset: found {dataset!r}, wanted the path of a .jsonl or .json file")
+    return names
+
+
+def split_examples(examples: Sequence[T], val_size: float, seed: int) -> tuple[list[T], list[T]]:
     """(training, validation): `val_size` below 1 is a share, from 1 on a count; order is kept.
 
     Raises ConfigError when `val_size` is neither, or leaves nothing to train on.

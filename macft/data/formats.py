@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from macft.data.sources import Row, kind_of
 from macft.data.template import Message
@@ -15,15 +15,30 @@ from macft.errors import DataError, join_faults
 
 logger = logging.getLogger("macft")
 
-ROLES = ("system", "user", "assistant", "tool")
+MESSAGE_KEYS = {"role", "content", "tool_calls"}
 _ACCEPTED = "messages, or instruction/input/output (alpaca)"
 _ROW_KEYS = {
     "messages": {"messages", "tools"},
     "alpaca": {"instruction", "input", "output", "system", "history"},
 }
-_MESSAGE_KEYS = {"role", "content", "tool_calls"}
 _PLACEHOLDER = re.compile(r"\{\{(?:name|author)\}\}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+Converted = TypeVar("Converted")
+# one row's object -> what it stands for; faults are added to the list
+Convert = Callable[[dict[str, Any], list[str]], Converted]
+
+
+class Conversation(Protocol):
+    """What examples and pairs have in common: texts, and the place they come from (file:line)."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """Every message, in order."""
+
+    @property
+    def source(self) -> str:
+        """file:line"""
 
 
 @dataclass(frozen=True)
@@ -34,30 +49,60 @@ class Example:
     source: str
 
 
+@dataclass(frozen=True)
+class Naming:
+    """How a format writes one message: the two keys, and its role names with what they mean."""
+
+    role: str
+    content: str
+    roles: dict[str, str]
+
+
+PLAIN = Naming("role", "content", {role: role for role in ("system", "user", "assistant", "tool")})
+
+
 def to_examples(path: Path, rows: Sequence[Row], unread: Sequence[str] = ()) -> list[Example]:
     """The rows of one file as conversations, in the format its first row shows.
 
     `unread` are the faults of lines that are no rows. Raises DataError with these and with every
     faulty row's line, key, what was found and what was wanted.
     """
+    kind, converted = convert_rows(path, rows, unread, _recognise)
+    examples = [Example(tuple(messages), source) for source, messages in converted]
+    warn_of_placeholders(path, examples)
+    unused = {key for row in rows for key in row.value} - _ROW_KEYS[kind]
+    if kind == "messages":
+        inner = {key for row in rows for message in row.value["messages"] for key in message}
+        unused |= {f"messages[].{key}" for key in inner - MESSAGE_KEYS}
+    warn_of_unused_keys(path, unused)
+    return examples
+
+
+def convert_rows(
+    path: Path,
+    rows: Sequence[Row],
+    unread: Sequence[str],
+    recognise: Callable[[Path, Row], tuple[str, Convert[Converted]]],
+) -> tuple[str, list[tuple[str, Converted]]]:
+    """The name of the format that `recognise` sees in the first row, and (source, value) of each row.
+
+    Raises DataError with `unread` and the faults of all rows.
+    """
     if not rows:
         raise DataError(join_faults(f"{path}: {_count(len(unread))}", list(unread)))
-    kind, convert = _recognise(path, rows[0])
-    examples: list[Example] = []
+    kind, convert = recognise(path, rows[0])
+    converted: list[tuple[str, Converted]] = []
     faults = list(unread)
     for row in rows:
         found: list[str] = []
-        messages = convert(row.value, found)
+        converted.append((f"{path}:{row.number}", convert(row.value, found)))
         faults += [f"line {row.number}: {fault}" for fault in found]
-        examples.append(Example(tuple(messages), f"{path}:{row.number}"))
     if faults:
         faults.sort(key=lambda fault: int(fault.split(":")[0].removeprefix("line ")))
         where = "" if len(faults) == len(unread) else f" in {kind} rows"
         raise DataError(join_faults(f"{path}: {_count(len(faults))}{where}", faults))
     logger.info("%s: %d %s rows", path, len(rows), kind)
-    _warn_of_placeholders(path, examples)
-    _warn_of_unused_keys(path, rows, kind)
-    return examples
+    return kind, converted
 
 
 def _count(faults: int) -> str:
@@ -67,8 +112,12 @@ def _count(faults: int) -> str:
 def _recognise(path: Path, row: Row) -> tuple[str, Any]:
     if "messages" in row.value:
         return "messages", _from_messages
-    if "instruction" in row.value:
+    if "instruction" in row.value and ("output" in row.value or "chosen" not in row.value):
         return "alpaca", _from_alpaca
+    if "chosen" in row.value and "rejected" in row.value:
+        raise DataError(
+            f"{path}: line {row.number}: found chosen and rejected: these are preference pairs; set stage: dpo"
+        )
     keys = ", ".join(row.value) or "none"
     hint = "; ShareGPT rows are not read yet: write them as messages" if "conversations" in row.value else ""
     raise DataError(f"{path}: line {row.number}: found the keys {keys}; wanted {_ACCEPTED}{hint}")
@@ -78,38 +127,50 @@ def _from_messages(row: dict[str, Any], faults: list[str]) -> list[Message]:
     if "messages" not in row:
         faults.append(f'no "messages"; found the keys {", ".join(row) or "none"}')
         return []
+    check_tools(row, faults)
+    if row["messages"] == []:
+        faults.append('"messages": the list is empty, wanted at least one user and one assistant message')
+    return check_messages(row["messages"], "messages", faults)
+
+
+def check_tools(row: dict[str, Any], faults: list[str]) -> None:
+    """A fault where a row defines tools."""
     if row.get("tools"):
         faults.append('"tools": tool definitions are not supported; remove them')
-    messages = row["messages"]
-    if not isinstance(messages, list):
-        faults.append(f'"messages": found {kind_of(messages)}, wanted a list')
+
+
+def check_messages(value: Any, key: str, faults: list[str], naming: Naming = PLAIN) -> list[Message]:
+    """The messages of a list under `key`, without those that get a fault."""
+    if not isinstance(value, list):
+        faults.append(f'"{key}": found {kind_of(value)}, wanted a list')
         return []
-    if not messages:
-        faults.append('"messages": the list is empty, wanted at least one user and one assistant message')
-    checked = (_check_message(message, f'"messages"[{i}]', faults) for i, message in enumerate(messages))
+    checked = (check_message(message, f'"{key}"[{i}]', faults, naming) for i, message in enumerate(value))
     return [message for message in checked if message is not None]
 
 
-def _check_message(message: Any, place: str, faults: list[str]) -> Message | None:
-    if not isinstance(message, dict):
-        faults.append(f"{place}: found {kind_of(message)}, wanted an object with role and content")
+def check_message(value: Any, place: str, faults: list[str], naming: Naming = PLAIN) -> Message | None:
+    """One message, with `role` and `content` whatever the format calls them; None and faults if it is none."""
+    if not isinstance(value, dict):
+        faults.append(f"{place}: found {kind_of(value)}, wanted an object with {naming.role} and {naming.content}")
         return None
     before = len(faults)
-    for key in ("role", "content"):
-        if key not in message:
-            faults.append(f'{place}: no "{key}"; found the keys {", ".join(message) or "none"}')
-    role = message.get("role")
-    if "role" in message and role not in ROLES:
+    for key in (naming.role, naming.content):
+        if key not in value:
+            faults.append(f'{place}: no "{key}"; found the keys {", ".join(value) or "none"}')
+    role = value.get(naming.role)
+    if naming.role in value and not (isinstance(role, str) and role in naming.roles):
         shown = repr(role) if isinstance(role, str) else kind_of(role)
-        faults.append(f'{place} "role": found {shown}, wanted one of {", ".join(ROLES)}')
-    if message.get("tool_calls"):
+        faults.append(f'{place} "{naming.role}": found {shown}, wanted one of {", ".join(naming.roles)}')
+    if value.get("tool_calls"):
         faults.append(f'{place} "tool_calls": tool calls are not supported; write them into the content')
-    if "content" in message:
-        _check_text(message["content"], f'{place} "content"', faults)
-    return {"role": role, "content": message["content"]} if len(faults) == before else None
+    if naming.content in value:
+        check_text(value[naming.content], f'{place} "{naming.content}"', faults)
+    if len(faults) > before:
+        return None
+    return {"role": naming.roles[value[naming.role]], "content": value[naming.content]}
 
 
-def _check_text(value: Any, place: str, faults: list[str]) -> str:
+def check_text(value: Any, place: str, faults: list[str]) -> str:
     """The text itself, or an empty one and a fault."""
     if not isinstance(value, str):
         faults.append(f"{place}: found {kind_of(value)}, wanted a string")
@@ -122,22 +183,30 @@ def _check_text(value: Any, place: str, faults: list[str]) -> str:
 
 
 def _from_alpaca(row: dict[str, Any], faults: list[str]) -> list[Message]:
+    prompt, [answer] = alpaca_turns(row, ("output",), faults)
+    return [*prompt, {"role": "assistant", "content": answer}]
+
+
+def alpaca_turns(row: dict[str, Any], answers: Sequence[str], faults: list[str]) -> tuple[list[Message], list[str]]:
+    """(system, history and question; the texts under the keys `answers`), empty where there are faults."""
     texts: dict[str, str] = {}
-    for key in ("instruction", "output"):
+    required = ("instruction", *answers)
+    for key in required:
         if key in row:
-            texts[key] = _check_text(row[key], f'"{key}"', faults)
+            texts[key] = check_text(row[key], f'"{key}"', faults)
         else:
-            faults.append(f'no "{key}"; an alpaca row needs instruction and output, found {", ".join(row)}')
+            needs = f"{', '.join(required[:-1])} and {required[-1]}"
+            faults.append(f'no "{key}"; an alpaca row needs {needs}, found {", ".join(row)}')
     for key in ("input", "system"):
-        texts[key] = "" if row.get(key) is None else _check_text(row[key], f'"{key}"', faults)
+        texts[key] = "" if row.get(key) is None else check_text(row[key], f'"{key}"', faults)
     turns = _history(row.get("history"), faults)
     if faults:
-        return []
-    turns.append(("\n".join(filter(None, (texts["instruction"], texts["input"]))), texts["output"]))
-    messages = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
+        return [], [""] * len(answers)
+    prompt = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
     for question, answer in turns:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return messages
+        prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    prompt.append({"role": "user", "content": "\n".join(filter(None, (texts["instruction"], texts["input"])))})
+    return prompt, [texts[key] for key in answers]
 
 
 def _history(value: Any, faults: list[str]) -> list[tuple[str, str]]:
@@ -152,12 +221,13 @@ def _history(value: Any, faults: list[str]) -> list[tuple[str, str]]:
             shown = f"a list of {len(pair)}" if isinstance(pair, list) else kind_of(pair)
             faults.append(f'"history"[{i}]: found {shown}, wanted a list of question and answer')
             continue
-        question, answer = (_check_text(text, f'"history"[{i}][{j}]', faults) for j, text in enumerate(pair))
+        question, answer = (check_text(text, f'"history"[{i}][{j}]', faults) for j, text in enumerate(pair))
         turns.append((question, answer))
     return turns
 
 
-def _warn_of_placeholders(path: Path, examples: Sequence[Example]) -> None:
+def warn_of_placeholders(path: Path, examples: Sequence[Conversation]) -> None:
+    """One warning if texts hold the placeholders of a public data set."""
     holding = [e for e in examples if any(_PLACEHOLDER.search(m["content"]) for m in e.messages)]
     if holding:
         logger.warning(
@@ -167,10 +237,7 @@ def _warn_of_placeholders(path: Path, examples: Sequence[Example]) -> None:
         )
 
 
-def _warn_of_unused_keys(path: Path, rows: Sequence[Row], kind: str) -> None:
-    unused = {key for row in rows for key in row.value} - _ROW_KEYS[kind]
-    if kind == "messages":
-        inner = {key for row in rows for message in row.value["messages"] for key in message}
-        unused |= {f"messages[].{key}" for key in inner - _MESSAGE_KEYS}
+def warn_of_unused_keys(path: Path, unused: set[str]) -> None:
+    """One warning naming the keys that nothing reads."""
     if unused:
         logger.warning("%s: keys that are not used: %s", path, ", ".join(sorted(unused)))

@@ -1,4 +1,4 @@
-"""One example in; its rendered text with the trained tokens marked, for a terminal or as JSON, out."""
+"""One example or pair in; its rendered text with the trained tokens marked, for a terminal or as JSON, out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.text import Text
 
 from macft.data.formats import Example
+from macft.data.pairs import PairExample
 from macft.data.template import ChatTemplate
 from macft.data.tokenize import Fitted, fit_examples, special_in_content
+from macft.data.tokenize_pairs import FittedPair, fit_pairs
 from macft.data.tokenizer import Tokenizer
 from macft.errors import UsageError
 
@@ -41,9 +43,31 @@ def preview(
         train_on_prompt=train_on_prompt,
         mask_history=mask_history,
     )
+    _print(console, shown["pieces"])
+    console.print(Text(_counts(shown)), soft_wrap=True, highlight=False)
+
+
+def preview_pair(
+    examples: Sequence[PairExample],
+    index: int,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    *,
+    cutoff_len: int,
+    console: Console,
+) -> None:
+    """Print pair `index` (from 0) as it is trained on: the prompt once, both answers, a line of counts."""
+    shown = preview_pair_json(examples, index, tokenizer, template, cutoff_len=cutoff_len)
+    for side in ("prompt", "chosen", "rejected"):
+        console.print(Text(f"--- {side}"), soft_wrap=True, highlight=False)
+        _print(console, shown[side]["pieces"])
+    console.print(Text(_pair_counts(shown)), soft_wrap=True, highlight=False)
+
+
+def _print(console: Console, pieces: Sequence[dict[str, Any]]) -> None:
     coloured = console.color_system is not None and not console.no_color
     text = Text()
-    for piece in shown["pieces"]:
+    for piece in pieces:
         visible = _visible(piece["text"])
         if piece["trained"] and coloured:
             text.append(visible, style="bold green")
@@ -51,7 +75,6 @@ def preview(
             text.append(f"⟦{visible}⟧" if piece["trained"] else visible)
     # soft_wrap leaves the lines to the terminal, so that a pipe gets the text as it is
     console.print(text, soft_wrap=True, highlight=False)
-    console.print(Text(_counts(shown)), soft_wrap=True, highlight=False)
 
 
 def preview_json(
@@ -65,8 +88,7 @@ def preview_json(
     mask_history: bool = False,
 ) -> dict[str, Any]:
     """The same as a JSON object: source, pieces of text (trained or not), token ids, mask and counts."""
-    if not 0 <= index < len(examples):
-        raise UsageError(f"row {index}: there are {len(examples)} rows, wanted 0 to {len(examples) - 1}")
+    _check_index(index, len(examples))
     example = examples[index]
     [fitted] = fit_examples(
         [example],
@@ -91,15 +113,61 @@ def preview_json(
     }
 
 
-def _pieces(fitted: Fitted) -> list[dict[str, Any]]:
-    """The text up to the last token, in runs of trained and untrained characters."""
-    text, runs, start = fitted.rendered.text, [], 0
-    tokens = zip(fitted.encoded.ends, fitted.loss_mask.tolist(), strict=True)
+def preview_pair_json(
+    examples: Sequence[PairExample], index: int, tokenizer: Tokenizer, template: ChatTemplate, *, cutoff_len: int
+) -> dict[str, Any]:
+    """The same as a JSON object: the prompt, and the two answers without it, each with pieces and token ids."""
+    _check_index(index, len(examples))
+    example = examples[index]
+    [fitted] = fit_pairs([example], tokenizer, template, cutoff_len=cutoff_len)
+    special = special_in_content([example], tokenizer)
+    length = fitted.prompt_length
+    prompt, chosen = _part(fitted.chosen, 0, length), _part(fitted.chosen, length, None)
+    return {
+        "source": example.source,
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": _part(fitted.rejected, length, None),
+        "straddling": fitted.chosen.straddling + fitted.rejected.straddling,
+        "shortened": fitted.shortened,
+        "fate": _fate(fitted),
+        "special_in_content": [token for _, tokens in special for token in tokens],
+    }
+
+
+def _check_index(index: int, rows: int) -> None:
+    if not 0 <= index < rows:
+        raise UsageError(f"row {index}: there are {rows} rows, wanted 0 to {rows - 1}")
+
+
+def _part(row: Fitted, start: int, stop: int | None) -> dict[str, Any]:
+    """Some tokens of a row; for an answer also whether its end was cut."""
+    tokens = row.encoded.ids[start:stop]
+    part = {"pieces": _pieces(row, start, stop), "tokens": tokens, "num_tokens": len(tokens)}
+    return part if start == 0 else part | {"answer_cut": row.answer_cut}
+
+
+def _fate(pair: FittedPair) -> str:
+    if pair.prompt_length == 0 and not pair.shortened:
+        return "refused in training: the prompt has no token of its own"
+    if pair.is_lost:
+        return "left out of training: cutoff_len leaves no answer on one side"
+    if pair.answer_cut:
+        return "user text emptied and an answer cut" if pair.shortened else "an answer cut"
+    return "user text shortened" if pair.shortened else "not shortened"
+
+
+def _pieces(fitted: Fitted, start: int = 0, stop: int | None = None) -> list[dict[str, Any]]:
+    """The text of tokens `start` to `stop`, in runs of trained and untrained characters."""
+    text, runs = fitted.rendered.text, []
+    ends, mask = fitted.encoded.ends, fitted.loss_mask.tolist()
+    begin = [0, *ends[:start]][-1]
+    tokens = zip(ends[start:stop], mask[start:stop], strict=True)
     for trained, group in groupby(tokens, key=lambda token: token[1]):
         end = [token[0] for token in group][-1]
-        if end > start:
-            runs.append({"text": text[start:end], "trained": trained})
-        start = max(start, end)
+        if end > begin:
+            runs.append({"text": text[begin:end], "trained": trained})
+        begin = max(begin, end)
     return runs
 
 
@@ -130,4 +198,13 @@ def _counts(shown: dict[str, Any]) -> str:
     return (
         f"{shown['source']}: {tokens} tokens, {trained} trained ({trained / tokens:.1%}), "
         f"{shown['straddling']} straddling, {fate}, special tokens inside content: {special}"
+    )
+
+
+def _pair_counts(shown: dict[str, Any]) -> str:
+    prompt, chosen, rejected = (shown[side]["num_tokens"] for side in ("prompt", "chosen", "rejected"))
+    special = ", ".join(shown["special_in_content"]) or "none"
+    return (
+        f"{shown['source']}: prompt {prompt} tokens, chosen {chosen} trained, rejected {rejected} trained, "
+        f"{shown['straddling']} straddling, {shown['fate']}, special tokens inside content: {special}"
     )

@@ -39,6 +39,12 @@ def render_with_spans(
     return Rendered(full, tuple(_turn_span(template, messages, turn, full) for turn in turns))
 
 
+def render_turn(template: ChatTemplate, messages: Sequence[Message], turn: int) -> Rendered:
+    """Render once, with the span of the assistant message `turn` alone; errors as `render_with_spans`."""
+    full = template.render(messages)
+    return Rendered(full, (_turn_span(template, messages, turn, full),))
+
+
 def _turn_span(template: ChatTemplate, messages: Sequence[Message], turn: int, full: str) -> tuple[int, int]:
     up_to_turn = template.render(messages[: turn + 1])
     prompt = _generation_prompt(template, messages[:turn])

@@ -20,6 +20,14 @@ from macft.errors import DataError, ModelError
 
 Message = dict[str, Any]
 
+# the name that stands for text as it is, and that text: no headers, and the eos token ends an answer
+EMPTY = "empty"
+_EMPTY_SOURCE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' and not message['content'].endswith(eos_token) %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
 
 class ChatTemplate:
     """A compiled template; `source` is its Jinja text, `name` says in errors where it came from."""
@@ -59,8 +67,15 @@ class ChatTemplate:
 def load_template(folder: Path, special_map: dict[str, str], template: str | None = None) -> ChatTemplate:
     """The chat template of a model folder, or of the Jinja file `template` when that is given.
 
+    `template` may be `empty`: contents joined as they are, the eos token after an assistant's.
     Raises ModelError when there is none or it is not valid Jinja.
     """
+    if template == EMPTY:
+        if "eos_token" not in special_map:
+            raise ModelError(
+                f"{folder}: names no eos_token, with which template: empty ends an answer; give a Jinja file"
+            )
+        return ChatTemplate(_EMPTY_SOURCE, name=EMPTY, special_map=special_map)
     if template is not None:
         path = Path(template).expanduser()
         return ChatTemplate(_read_template(path), name=str(path), special_map=special_map)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from macft.data.formats import Example
+from macft.data.formats import Conversation, Example
 from macft.data.spans import Rendered, render_with_spans
 from macft.data.template import ChatTemplate, Message
 from macft.data.tokenizer import Encoded, Tokenizer
@@ -19,7 +21,10 @@ from macft.errors import DataError, join_faults
 logger = logging.getLogger("macft")
 
 # encoded at once: keeps all cores busy, and the memory of the encodings small
-_CHUNK = 1000
+CHUNK = 1000
+
+AnyConversation = TypeVar("AnyConversation", bound=Conversation)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -134,29 +139,36 @@ def fit_examples(
     All are rendered before the first is given out: DataError names each that the template refuses.
     """
     job = _Job(tokenizer, template, cutoff_len, train_on_prompt, mask_history)
-    rendered: list[Rendered] = []
-    faults: dict[str, list[str]] = {}  # cause -> examples
-    for example in examples:
-        try:
-            rendered.append(job.render(example.messages))
-        except DataError as error:
-            faults.setdefault(str(error), []).append(example.source)
-    if faults:
-        lines = [f"{sources[0]}{_and_others(sources)}: {cause}" for cause, sources in faults.items()]
-        count = sum(map(len, faults.values()))
-        raise DataError(lines[0] if len(lines) == 1 else join_faults(f"{count} examples cannot be rendered", lines))
-    for start in range(0, len(rendered), _CHUNK):
-        chunk = rendered[start : start + _CHUNK]
+    rendered = render_all(examples, lambda example: job.render(example.messages))
+    for start in range(0, len(rendered), CHUNK):
+        chunk = rendered[start : start + CHUNK]
         encoded = tokenizer.encode_batch([one.text for one in chunk])
-        for parts in zip(examples[start : start + _CHUNK], chunk, encoded, strict=True):
+        for parts in zip(examples[start : start + CHUNK], chunk, encoded, strict=True):
             yield _fit(job, *parts)
 
 
-def _and_others(sources: Sequence[str]) -> str:
+def render_all(examples: Sequence[AnyConversation], render: Callable[[AnyConversation], Result]) -> list[Result]:
+    """`render` of every example; DataError names each that it refuses."""
+    rendered: list[Result] = []
+    faults: dict[str, list[str]] = {}  # cause -> examples
+    for example in examples:
+        try:
+            rendered.append(render(example))
+        except DataError as error:
+            faults.setdefault(str(error), []).append(example.source)
+    if faults:
+        lines = [f"{sources[0]}{and_others(sources)}: {cause}" for cause, sources in faults.items()]
+        count = sum(map(len, faults.values()))
+        raise DataError(lines[0] if len(lines) == 1 else join_faults(f"{count} examples cannot be rendered", lines))
+    return rendered
+
+
+def and_others(sources: Sequence[str]) -> str:
+    """How many more there are than the first, in words."""
     return f" and {len(sources) - 1} more" if len(sources) > 1 else ""
 
 
-def special_in_content(examples: Sequence[Example], tokenizer: Tokenizer) -> list[tuple[str, list[str]]]:
+def special_in_content(examples: Sequence[Conversation], tokenizer: Tokenizer) -> list[tuple[str, list[str]]]:
     """(source, tokens) of each example whose text holds special tokens, which stay special."""
     if not tokenizer.special_strings:
         return []
@@ -173,37 +185,55 @@ def _fit(job: _Job, example: Example, rendered: Rendered, encoded: Encoded) -> F
     shortened = False
     if len(encoded.ids) > job.cutoff_len:
         try:
-            messages, rendered, encoded = _shorten(job, example.messages, rendered, encoded)
+            messages = shorten(
+                example.messages,
+                len(encoded.ids),
+                lambda messages: len(job.tokenizer.encode(job.template.render(messages)).ids),
+                tokenizer=job.tokenizer,
+                cutoff_len=job.cutoff_len,
+            )
+            rendered = job.render(messages)
         except DataError as error:
             raise DataError(f"{example.source}, shortened to cutoff_len {job.cutoff_len}: {error}") from None
+        encoded = job.tokenizer.encode(rendered.text)
         shortened = messages != example.messages
     mask, straddling = _loss_mask(rendered, encoded)
     answer_cut = bool(mask[job.cutoff_len :].any())
-    if len(encoded.ids) > job.cutoff_len:
-        encoded = Encoded(encoded.ids[: job.cutoff_len], encoded.ends[: job.cutoff_len])
-        mask = mask[: job.cutoff_len]
-    return Fitted(rendered, encoded, mask, straddling, shortened, answer_cut)
+    mask = mask[: job.cutoff_len]
+    return Fitted(rendered, cut(encoded, job.cutoff_len), mask, straddling, shortened, answer_cut)
 
 
-def _shorten(
-    job: _Job, messages: tuple[Message, ...], rendered: Rendered, encoded: Encoded
-) -> tuple[tuple[Message, ...], Rendered, Encoded]:
-    """Take tokens off the start of user texts, the oldest first, until the example fits or none is left."""
+def cut(encoded: Encoded, cutoff_len: int) -> Encoded:
+    """The first `cutoff_len` tokens."""
+    return Encoded(encoded.ids[:cutoff_len], encoded.ends[:cutoff_len])
+
+
+def shorten(
+    messages: tuple[Message, ...],
+    length: int,
+    measure: Callable[[tuple[Message, ...]], int],
+    *,
+    tokenizer: Tokenizer,
+    cutoff_len: int,
+) -> tuple[Message, ...]:
+    """Take tokens off the start of user texts, the oldest first, until `measure` fits or none is left.
+
+    `length` is the measure of `messages` as they come: their number of tokens once rendered.
+    """
     for turn, message in enumerate(messages):
         if message["role"] != "user":
             continue
         text = message["content"]
-        ends = job.tokenizer.encode(text).ends
+        ends = tokenizer.encode(text).ends
         dropped = 0
-        while len(encoded.ids) > job.cutoff_len and dropped < len(ends):
-            dropped = min(dropped + len(encoded.ids) - job.cutoff_len, len(ends))
+        while length > cutoff_len and dropped < len(ends):
+            dropped = min(dropped + length - cutoff_len, len(ends))
             kept = {**message, "content": _without_marks(text[ends[dropped - 1] :])}
             messages = (*messages[:turn], kept, *messages[turn + 1 :])
-            rendered = job.render(messages)
-            encoded = job.tokenizer.encode(rendered.text)
-        if len(encoded.ids) <= job.cutoff_len:
+            length = measure(messages)
+        if length <= cutoff_len:
             break
-    return messages, rendered, encoded
+    return messages
 
 
 def _without_marks(text: str) -> str:
@@ -222,11 +252,16 @@ def _loss_mask(rendered: Rendered, encoded: Encoded) -> tuple[np.ndarray, int]:
     straddling = 0
     for start, end in rendered.spans:
         mask |= (ends > start) & (ends <= end)
-        for border in (start, end):
-            at = int(np.searchsorted(ends, border, side="right"))
-            straddling += at < len(ends) and border > 0 and (0 if at == 0 else ends[at - 1]) < border
+        straddling += token_after(encoded, start)[1] + token_after(encoded, end)[1]
     mask[:1] = False
-    return mask, int(straddling)
+    return mask, straddling
+
+
+def token_after(encoded: Encoded, border: int) -> tuple[int, bool]:
+    """(index of the first token that ends after the character `border`, whether it begins before it)."""
+    at = bisect_right(encoded.ends, border)
+    begin = encoded.ends[at - 1] if at > 0 else 0
+    return at, at < len(encoded.ends) and begin < border
 
 
 def _warn(report: TokenizeReport, special: list[tuple[str, list[str]]], cutoff_len: int) -> None:

@@ -70,6 +70,11 @@ class Tokenizer:
         self.special_strings = tuple(token.content for _, token in sorted(added.items()) if token.special)
         self.vocab_size: int = core.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's text with its id."""
+        return dict(self._core.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str) -> Encoded:
         """Token ids of `text`, and where each token ends in it (in characters)."""
         return _encoded(self._core.encode(text, add_special_tokens=False))

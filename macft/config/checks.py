@@ -1,0 +1,229 @@
+"""Settings whose values are each sound in, the sentences on how they do not go together out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from typing import NamedTuple
+
+from macft.config.settings import Settings
+
+
+class Check(NamedTuple):
+    """A contradiction: the keys it looks at, whether it is there, and the line that says so."""
+
+    keys: str
+    is_wrong: object
+    text: str
+
+
+def contradictions(settings: Settings, unsound: Set[str] = frozenset()) -> list[str]:
+    """One line a contradiction; what looks at a key of `unsound`, whose value is not known, is left out."""
+    checks = (*_run_checks(settings), *_method_checks(settings), *_preference_checks(settings))
+    found = (check for check in (*checks, *_evaluation_checks(settings)) if check.is_wrong)
+    return [check.text for check in found if unsound.isdisjoint(check.keys.split())]
+
+
+def _run_checks(settings: Settings) -> Iterator[Check]:
+    yield Check("bf16 fp16", settings.bf16 and settings.fp16, "bf16 and fp16 are both true; keep one")
+    yield Check(
+        "overwrite_output_dir resume_from_checkpoint",
+        settings.overwrite_output_dir and settings.resume_from_checkpoint is not False,
+        "overwrite_output_dir and resume_from_checkpoint are both set; keep one",
+    )
+    yield Check(
+        "lr_scheduler_type warmup_ratio warmup_steps",
+        settings.lr_scheduler_type == "constant" and (settings.warmup_ratio > 0 or settings.warmup_steps > 0),
+        "lr_scheduler_type constant has no warmup; write constant_with_warmup, or remove warmup_ratio and warmup_steps",
+    )
+    yield Check(
+        "max_steps",
+        settings.max_steps == 0 or settings.max_steps < -1,
+        f"max_steps {settings.max_steps}: wanted -1 or above 0",
+    )
+
+
+def _method_checks(settings: Settings) -> Iterator[Check]:
+    is_full = settings.finetuning_type == "full"
+    yield Check(
+        "finetuning_type quantization_bit",
+        is_full and settings.quantization_bit is not None,
+        "finetuning_type full cannot train a quantized base; remove quantization_bit",
+    )
+    yield Check(
+        "finetuning_type adapter_name_or_path",
+        is_full and settings.adapter_name_or_path is not None,
+        "adapter_name_or_path needs finetuning_type lora",
+    )
+    yield Check(
+        "finetuning_type use_dora use_rslora",
+        is_full and (settings.use_dora or settings.use_rslora),
+        "use_dora and use_rslora need finetuning_type lora",
+    )
+    is_new = settings.create_new_adapter
+    yield Check(
+        "create_new_adapter adapter_name_or_path finetuning_type",
+        is_new and settings.adapter_name_or_path is None and not is_full,
+        "create_new_adapter needs adapter_name_or_path, the adapter to build on",
+    )
+    yield Check(
+        "create_new_adapter finetuning_type", is_new and is_full, "create_new_adapter needs finetuning_type lora"
+    )
+    for key, is_set in (("use_dora", settings.use_dora), ("quantization_bit", settings.quantization_bit is not None)):
+        yield Check(
+            f"create_new_adapter {key}", is_new and is_set, f"create_new_adapter and {key} exclude each other; keep one"
+        )
+    yield Check(
+        "train_on_prompt mask_history",
+        settings.train_on_prompt and settings.mask_history,
+        "train_on_prompt and mask_history exclude each other",
+    )
+    for key, is_set in (("train_on_prompt", settings.train_on_prompt), ("mask_history", settings.mask_history)):
+        yield Check(
+            f"stage {key}",
+            settings.is_preference and is_set,
+            f"{key} is for stage sft; stage {settings.stage} trains on the two answers alone: remove it",
+        )
+
+
+def _preference_checks(settings: Settings) -> Iterator[Check]:
+    loss, is_foodpo = settings.pref_loss, settings.stage == "foodpo"
+    yield Check(
+        "stage pref_loss dpo_label_smoothing",
+        settings.is_preference and settings.dpo_label_smoothing > 0 and loss not in ("sigmoid", "robust"),
+        f"dpo_label_smoothing is for pref_loss sigmoid and robust, found {loss}; remove it",
+    )
+    yield Check(
+        "stage pref_loss simpo_gamma",
+        settings.is_preference and _is_changed(settings, "simpo_gamma") and loss != "simpo",
+        f"simpo_gamma is for pref_loss simpo, found {loss}; remove it",
+    )
+    yield Check(
+        "stage pref_loss ld_alpha",
+        settings.is_preference and settings.ld_alpha is not None and loss in ("ipo", "orpo", "simpo"),
+        f"ld_alpha weighs answers of unlike length, and pref_loss {loss} takes averages; remove it",
+    )
+    for key, is_set in (
+        ("ref_model", settings.ref_model is not None),
+        ("ref_model_adapters", settings.ref_model_adapters is not None),
+    ):
+        whose = f"pref_loss {loss}" if settings.is_preference else "stage sft"
+        yield Check(
+            f"stage pref_loss {key}",
+            is_set and not settings.has_reference,
+            f"{whose} has no reference; remove {key}",
+        )
+    yield Check(
+        "stage pref_loss",
+        is_foodpo and loss in ("hinge", "ipo", "robust"),
+        f"stage foodpo combines with pref_loss sigmoid, orpo and simpo, found {loss}",
+    )
+    # at a scale of 0 or below no perplexity is asked for
+    asks_reference = settings.foodpo_perplexity == "reference" and settings.pref_beta_scale > 0
+    yield Check(
+        "stage pref_loss foodpo_perplexity pref_beta_scale",
+        is_foodpo and loss in ("orpo", "simpo") and asks_reference,
+        f"foodpo_perplexity is reference and pref_loss {loss} has none; set policy or policy_with_gradient",
+    )
+    low, high = settings.foodpo_beta_min, settings.foodpo_beta_max
+    yield Check(
+        "foodpo_beta_min foodpo_beta_max",
+        low is not None and high is not None and low > high,
+        f"foodpo_beta_min {low} is above foodpo_beta_max {high}",
+    )
+
+
+def _evaluation_checks(settings: Settings) -> Iterator[Check]:
+    has_data = bool(settings.eval_dataset or settings.val_size)
+    evaluates = has_data and settings.eval_strategy != "no"
+    yield Check(
+        "eval_dataset val_size",
+        settings.eval_dataset and settings.val_size,
+        "eval_dataset and val_size are both set; keep one",
+    )
+    yield Check(
+        "eval_strategy eval_dataset val_size",
+        settings.eval_strategy in ("steps", "epoch") and not has_data,
+        f"eval_strategy {settings.eval_strategy} needs eval_dataset or val_size",
+    )
+    yield Check(
+        "eval_strategy eval_dataset",
+        settings.eval_strategy == "no" and settings.eval_dataset is not None,
+        "eval_dataset is set but eval_strategy is no; remove one",
+    )
+    yield Check(
+        "eval_steps eval_strategy",
+        settings.eval_steps is not None and settings.eval_strategy != "steps",
+        "eval_steps needs eval_strategy steps",
+    )
+    missing = "eval_strategy to steps or epoch" if has_data else "eval_dataset or val_size"
+    for key, is_set in (
+        ("load_best_model_at_end", settings.load_best_model_at_end),
+        ("metric_for_best_model", settings.metric_for_best_model is not None),
+        ("greater_is_better", settings.greater_is_better is not None),
+        ("early_stopping_steps", settings.early_stopping_steps is not None),
+    ):
+        yield Check(
+            f"{key} eval_strategy eval_dataset val_size",
+            is_set and not evaluates,
+            f"{key} needs an evaluation; set {missing}",
+        )
+    if evaluates and settings.load_best_model_at_end:
+        yield from _best_model_checks(settings)
+
+
+def _best_model_checks(settings: Settings) -> Iterator[Check]:
+    """A checkpoint can be the best only if it was evaluated."""
+    eval_strategy = settings.eval_strategy or "epoch"
+    eval_steps = settings.eval_steps or settings.logging_steps
+    keys = "load_best_model_at_end save_strategy eval_strategy eval_dataset val_size"
+    yield Check(
+        keys,
+        settings.save_strategy != eval_strategy,
+        f"load_best_model_at_end needs save_strategy equal to eval_strategy, found {settings.save_strategy} "
+        f"and {eval_strategy}{'' if settings.eval_strategy else ' (its default)'}",
+    )
+    yield Check(
+        f"{keys} save_steps eval_steps logging_steps",
+        settings.save_strategy == eval_strategy == "steps" and settings.save_steps % eval_steps != 0,
+        f"load_best_model_at_end needs save_steps to be a multiple of eval_steps, found {settings.save_steps} "
+        f"and {eval_steps}{'' if settings.eval_steps else ' (logging_steps)'}",
+    )
+
+
+_LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target")
+_FOODPO_KEYS = ("pref_beta_scale", "foodpo_perplexity", "foodpo_beta_min", "foodpo_beta_max")
+_PREFERENCE_KEYS = ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing", "simpo_gamma", "ld_alpha")
+
+
+def without_effect(settings: Settings) -> list[str]:
+    """Keys set to something that this run does not look at."""
+    is_plain = settings.stage == "foodpo" and settings.pref_beta_scale <= 0
+    seeks_best = settings.load_best_model_at_end or settings.early_stopping_steps is not None
+    owners = [
+        ("finetuning_type is full", settings.finetuning_type == "full", _LORA_KEYS),
+        (f"save_strategy is {settings.save_strategy}", settings.save_strategy != "steps", ("save_steps",)),
+        ("stage is sft", not settings.is_preference, _PREFERENCE_KEYS),
+        (f"stage is {settings.stage}", settings.stage != "foodpo", _FOODPO_KEYS),
+        (f"pref_beta_scale is {settings.pref_beta_scale:g}", is_plain, _FOODPO_KEYS[1:]),
+        (
+            "neither load_best_model_at_end nor early_stopping_steps is set",
+            not seeks_best,
+            ("metric_for_best_model", "greater_is_better"),
+        ),
+    ]
+    return [f"{key} ({why})" for why, applies, keys in owners for key in keys if applies and _is_changed(settings, key)]
+
+
+def doubts(settings: Settings) -> list[str]:
+    """Values that are allowed and hardly meant."""
+    if settings.is_preference and settings.pref_loss == "simpo" and settings.pref_beta < 1:
+        return [
+            f"pref_beta {settings.pref_beta:g} is small for pref_loss simpo: simpo_gamma {settings.simpo_gamma:g} "
+            "outweighs the answers; the paper takes a pref_beta of 2 to 10"
+        ]
+    return []
+
+
+def _is_changed(settings: Settings, key: str) -> bool:
+    # Not model_fields_set: the resolved configuration, which a run writes down, sets every key.
+    return bool(getattr(settings, key) != Settings.model_fields[key].default)
