@@ -83,7 +83,7 @@ def our_logps(engine: str, base: Path, folder: Path) -> np.ndarray:
     backend = load_backend(engine)
     backend.load(ModelSpec(folder=base, lora=spec_of_adapter(adapter), precision="float32"))
     backend.set_adapter_state(adapter.state)
-    return backend.logps(Sft(), batch())
+    return backend.logps(batch(), Sft().positions(batch()))
 
 
 @pytest.mark.torch
@@ -312,7 +312,7 @@ def test_the_template_of_the_adapter_is_the_one_trained_with(model, data, traine
 def test_a_fresh_adapter_changes_nothing(engine, model):
     backend = load_backend(engine)
     backend.load(ModelSpec(folder=model, lora=None, precision="float32"))
-    plain = backend.logps(Sft(), batch())
+    plain = backend.logps(batch(), Sft().positions(batch()))
     backend = load_backend(engine)
     backend.load(ModelSpec(folder=model, lora=LoraSpec(rank=4, alpha=8), precision="float32"))
-    assert np.array_equal(backend.logps(Sft(), batch()), plain)
+    assert np.array_equal(backend.logps(batch(), Sft().positions(batch())), plain)

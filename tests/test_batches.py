@@ -116,5 +116,5 @@ def test_padding_is_on_the_right_and_never_a_target():
 
 
 def test_evaluation_sees_every_example_once_neighbours_in_length_together():
-    batches = list(in_order(examples(4, 9, 2, 7, 3), 2))
+    batches = [batch for _, batch in in_order(examples(4, 9, 2, 7, 3), 2)]
     assert [batch.lengths.tolist() for batch in batches] == [[9, 7], [4, 3], [2]]

@@ -141,7 +141,7 @@ def test_logps_are_those_of_the_full_softmax(engine, tiny_model):
     batch = collate(random_examples(4, seed=4))
     backend: Backend = ENGINES[engine]()
     backend.load(ModelSpec(folder=folder, lora=None, precision="float32"))
-    found = backend.logps(Sft(), batch)
+    found = backend.logps(batch, Sft().positions(batch))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.from_numpy(batch.tokens).long()
     with torch.no_grad():

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ import yaml
 
 from macft.errors import MacftError, MissingPackageError, UsageError
 from macft.training import report as report_module
-from macft.training.plots import plot_loss, plot_metric, smooth
 from macft.training.report import Report, StepRecord, read_log
 from macft.training.reporters import open_reporters
 from macft.training.results import eval_results, merge_results, model_card, read_results, train_results
@@ -125,6 +125,38 @@ def test_lines_on_a_pipe_are_aligned_and_hold_no_escapes(tmp_path, capfd, monkey
     assert "\x1b" not in err
 
 
+REWARDS = {"rewards/accuracies": 0.75, "rewards/margins": 0.2149, "rewards/chosen": -0.05, "logps/chosen": -61.2}
+
+
+def test_a_preference_line_shows_accuracy_and_margin_in_80_columns(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(report_module, "_stderr_is_terminal", lambda: False)
+    monkeypatch.setattr(report_module.time, "perf_counter", lambda: 1000.0)
+    with Report(tmp_path, 1000) as report:
+        report.step(StepRecord(9, 0.1, 0.61123, 5e-5, 1.5, 203, 0.25, 11.9, REWARDS))
+        row = report.log()
+        loss = {"rewards/accuracies": 1.0, "rewards/margins": -12.5}
+        report.step(StepRecord(1000, 1.0, 0.5, 5e-5, 1.5, 3000, 0.25, 11.9, loss))
+        report.log()
+        report.evaluation(1000, 1.0, {"eval_loss": 0.65432, **{f"eval_{key}": value for key, value in REWARDS.items()}})
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        "step    9/1000  loss 0.6112  acc 0.75  margin +0.21     812 tok/s  0:00 left",
+        "step 1000/1000  loss 0.5000  acc 1.00  margin -12.50   12000 tok/s  0:00 left",
+        "step 1000/1000  eval_loss 0.6543  eval_acc 0.75  eval_margin +0.21",
+    ]
+    assert max(map(len, lines)) <= 80
+    # what the line leaves out is in the row, and the row is what `log` returns
+    first, _, evaluation = read_log(tmp_path)
+    assert first | row == first and {"lr", "grad_norm", "peak_memory_gb", *REWARDS} <= row.keys()
+    assert evaluation["eval_logps/chosen"] == -61.2
+
+
+def test_log_returns_nothing_when_nothing_was_trained(tmp_path):
+    with Report(tmp_path, 2) as report:
+        assert report.log() == {}
+    assert read_log(tmp_path) == []
+
+
 def test_time_left_counts_only_the_steps_of_this_run(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(report_module.time, "perf_counter", lambda: now[0])
@@ -141,9 +173,10 @@ TERMINAL_RUN = """
 import sys
 from pathlib import Path
 from macft.training.report import Report, StepRecord
+rewards = {"rewards/accuracies": 0.75, "rewards/margins": 0.2149} if sys.argv[2:] else {}
 with Report(Path(sys.argv[1]), 4) as report:
     for step in (1, 2, 3, 4):
-        report.step(StepRecord(step, step / 4, 2.5 / step, 4.5e-05, 1.0, 203, 0.25, 1.94))
+        report.step(StepRecord(step, step / 4, 2.5 / step, 4.5e-05, 1.0, 203, 0.25, 1.94, rewards))
         report.log()
         if step == 2:
             report.message("[red]saved[/red] 检查点")
@@ -151,18 +184,33 @@ with Report(Path(sys.argv[1]), 4) as report:
 """
 
 
-def test_a_terminal_shows_a_bar_and_keeps_messages_above_it(tmp_path):
+def run_on_terminal(columns: int, *arguments: str) -> tuple[str, bytes]:
+    """What TERMINAL_RUN shows on a terminal, and what it writes to standard output."""
     primary, secondary = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "90", "NO_COLOR": "1"}
-    command = [sys.executable, "-c", TERMINAL_RUN, str(tmp_path)]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "NO_COLOR": "1"}
+    command = [sys.executable, "-c", TERMINAL_RUN, *arguments]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=secondary, env=environment)
     os.close(secondary)
     shown = b""
     while chunk := _read(primary):
         shown += chunk
-    text = shown.decode()
+    assert child.stdout is not None
+    written = child.stdout.read()
     assert child.wait() == 0
-    assert child.stdout is not None and child.stdout.read() == b"answer\n"
+    return shown.decode(), written
+
+
+def test_a_preference_bar_fits_into_80_columns(tmp_path):
+    text, _ = run_on_terminal(80, str(tmp_path), "preference")
+    drawn = [line for line in re.split(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]", text) if line.startswith("step 4/4")]
+    assert drawn and drawn[-1].rstrip().endswith("loss 0.6250  acc 0.75  margin +0.21  812 tok/s  0:00 left")
+    # one line with a bar in it, not a wrapped one
+    assert len(drawn[-1]) <= 80 and "━" in drawn[-1]
+
+
+def test_a_terminal_shows_a_bar_and_keeps_messages_above_it(tmp_path):
+    text, written = run_on_terminal(90, str(tmp_path))
+    assert written == b"answer\n"
     assert "[red]saved[/red] 检查点" in text
     assert "step 4/4" in text and "loss 0.6250  lr 4.5e-05  812 tok/s  1.9 GB  0:00 left" in text
     # one bar, redrawn in place: its last drawing is not followed by a log line
@@ -232,7 +280,7 @@ def test_results_are_rates_by_hand_and_united_in_all_results(tmp_path):
         epoch=2.0, train_loss=1.5, seconds=8.0, examples=20, steps=4, tokens=1000, peak_memory_gb=1.23456
     )
     merge_results(tmp_path, "train", trained)
-    merge_results(tmp_path, "eval", eval_results(epoch=2.0, eval_loss=1.75, seconds=0.5, examples=3))
+    merge_results(tmp_path, "eval", eval_results(epoch=2.0, values={"eval_loss": 1.75}, seconds=0.5, examples=3))
     expected = {
         "epoch": 2.0,
         "train_loss": 1.5,
@@ -278,61 +326,3 @@ def test_the_model_card_front_matter_parses_and_the_command_can_be_pasted():
     assert "| note | a\\|b c |" in text and '| lora_target | ["q_proj", "v_proj"] |' in text
     assert "| train_loss | 1.23457 |" in text and "| total_tokens | 12345678 |" in text
     assert "| mlx | 0.32.4 |" in text and "数据.jsonl" in text
-
-
-def test_smoothing_follows_its_formula():
-    # n = 3: weight 1.8 (1 / (1 + exp(-0.15)) - 0.5) = 0.0673737...
-    weight = 1.8 * (1 / (1 + 2.718281828459045**-0.15) - 0.5)
-    second = weight * 4 + (1 - weight) * 2
-    assert smooth([4.0, 2.0, 1.0]) == pytest.approx([4.0, second, weight * second + 1 - weight], rel=1e-12)
-    assert smooth([]) == []
-
-
-def write_log(folder: Path, losses: dict[int, float]) -> None:
-    folder.mkdir(exist_ok=True)
-    rows = [
-        {"current_steps": step, "loss": loss, "eval_loss": 1.0, "rewards/accuracies": 0.5}
-        for step, loss in losses.items()
-    ]
-    (folder / "trainer_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_curves_are_drawn_without_a_word_and_without_global_state(tmp_path):
-    write_log(tmp_path, {step: 3.0 / step for step in range(1, 30)})
-    code = (
-        "import sys; from pathlib import Path; from macft.training.plots import plot_loss, plot_metric\n"
-        "plot_loss(Path(sys.argv[1])); plot_metric(Path(sys.argv[1]), 'rewards/accuracies')\n"
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    ran = subprocess.run([sys.executable, "-W", "error", "-c", code, str(tmp_path)], capture_output=True)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
-    for name in ("training_loss.png", "training_rewards_accuracies.png"):
-        picture = (tmp_path / name).read_bytes()
-        assert picture.startswith(b"\x89PNG") and _share_of_blue(picture) > 0.001
-
-
-def test_a_loss_that_is_no_number_does_not_blank_the_smoothed_curve(tmp_path):
-    losses = {step: 3.0 / step for step in range(1, 30)}
-    pictures = []
-    for name, seventh in (("whole", losses[7]), ("broken", float("nan"))):
-        write_log(tmp_path / name, {**losses, 7: seventh})
-        path = plot_loss(tmp_path / name)
-        assert path is not None
-        pictures.append(_share_of_blue(path.read_bytes()))
-    # one point of 29 less, not most of the curve
-    assert pictures[1] > 0.9 * pictures[0]
-
-
-def _share_of_blue(picture: bytes) -> float:
-    import io
-
-    from matplotlib.image import imread
-
-    pixels = imread(io.BytesIO(picture))
-    return float(((pixels[..., 2] - pixels[..., 0]) > 0.3).mean())
-
-
-def test_nothing_logged_means_no_picture(tmp_path):
-    assert plot_loss(tmp_path) is None
-    assert plot_metric(tmp_path, "rewards/accuracies") is None
-    assert list(tmp_path.iterdir()) == []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from macft.data.batches import NumpyBatch, collate
 from macft.data.tokenize import TokenizedExample
+from macft.data.tokenize_pairs import TokenizedPair
 
 VOCABULARY = 199
 ROPE_THETA = 123456.0
@@ -27,6 +31,19 @@ _SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """OpenBLAS, where MLX has it, on one thread: on a busy machine its waiting threads take seven times the work."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "openblas_set_num_threads"):  # a Mac
+        yield
+        return
+    before = library.openblas_get_num_threads()
+    library.openblas_set_num_threads(1)
+    yield
+    library.openblas_set_num_threads(before)
 
 
 def write_model(folder: Path, architecture: str, *, seed: int = 0, rope_theta: float = ROPE_THETA, **sizes) -> Path:
@@ -83,6 +100,24 @@ def random_examples(count: int, *, seed: int = 0, shortest: int = 6, longest: in
         mask[length // 2 :] = True
         examples.append(TokenizedExample(tokens, mask))
     return examples
+
+
+def random_pairs(
+    count: int, *, seed: int = 0, prompt: tuple[int, int] = (3, 30), answer: tuple[int, int] = (2, 19)
+) -> list[TokenizedPair]:
+    """Random prompts, each with two random answers; lengths are drawn from these closed ranges."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        start = int(rng.integers(prompt[0], prompt[1] + 1))
+        shared = rng.integers(3, VOCABULARY, start)
+        rows = []
+        for _ in range(2):
+            own = rng.integers(3, VOCABULARY, int(rng.integers(answer[0], answer[1] + 1)))
+            tokens = np.concatenate([shared, own]).astype(np.int32)
+            rows.append(TokenizedExample(tokens, np.arange(len(tokens)) >= start))
+        pairs.append(TokenizedPair(rows[0], rows[1], start))
+    return pairs
 
 
 def steps_of(examples: list[TokenizedExample], batch_size: int, accumulation: int) -> list[list[NumpyBatch]]:

@@ -59,6 +59,18 @@ def write_rows(path: Path, count: int = 10, seed: int = 0) -> Path:
     return path
 
 
+def write_pairs(path: Path, count: int = 10, seed: int = 0) -> Path:
+    """Preference rows: questions, each with two answers, of different lengths."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(count):
+        texts = [" ".join(rng.choice(_WORDS, int(rng.integers(2, 12)))) for _ in range(3)]
+        turns = zip(("prompt", "chosen", "rejected"), ("user", "assistant", "assistant"), texts, strict=True)
+        lines.append(json.dumps({key: [{"role": role, "content": text}] for key, role, text in turns}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
 def toy_settings(model: Path, data: Path, output_dir: Path, backend: str, **keys: Any) -> Settings:
     """Ten rows, two a step, two epochs: ten steps, each logged; no picture."""
     values = {

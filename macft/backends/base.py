@@ -37,11 +37,20 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
+class Under:
+    """An adapter that becomes part of the base before anything else happens."""
+
+    lora: LoraSpec
+    state: State = field(repr=False)
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Which model to load and how."""
 
     folder: Path
     lora: LoraSpec | None  # None: no adapter
+    under: Under | None = None
     full: bool = False  # every parameter is trained
     precision: str = "auto"  # auto, float32, bfloat16, float16
     quantization_bit: int | None = None  # 4 or 8
@@ -108,8 +117,8 @@ class Backend(Protocol):
     ) -> StepResult:
         """One optimizer step over all micro-batches; `step` seeds dropout."""
 
-    def logps(self, objective: Objective, batch: NumpyBatch) -> np.ndarray:
-        """float32 [rows, T-1]: log-probability of each next token, 0 outside the objective's positions."""
+    def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
+        """float32 [rows, T-1]: log-probability of each next token at `positions` (bool of that shape), 0 elsewhere."""
 
     def generate(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling

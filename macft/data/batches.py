@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from macft.data.tokenize import TokenizedExample
+from macft.data.tokenize_pairs import TokenizedPair
 
 Array = TypeVar("Array")
 
@@ -24,32 +25,76 @@ class Batch(Generic[Array]):
     tokens: Array  # int32 [rows, T], right-padded with 0
     loss_mask: Array  # bool [rows, T]; True where the token is a training target
     lengths: Array  # int32 [rows], real tokens per row
+    # Pairs alone have the rest. Rows 0..P-1 are chosen, rows P..2P-1 rejected.
+    prompt_mask: Array | None = None  # bool [rows, T]; True at the prompt tokens but the first, of chosen rows
+    reference_logps: Array | None = None  # float32 [rows]; what the reference gives the answers
+    reference_log_perplexity: Array | None = None  # float32 [pairs]; what the prompts cost it
+
+    @property
+    def columns(self) -> dict[str, Array]:
+        """The columns that this batch has, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if value is not None}
 
     def map(self, convert: Callable[[Array], Any]) -> Batch[Any]:
         """The same batch with every column converted."""
-        return Batch(**{field.name: convert(getattr(self, field.name)) for field in fields(self)})
+        return Batch(**{name: convert(value) for name, value in self.columns.items()})
 
 
 NumpyBatch = Batch[np.ndarray]
 
 
-def collate(examples: Sequence[TokenizedExample]) -> NumpyBatch:
-    """Stack examples into one right-padded batch; padding is never a target."""
-    lengths = np.array([len(example.tokens) for example in examples], dtype=np.int32)
-    shape = (len(examples), int(lengths.max()))
+def collate(examples: Sequence[TokenizedExample] | Sequence[TokenizedPair]) -> NumpyBatch:
+    """Stack examples, or pairs, into one right-padded batch; padding is never a target."""
+    pairs = [example for example in examples if isinstance(example, TokenizedPair)]
+    if pairs:
+        return _collate_pairs(pairs)
+    return _stack([example for example in examples if isinstance(example, TokenizedExample)])
+
+
+def _stack(rows: Sequence[TokenizedExample]) -> NumpyBatch:
+    lengths = np.array([len(row.tokens) for row in rows], dtype=np.int32)
+    shape = (len(rows), int(lengths.max()))
     tokens = np.zeros(shape, dtype=np.int32)
     loss_mask = np.zeros(shape, dtype=bool)
-    for row, example in enumerate(examples):
-        tokens[row, : lengths[row]] = example.tokens
-        loss_mask[row, : lengths[row]] = example.loss_mask
+    for i, row in enumerate(rows):
+        tokens[i, : lengths[i]] = row.tokens
+        loss_mask[i, : lengths[i]] = row.loss_mask
     return Batch(tokens=tokens, loss_mask=loss_mask, lengths=lengths)
 
 
-def in_order(examples: Sequence[TokenizedExample], batch_size: int) -> Iterator[NumpyBatch]:
-    """Batches of neighbouring lengths that cover all examples once, for evaluation."""
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].tokens))
+def _collate_pairs(pairs: Sequence[TokenizedPair]) -> NumpyBatch:
+    batch = _stack([*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)])
+    prompt_mask = np.zeros(batch.tokens.shape, dtype=bool)
+    for i, pair in enumerate(pairs):
+        prompt_mask[i, 1 : pair.prompt_length] = True
+    batch = replace(batch, prompt_mask=prompt_mask)
+    references = [pair.reference for pair in pairs if pair.reference is not None]
+    if not references:
+        return batch
+    logps = [r.chosen_logp for r in references] + [r.rejected_logp for r in references]
+    return replace(
+        batch,
+        reference_logps=np.array(logps, dtype=np.float32),
+        reference_log_perplexity=np.array([r.log_perplexity for r in references], dtype=np.float32),
+    )
+
+
+def row_length(example: TokenizedExample | TokenizedPair) -> int:
+    """Tokens of the example, or of the longer row of a pair."""
+    if isinstance(example, TokenizedPair):
+        return max(len(example.chosen.tokens), len(example.rejected.tokens))
+    return len(example.tokens)
+
+
+def in_order(
+    examples: Sequence[TokenizedExample] | Sequence[TokenizedPair], batch_size: int
+) -> Iterator[tuple[np.ndarray, NumpyBatch]]:
+    """Batches of neighbouring lengths that cover all examples once, each with the indices of its examples."""
+    order = np.argsort([-row_length(example) for example in examples], kind="stable")
     for start in range(0, len(order), batch_size):
-        yield collate([examples[index] for index in order[start : start + batch_size]])
+        indices = order[start : start + batch_size]
+        yield indices, collate([examples[index] for index in indices])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors.numpy import load_file
@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from macft.backends.base import State
 from macft.errors import MacftError
 from macft.files import new_dir, write_json
+from macft.training.best import Best
 from macft.training.report import StepRecord
 from macft.weights.stream import write_state
 
@@ -34,6 +35,7 @@ class Progress:
     loss_sum: float = 0.0  # of all step losses so far
     seconds: float = 0.0  # spent in steps
     unlogged: tuple[StepRecord, ...] = ()  # steps whose row of the log is still to come
+    best: Best = field(default_factory=Best)  # the best evaluation so far
 
 
 def save_checkpoint(
@@ -42,12 +44,13 @@ def save_checkpoint(
     optimizer_state: State | None,
     write_model: Callable[[Path], None],
     keep: int | None,
+    spared: int | None = None,
 ) -> Path:
     """Write checkpoint-STEP, then delete the oldest beyond `keep`; it counts once its manifest is there.
 
-    Checkpoints of later steps are deleted too: the run went back before them and is on another course.
-    `write_model` puts the model files into the folder it is given. Without `optimizer_state` the
-    checkpoint cannot be resumed from.
+    The checkpoint of step `spared` is never deleted for being old. Checkpoints of later steps are
+    deleted: the run went back before them and is on another course. `write_model` puts the model files
+    into the folder it is given. Without `optimizer_state` the checkpoint cannot be resumed from.
     """
     path = output_dir / f"checkpoint-{progress.step}"
     with new_dir(path) as folder:
@@ -59,7 +62,8 @@ def save_checkpoint(
         write_json(folder / MANIFEST, {file.name: _fingerprint(file) for file in files})
     others = list_checkpoints(output_dir)
     newest = others.index(path)
-    for old in others[newest + 1 :] + (others[: max(0, newest + 1 - keep)] if keep is not None else []):
+    aged = others[: max(0, newest + 1 - keep)] if keep is not None else []
+    for old in others[newest + 1 :] + [folder for folder in aged if folder.name != f"checkpoint-{spared}"]:
         # without its manifest a half-deleted checkpoint does not count
         (old / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(old)
@@ -120,6 +124,7 @@ def read_progress(path: Path) -> Progress:
     """Where the run stood."""
     state = json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
     state["unlogged"] = tuple(StepRecord(**record) for record in state["unlogged"])
+    state["best"] = Best(**state.get("best", {}))
     return Progress(**state)
 
 

@@ -6,11 +6,16 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
+
 from macft.backends.base import Backend
 from macft.config.settings import Settings
+from macft.data.tokenize_pairs import TokenizedPair
+from macft.objectives.losses import make_objective
+from macft.objectives.preference import Preference
 from macft.training.checkpoint import Progress
 from macft.training.model_files import ModelFiles
-from macft.training.plots import plot_loss
+from macft.training.plots import plot_distribution, plot_loss, plot_metrics
 from macft.training.prepare import Prepared
 from macft.training.results import merge_results, model_card, train_results, write_model_card
 
@@ -47,7 +52,7 @@ def finish(
     )
     merge_results(output_dir, "train", results)
     if settings.plot_loss:
-        plot_loss(output_dir)
+        _plot(settings, prepared, output_dir)
     if files.lora is not None:
         shown = {
             key: value for key, value in settings.model_dump().items() if value is not None and key not in _NOT_SHOWN
@@ -65,6 +70,21 @@ def finish(
         "done: mean loss %.4f, %.0f tokens/s, peak memory %.1f GB; saved to %s",
         *(results["train_loss"], results["train_tokens_per_second"], results["peak_memory_gb"], output_dir),
     )
+
+
+def _plot(settings: Settings, prepared: Prepared, output_dir: Path) -> None:
+    plot_loss(output_dir)
+    if not settings.is_preference:
+        return
+    plot_metrics(output_dir)
+    pairs = [pair for pair in prepared.train if isinstance(pair, TokenizedPair)]
+    # a prompt of one token has no perplexity
+    costs = np.array(
+        [pair.reference.log_perplexity if pair.prompt_length > 1 else np.nan for pair in pairs if pair.reference]
+    )
+    objective = make_objective(settings)
+    if isinstance(objective, Preference) and objective.prompt_beta is not None and len(costs):
+        plot_distribution(output_dir, objective.prompt_beta.strengths(objective.beta, costs), costs)
 
 
 def _examples_seen(prepared: Prepared, steps: int) -> int:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file
 
+from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import LoraSpec, State
 from macft.data.template import ChatTemplate
 from macft.data.tokenizer import Tokenizer
 from macft.errors import MacftError, UsageError
 from macft.files import write_bytes, write_json, write_text
-from macft.weights.adapter import WEIGHTS_NAME, AdapterConfig, read_adapter, write_adapter
+from macft.weights.adapter import WEIGHTS_NAME, Adapter, AdapterConfig, read_adapter, write_adapter
 from macft.weights.locate import ModelFolder, weights_hash
 from macft.weights.model_config import normalise_config, read_config
+from macft.weights.stack import stack_adapters, unstack_adapter
 from macft.weights.stream import write_state
 
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -31,6 +33,7 @@ class ModelFiles:
     base: ModelFolder
     lora: LoraSpec | None  # None: full fine-tuning
     target_modules: tuple[str, ...]
+    under: Adapter | None  # the adapter that became part of the base: what is written holds both
     tokenizer: Tokenizer
     template: ChatTemplate
 
@@ -49,16 +52,27 @@ class ModelFiles:
         if self.lora is None:
             self._write_full(folder, state, exact)
             return
+        if self.under is not None:
+            under = spec_of_adapter(self.under)
+            state = stack_adapters(self.under.state, under.rank, under.scale, state, self.lora.scale)
+        write_adapter(folder, self._config(self.lora), state, weights_hash(self.base.path))
+
+    def _config(self, lora: LoraSpec) -> AdapterConfig:
+        """What adapter_config.json is to say."""
         config = AdapterConfig(
             base=self.base.name,
-            rank=self.lora.rank,
-            alpha=self.lora.alpha,
-            dropout=self.lora.dropout,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
             target_modules=self.target_modules,
-            use_rslora=self.lora.use_rslora,
-            use_dora=self.lora.use_dora,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
         )
-        write_adapter(folder, config, state, weights_hash(self.base.path))
+        if self.under is None:
+            return config
+        rank = self.under.config.rank + lora.rank
+        targets = sorted({*self.target_modules, *self.under.config.target_modules})
+        return replace(config, rank=rank, alpha=lora.scale * rank, target_modules=tuple(targets), use_rslora=False)
 
     def _write_full(self, folder: Path, state: State, exact: bool) -> None:
         config = normalise_config(read_config(self.base.path))
@@ -77,20 +91,22 @@ class ModelFiles:
         """The trained parameters that `write` put there; UsageError if they are of another kind of run."""
         if self.lora is not None and (folder / WEIGHTS_NAME).exists():
             adapter = read_adapter(folder)
-            self._check_shape(self.lora, adapter.config, folder)
+            self._check_shape(self._config(self.lora), adapter.config, folder)
+            if self.under is not None:
+                return unstack_adapter(adapter.state, self.under.config.rank, self.target_modules)
             return adapter.state
         if self.lora is not None or not (folder / FULL_WEIGHTS).exists():
             found, wanted = ("full", "lora") if self.lora is not None else ("lora", "full")
             raise UsageError(f"{folder}: written with finetuning_type {found}, this run has {wanted}; set it back")
         return {name: value.astype(np.float32) for name, value in load_file(folder / FULL_WEIGHTS).items()}
 
-    def _check_shape(self, lora: LoraSpec, found: AdapterConfig, folder: Path) -> None:
+    def _check_shape(self, wanted: AdapterConfig, found: AdapterConfig, folder: Path) -> None:
         pairs = {
-            "lora_rank": (found.rank, lora.rank),
-            "lora_alpha": (found.alpha, lora.alpha),
-            "use_rslora": (found.use_rslora, lora.use_rslora),
-            "use_dora": (found.use_dora, lora.use_dora),
-            "lora_target": (sorted(found.target_modules), sorted(self.target_modules)),
+            "lora_rank": (found.rank, wanted.rank),
+            "lora_alpha": (found.alpha, wanted.alpha),
+            "use_rslora": (found.use_rslora, wanted.use_rslora),
+            "use_dora": (found.use_dora, wanted.use_dora),
+            "lora_target": (sorted(found.target_modules), sorted(wanted.target_modules)),
         }
         faults = [f"{key} {old}, this run has {new}" for key, (old, new) in pairs.items() if old != new]
         if faults:

@@ -83,14 +83,14 @@ class Report:
         self._since_log.append(record)
         self.total_tokens += record.tokens
         if self._bar:
-            values = {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm}
+            values = {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm, **record.extra}
             self._bar.update(record.step, self._with_speed(values, self._since_log), self._left(record.step))
 
-    def log(self) -> None:
-        """Write the row for the steps since the last row; without any, write nothing."""
+    def log(self) -> dict[str, float]:
+        """Write the row for the steps since the last row and return its values; without any, write nothing."""
         records, self._since_log = self._since_log, []
         if not records:
-            return
+            return {}
         last = records[-1]
         values = {
             "loss": _mean([record.loss for record in records]),
@@ -103,12 +103,13 @@ class Report:
         self._write(last.step, last.epoch, values)
         if not self._bar:
             self.message(step_line(last.step, self._total_steps, values, self._left(last.step)))
+        return values
 
     def evaluation(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Write the row of one evaluation after `step` steps; `values` holds eval_loss and the like."""
         self._write(step, epoch, values)
-        shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
-        self.message(f"{_step_label(step, self._total_steps)}  {shown}")
+        shown = [f"eval_loss {values['eval_loss']:.4f}", *_reward_parts(values, "eval_")]
+        self.message("  ".join([_step_label(step, self._total_steps), *shown]))
 
     def message(self, text: str) -> None:
         """Show a line of text; it goes above the progress bar."""
@@ -257,14 +258,28 @@ def _step_label(step: int, total_steps: int) -> str:
 
 
 def _values_text(values: Mapping[str, float], left: str, *, aligned: bool = False) -> str:
-    parts = [f"loss {values['loss']:.4f}"]
-    if aligned:
+    rewards = _reward_parts(values)
+    parts = [f"loss {values['loss']:.4f}", *rewards]
+    # a preference run's line must fit into 80 columns too
+    if aligned and not rewards:
         parts.append(f"grad {values['grad_norm']:5.2f}")
-    parts.append(f"lr {values['lr']:.1e}")
+    if not rewards:
+        parts.append(f"lr {values['lr']:.1e}")
     if "throughput" in values:
         parts.append(f"{values['throughput']:{'6' if aligned else ''}.0f} tok/s")
-    if "peak_memory_gb" in values:
+    if "peak_memory_gb" in values and not rewards:
         parts.append(f"{values['peak_memory_gb']:.1f} GB")
     # 0:00:41 reads 0:41, 0:12:05 reads 12:05
     parts.append(f"{left.removeprefix('0:').removeprefix('0')} left")
     return "  ".join(parts)
+
+
+def _reward_parts(values: Mapping[str, float], prefix: str = "") -> list[str]:
+    """Accuracy and margin of a preference run; none in other runs."""
+    shown = {"acc": ("rewards/accuracies", "4.2f"), "margin": ("rewards/margins", "+5.2f")}
+    # rounded first, and 0 added, so that what is nearly 0 has no minus sign
+    return [
+        f"{prefix}{name} {round(values[prefix + key], 2) + 0.0:{form}}"
+        for name, (key, form) in shown.items()
+        if prefix + key in values
+    ]

@@ -42,11 +42,11 @@ def train_results(
     return results
 
 
-def eval_results(*, epoch: float, eval_loss: float, seconds: float, examples: int) -> dict[str, float]:
-    """The content of eval_results.json, under LLaMA-Factory's names."""
+def eval_results(*, epoch: float, values: Mapping[str, float], seconds: float, examples: int) -> dict[str, float]:
+    """The content of eval_results.json, under LLaMA-Factory's names; `values` are eval_loss and its like."""
     return {
         "epoch": epoch,
-        "eval_loss": eval_loss,
+        **values,
         "eval_runtime": round(seconds, 4),
         "eval_samples_per_second": _rate(examples, seconds),
     }

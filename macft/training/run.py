@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +18,10 @@ from macft.config.settings import Settings
 from macft.data.batches import NumpyBatch, collate, in_order
 from macft.errors import ConfigError, MacftError, ModelError, StoppedError, UsageError
 from macft.files import remove_leftovers, write_text
-from macft.objectives.losses import OBJECTIVES, Objective
-from macft.objectives.ops import NumpyOps
+from macft.objectives.losses import make_objective
+from macft.training.alarms import CurveAlarms
 from macft.training.awake import keep_awake
+from macft.training.best import Goal, check_metric, goal, judge
 from macft.training.checkpoint import (
     Progress,
     checkpoint_fault,
@@ -32,13 +31,17 @@ from macft.training.checkpoint import (
     read_progress,
     save_checkpoint,
 )
+from macft.training.evaluate import evaluate, metric_names
 from macft.training.finish import finish
-from macft.training.model_files import FULL_WEIGHTS, RUN_FILES, ModelFiles
-from macft.training.prepare import Prepared, is_occupied, model_spec, prepare, resolved
+from macft.training.model_files import ModelFiles
+from macft.training.output_dir import check_base_is_safe, check_output_dir, clear_output_dir
+from macft.training.prepare import Prepared, model_spec, prepare, resolved
+from macft.training.reference import named_references, policy_references
 from macft.training.report import Report, StepRecord
 from macft.training.reporters import check_reporters, open_reporters
 from macft.training.results import eval_results, merge_results, read_results
 from macft.training.schedule import Schedule, warmup_steps
+from macft.training.start_check import check_start
 from macft.training.tell import tell_data, tell_model
 from macft.weights.adapter import fitting
 
@@ -49,30 +52,39 @@ def train(settings: Settings) -> Path:
     """Train as the settings say; returns the run folder."""
     output_dir = Path(settings.output_dir).expanduser()
     backend_name = choose_backend(settings.backend)
-    _check_output_dir(settings, output_dir)
+    is_anew = settings.overwrite_output_dir
+    check_output_dir(settings, output_dir)
     trackers = [name.strip() for name in settings.report_to.split(",")]
     check_reporters(trackers)
     checkpoint = None
     if settings.resume_from_checkpoint is not False:
         checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint)
     prepared = prepare(settings)
-    _check_base_is_safe(prepared, output_dir)
+    check_base_is_safe(prepared, output_dir)
+    _check_goal(settings, prepared)
     if checkpoint is not None:
         _check_position(checkpoint, prepared)
     tell_data(settings, prepared)
+    settings = resolved(settings, prepared, backend_name)
+    if settings.has_reference and settings.names_reference:
+        prepared = named_references(settings, prepared, backend_name)
     backend = load_backend(backend_name)
     spec = model_spec(settings, prepared)
-    with fitting(prepared.start, prepared.base.name, ConfigError) if prepared.start is not None else nullcontext():
+    with _naming_adapter(prepared):
         loaded = backend.load(spec, _optimizer_spec(settings))
     tell_model(settings, backend_name, loaded)
     targets = _adapter_targets(spec.lora, loaded)
-    files = ModelFiles(prepared.base, spec.lora, targets, prepared.tokenizer, prepared.template)
-    progress = _start(backend, files, prepared, checkpoint)
-    if settings.overwrite_output_dir:
-        _clear(output_dir)
+    files = ModelFiles(prepared.base, spec.lora, targets, prepared.under, prepared.tokenizer, prepared.template)
+    if prepared.start is not None:
+        with fitting(prepared.start, prepared.base.name, ModelError):
+            backend.set_adapter_state(prepared.start.state)
+    if settings.has_reference and not settings.names_reference:
+        prepared = policy_references(settings, prepared, backend, loaded)
+    progress = _resume(backend, files, checkpoint) if checkpoint is not None else Progress(prepared.data_hash)
+    if is_anew:
+        clear_output_dir(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output_dir)
-    settings = resolved(settings, prepared, backend_name)
     write_text(output_dir / "config.yaml", dump_yaml(settings))
     reporters = open_reporters(trackers, output_dir, settings.run_name or output_dir.name, settings.model_dump())
     with ExitStack() as stack:
@@ -81,7 +93,7 @@ def train(settings: Settings) -> Path:
         report = stack.enter_context(
             Report(output_dir, total, progress.step, progress.total_tokens, reporters, progress.unlogged)
         )
-        progress = _Run(settings, prepared, backend, files, report, output_dir).loop(progress)
+        progress = _Run(settings, prepared, backend, files, report, output_dir, loaded.precision).loop(progress)
     finish(settings, prepared, backend, files, output_dir, progress, PACKAGES[backend_name])
     return output_dir
 
@@ -97,6 +109,7 @@ class _Run:
         files: ModelFiles,
         report: Report,
         output_dir: Path,
+        precision: str,
     ):
         self.settings = settings
         self.prepared = prepared
@@ -104,7 +117,11 @@ class _Run:
         self.files = files
         self.report = report
         self.output_dir = output_dir
-        self.objective = OBJECTIVES[settings.stage]()
+        self.precision = precision
+        self.objective = make_objective(settings)
+        self.goal = _goal(settings)
+        # another model as reference: rewards do not start at 0
+        self.alarms = CurveAlarms(has_reference=settings.has_reference and not settings.names_reference)
         plan = prepared.plan
         self.schedule = Schedule(
             kind=settings.lr_scheduler_type,
@@ -119,21 +136,48 @@ class _Run:
         try:
             for indices in plan.steps(after=progress.step):
                 batches = [collate([self.prepared.train[i] for i in part]) for part in indices]
-                progress = self._step(batches, progress)
-                self._after_step(progress)
+                progress, is_enough = self._after_step(self._step(batches, progress))
+                if is_enough:
+                    break
         except KeyboardInterrupt:
             raise StoppedError(_stopped_text(self.output_dir, progress.step, plan.total_steps)) from None
-        return progress
+        return self._take_best(progress) if self.settings.load_best_model_at_end else progress
 
-    def _after_step(self, progress: Progress) -> None:
+    def _after_step(self, progress: Progress) -> tuple[Progress, bool]:
+        """Log, evaluate and save what is due; also whether the evaluations say that it is enough."""
         is_last = progress.step == self.prepared.plan.total_steps
         if is_last or progress.step % self.settings.logging_steps == 0:
-            self.report.log()
+            self._warn(self.alarms.row(self.report.log()))
+        must_save, is_enough = False, False
         if self._is_due(self._eval_strategy, self._eval_steps, progress.step):
-            self.evaluate(progress.step)
+            verdict = judge(self.goal, progress.best, progress.step, self.evaluate(progress.step))
+            progress = replace(progress, best=verdict.best)
+            must_save = verdict.is_best and self.settings.load_best_model_at_end
+            is_enough = verdict.is_enough and not is_last
+        if is_enough:
+            self._warn(self.alarms.row(self.report.log()))
+            self.report.message(
+                f"stopped early after step {progress.step}: {self.goal.metric} has been no better than "
+                f"{progress.best.value:.4f} for {progress.best.evaluations_since} evaluations"
+            )
         strategy = self.settings.save_strategy
-        if self._is_due(strategy, self.settings.save_steps, progress.step) or (is_last and strategy != "no"):
+        is_over = (is_last or is_enough) and strategy != "no"
+        if must_save or is_over or self._is_due(strategy, self.settings.save_steps, progress.step):
             self.save(progress)
+        return progress, is_enough
+
+    def _warn(self, alarms: list[str]) -> None:
+        for alarm in alarms:
+            self.report.message(f"warning: {alarm}")
+
+    def _take_best(self, progress: Progress) -> Progress:
+        """Put the best checkpoint's parameters into the backend, to be what the run ends with."""
+        best = progress.best
+        if best.step is None or best.step == progress.step:
+            return progress
+        self.backend.set_adapter_state(self.files.read_state(self.output_dir / f"checkpoint-{best.step}"))
+        self.report.message(f"best: checkpoint-{best.step}, {self.goal.metric} {best.value:.4f}; the run ends with it")
+        return progress
 
     def _step(self, micro_batches: list[NumpyBatch], before: Progress) -> Progress:
         start = time.perf_counter()
@@ -141,6 +185,8 @@ class _Run:
         result = self.backend.train_step(self.objective, micro_batches, lr=lr, step=before.step)
         seconds = time.perf_counter() - start
         step = before.step + 1
+        if before.step == 0 and not self.settings.names_reference:
+            check_start(self.objective, result, self.precision)
         if _has_diverged(result):
             raise MacftError(
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; training has diverged: "
@@ -184,20 +230,22 @@ class _Run:
             return step % every == 0
         return strategy == "epoch" and (step % plan.steps_per_epoch == 0 or step == plan.total_steps)
 
-    def evaluate(self, step: int) -> None:
-        """Loss on the held-out examples, to the log and to eval_results.json."""
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Loss and metrics on the held-out examples, also to the log and to eval_results.json."""
         start = time.perf_counter()
-        batches = in_order(self.prepared.valid, self.settings.per_device_eval_batch_size)
-        loss = evaluation_loss(self.backend, self.objective, batches)
+        batches = (batch for _, batch in in_order(self.prepared.valid, self.settings.per_device_eval_batch_size))
+        values = evaluate(self.backend, self.objective, batches)
         epoch = step / self.prepared.plan.steps_per_epoch
-        self.report.evaluation(step, epoch, {"eval_loss": loss})
+        self.report.evaluation(step, epoch, values)
+        self._warn(self.alarms.evaluation(values))
         results = eval_results(
             epoch=epoch,
-            eval_loss=loss,
+            values=values,
             seconds=time.perf_counter() - start,
             examples=len(self.prepared.valid),
         )
         merge_results(self.output_dir, "eval", results)
+        return values
 
     def save(self, progress: Progress) -> None:
         """A checkpoint of this moment."""
@@ -208,24 +256,15 @@ class _Run:
             None if self.settings.save_only_model else self.backend.optimizer_state(),
             lambda folder: self.files.write(folder, state, exact=True),
             keep=self.settings.save_total_limit,
+            spared=progress.best.step if self.settings.load_best_model_at_end else None,
         )
 
 
 def _has_diverged(result: StepResult) -> bool:
     """Whether numbers have overflowed; norm layers turn infinite activations into 0, and with them all gradients."""
-    is_dead = result.grad_norm == 0 and result.loss > 0.1
+    # without rewards: a hinge that every pair is beyond has no gradient either
+    is_dead = result.grad_norm == 0 and result.loss > 0.1 and not result.metrics
     return is_dead or not math.isfinite(result.loss) or not math.isfinite(result.grad_norm)
-
-
-def evaluation_loss(backend: Backend, objective: Objective, batches: Iterator[NumpyBatch]) -> float:
-    """Mean loss over all batches, each weighted by what it trains on."""
-    ops = NumpyOps()
-    total, weight = 0.0, 0.0
-    for batch in batches:
-        loss, _ = objective(ops, backend.logps(objective, batch), batch)
-        total += float(loss)
-        weight += objective.weight(batch)
-    return total / weight
 
 
 def _optimizer_spec(settings: Settings) -> OptimizerSpec:
@@ -238,48 +277,26 @@ def _optimizer_spec(settings: Settings) -> OptimizerSpec:
     )
 
 
-def _check_output_dir(settings: Settings, output_dir: Path) -> None:
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UsageError(f"output_dir: {output_dir} is a file; give a folder")
-    _check_writable(output_dir)
-    if settings.resume_from_checkpoint is not False or settings.overwrite_output_dir:
-        return
-    if is_occupied(output_dir, RUN_FILES):
-        raise UsageError(
-            f"output_dir: {output_dir} already holds a run; set resume_from_checkpoint=true to go on with it, "
-            "overwrite_output_dir=true to start anew, or another output_dir"
-        )
+def _goal(settings: Settings) -> Goal:
+    return goal(settings.metric_for_best_model, settings.greater_is_better, settings.early_stopping_steps)
 
 
-def _check_writable(output_dir: Path) -> None:
-    """Make the folder and take it away again: some file systems refuse what their permissions allow."""
-    absent = [path for path in (output_dir, *output_dir.absolute().parents) if not path.exists()]
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        is_writable = os.access(output_dir, os.W_OK | os.X_OK)
-    except OSError:
-        is_writable = False
-    for path in absent:
-        with suppress(OSError):
-            path.rmdir()
-    if not is_writable:
-        raise UsageError(f"output_dir: {output_dir} cannot be written here; give another folder")
+def _check_goal(settings: Settings, prepared: Prepared) -> None:
+    """A metric that no evaluation will have is an error now, not after the steps before the first one."""
+    if prepared.valid:
+        check_metric(_goal(settings), metric_names(make_objective(settings), prepared.valid[0]))
 
 
-def _check_base_is_safe(prepared: Prepared, output_dir: Path) -> None:
-    if output_dir.resolve() == prepared.base.path.resolve():
-        raise UsageError(f"output_dir: {output_dir} is the folder of the base model; give another folder")
-
-
-def _clear(output_dir: Path) -> None:
-    """Remove an older run's files, and nothing else."""
-    if (output_dir / FULL_WEIGHTS).exists():
-        for name in ("config.json", "generation_config.json"):
-            (output_dir / name).unlink(missing_ok=True)
-    for checkpoint in list_checkpoints(output_dir):
-        shutil.rmtree(checkpoint)
-    for name in RUN_FILES:
-        (output_dir / name).unlink(missing_ok=True)
+@contextmanager
+def _naming_adapter(prepared: Prepared) -> Iterator[None]:
+    """Errors of loading the model name the adapter that does not fit it."""
+    name = prepared.base.name
+    with ExitStack() as stack:
+        if (adapter := prepared.start or prepared.under) is not None:
+            stack.enter_context(fitting(adapter, name, ConfigError))
+        if prepared.under is not None:
+            stack.enter_context(fitting(prepared.under, name, ModelError))
+        yield
 
 
 def _check_position(checkpoint: Path, prepared: Prepared) -> None:
@@ -293,18 +310,13 @@ def _check_position(checkpoint: Path, prepared: Prepared) -> None:
         raise UsageError(f"{checkpoint}: past the end of a run of {total} steps; raise num_train_epochs or max_steps")
 
 
-def _start(backend: Backend, files: ModelFiles, prepared: Prepared, checkpoint: Path | None) -> Progress:
-    """Put the backend where the run begins: fresh, from an adapter, or from a checkpoint."""
-    if checkpoint is not None:
-        progress = read_progress(checkpoint)
-        backend.set_adapter_state(files.read_state(checkpoint))
-        backend.set_optimizer_state(read_optimizer_state(checkpoint), progress.step)
-        logger.info("resuming after step %d from %s", progress.step, checkpoint)
-        return progress
-    if prepared.start is not None:
-        with fitting(prepared.start, prepared.base.name, ModelError):
-            backend.set_adapter_state(prepared.start.state)
-    return Progress(data_hash=prepared.data_hash)
+def _resume(backend: Backend, files: ModelFiles, checkpoint: Path) -> Progress:
+    """Put the backend where a checkpoint stands."""
+    progress = read_progress(checkpoint)
+    backend.set_adapter_state(files.read_state(checkpoint))
+    backend.set_optimizer_state(read_optimizer_state(checkpoint), progress.step)
+    logger.info("resuming after step %d from %s", progress.step, checkpoint)
+    return progress
 
 
 def _adapter_targets(lora: LoraSpec | None, loaded: LoadedModel) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 from macft.files import new_file
 
 DTYPE_NAMES = {
+    np.dtype(np.float64): "F64",
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
     np.dtype(ml_dtypes.bfloat16): "BF16",

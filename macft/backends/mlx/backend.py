@@ -18,17 +18,19 @@ from macft.backends.base import (
     StepResult,
     dropout_seed,
 )
+from macft.backends.layout import CPU_TOKENS_AT_ONCE, lay_out, pad_batch, passes
 from macft.backends.mlx import generate as generation
 from macft.backends.mlx import lora
 from macft.backends.mlx import model as models
+from macft.backends.mlx.split import split
 from macft.backends.mlx.step import (
     AdamW,
+    Columns,
     GradientStep,
     Parameters,
     cast,
     clip,
     gradient_step,
-    padded,
     place,
     token_logps,
 )
@@ -56,15 +58,22 @@ class MlxBackend:
         self._seed = model.seed
         targets: list[str] = []
         self._dropout: lora.Dropout | None = None
+        if model.under is not None:
+            lora.merge(self._model, model.under)
         if model.lora is not None:
             targets, self._dropout = lora.attach(self._model, model.lora, model.seed)
         elif not model.full:
             self._model.freeze()
         self._layers = len(targets)
         self._drops = model.lora is not None and model.lora.dropout > 0
-        self._gather = models.install_row_gather(self._model)
+        self._split = split(
+            self._model,
+            head_is_frozen=not model.full,
+            may_share=not model.gradient_checkpointing,
+            tolerance=1e-4 if self._dtype == mx.float32 and not models.on_gpu() else 2e-2,
+        )
         notes = list(loaded.notes)
-        if self._gather is None:
+        if self._split.trunk is None:
             notes.append("this architecture hides its head: logits are computed at every position")
         if model.gradient_checkpointing:
             models.checkpoint_layers(self._model)
@@ -74,6 +83,7 @@ class MlxBackend:
         self._shapes: set[tuple[int, ...]] = set()
         self._compiles = models.on_gpu()
         self._multiple = COMPILED_SHAPE_MULTIPLE if self._compiles else 1
+        self._tokens_at_once = None if models.on_gpu() else CPU_TOKENS_AT_ONCE
         self._place_masters()
         if mx.metal.is_available():
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
@@ -96,7 +106,8 @@ class MlxBackend:
         loss = mx.array(0.0)
         metrics: dict[str, mx.array] = {}
         gradients: Parameters | None = None
-        for index, batch in enumerate(micro_batches):
+        parts = (part for batch in micro_batches for part in passes(batch, self._tokens_at_once))
+        for index, batch in enumerate(parts):
             keys = None
             if self._drops:
                 keys = lora.dropout_keys(dropout_seed(self._seed, step, index, self.rank), self._layers)
@@ -116,39 +127,32 @@ class MlxBackend:
         self, objective: Objective, batch: NumpyBatch, keys: mx.array | None, scale: mx.array
     ) -> tuple[mx.array, dict[str, mx.array], Parameters]:
         if objective not in self._steps:
-            eager = gradient_step(self._model, self._gather, self._dropout, objective, self._dtype)
+            eager = gradient_step(self._split, self._dropout, objective, self._dtype)
             self._steps[objective] = (eager, mx.compile(eager))
         eager, compiled = self._steps[objective]
-        batch, rows, valid = padded(batch, objective.positions(batch), self._multiple)
-        shape = (*batch.tokens.shape, len(rows))
+        batch = pad_batch(batch, self._multiple)
+        columns, layout = _arrays(batch.columns), self._lay_out(batch, objective.positions(batch))
+        shape = tuple(size for array in (*columns.values(), *layout.values()) for size in array.shape)
         if self._compiles and len(self._shapes) < MAX_COMPILED_SHAPES:
             self._shapes.add(shape)
         run = compiled if shape in self._shapes else eager
         try:
-            arrays = batch.map(mx.array)
-            return run(
-                self._masters,
-                arrays.tokens,
-                arrays.loss_mask,
-                arrays.lengths,
-                mx.array(rows),
-                mx.array(valid),
-                keys,
-                scale,
-            )
+            return run(self._masters, columns, layout, keys, scale)
         finally:
             # Tracing leaves its placeholders in the model.
             self._place_masters()
 
-    def logps(self, objective: Objective, batch: NumpyBatch) -> np.ndarray:
+    def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
         """See `Backend.logps`."""
         self._model.eval()
         if self._dropout is not None:
             self._dropout.keys = None
-        length = batch.tokens.shape[1] - 1
-        batch, rows, valid = padded(batch, objective.positions(batch), self._multiple)
-        result = token_logps(self._model, self._gather, mx.array(batch.tokens), mx.array(rows), mx.array(valid))
-        return np.array(result)[:, :length]
+        layout = self._lay_out(batch, positions)
+        return np.array(token_logps(self._split, layout, positions.shape, with_gradient=False))
+
+    def _lay_out(self, batch: NumpyBatch, positions: np.ndarray) -> Columns:
+        layout = lay_out(batch, positions, share=self._split.shares_prompts, multiple=self._multiple)
+        return _arrays(layout.columns)
 
     def generate(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
@@ -197,6 +201,10 @@ class MlxBackend:
 
     def _place_masters(self) -> None:
         place(self._model, cast(self._masters, self._dtype))
+
+
+def _arrays(columns: dict[str, np.ndarray]) -> Columns:
+    return {name: mx.array(value) for name, value in columns.items()}
 
 
 def _float(scalar: mx.array) -> float:

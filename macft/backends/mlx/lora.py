@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from macft.backends.base import PEFT_PREFIX, LoraSpec, State, initial_lora_a, select_targets
+from macft.backends.base import PEFT_PREFIX, LoraSpec, State, Under, initial_lora_a, select_targets
 from macft.errors import ConfigError, ModelError
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -116,6 +116,22 @@ def attach(model: nn.Module, spec: LoraSpec, seed: int) -> tuple[list[str], Drop
         layers.append((name, layer))
     model.update_modules(tree_unflatten(layers))
     return targets, dropout
+
+
+def merge(model: nn.Module, under: Under) -> None:
+    """Add an adapter to the weights of its targets; raises ConfigError or ModelError if it does not fit."""
+    attach(model, under.lora, seed=0)
+    set_trainable_state(model, under.state)
+    merged = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            if isinstance(module.base, nn.QuantizedLinear):
+                raise ModelError("create_new_adapter: a quantized base cannot take an adapter in; merge it first")
+            delta = under.lora.scale * (module.lora_B @ module.lora_A)
+            weight = module.base.weight
+            module.base.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
+            merged.append((name, module.base))
+    model.update_modules(tree_unflatten(merged))
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:

@@ -1,9 +1,7 @@
-"""Loads an mlx-lm model from a folder and makes its head compute only the rows that are asked for."""
+"""Loads an mlx-lm model from a folder, in the precision of this device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import load_model as load_mlx_lm_model
 
 from macft.backends.base import ModelSpec
+from macft.backends.mlx.split import TRUNKS
 from macft.errors import ModelError
 from macft.weights.model_config import check_text_model, check_window, normalise_config, read_config
 from macft.weights.quantized import LOAD_GROUP_SIZE
@@ -118,61 +117,6 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
         setattr(parent, last, module)
 
 
-class RowGather:
-    """Stands in for a model's trunk; while `rows` is set, passes on only those rows of its output.
-
-    The model file's own head then runs on [1, K, D] instead of [B, T, D]: soft caps, scaling and
-    tied embeddings stay its business. `rows` index the flattened [B * T] positions.
-    """
-
-    def __init__(self, trunk: nn.Module):
-        self.trunk = trunk
-        self.rows: mx.array | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        hidden = self.trunk(*args, **kwargs)
-        if self.rows is None:
-            return hidden
-        return hidden.reshape(-1, hidden.shape[-1])[self.rows][None]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.trunk, name)
-
-    @contextmanager
-    def only(self, rows: mx.array) -> Iterator[None]:
-        """Within the block, the model returns logits [1, K, V] of these rows."""
-        self.rows = rows
-        try:
-            yield
-        finally:
-            self.rows = None
-
-
-_TRUNKS = ("model", "transformer", "backbone")
-
-
-def install_row_gather(model: nn.Module) -> RowGather | None:
-    """Put a `RowGather` in front of the trunk; None if the model's logits would not be the same."""
-    owner = getattr(model, "language_model", model)
-    name = next((name for name in _TRUNKS if isinstance(owner.get(name), nn.Module)), None)
-    if name is None:
-        return None
-    gather = RowGather(owner[name])
-    # An instance attribute shadows the module's entry for reading; the parameter tree stays.
-    object.__setattr__(owner, name, gather)
-    tokens = mx.arange(16).reshape(2, 8) % 7
-    rows = mx.array([1, 6, 8, 15])
-    full = model(tokens).astype(mx.float32)
-    with gather.only(rows):
-        some = model(tokens).astype(mx.float32)
-    wanted = full.reshape(-1, full.shape[-1])[rows][None]
-    tolerance = 1e-4 if full.dtype == mx.float32 and not on_gpu() else 2e-2
-    if some.shape == wanted.shape and mx.allclose(some, wanted, rtol=tolerance, atol=tolerance).item():
-        return gather
-    object.__delattr__(owner, name)
-    return None
-
-
 class CheckpointedLayer:
     """A block that keeps only its input and computes the rest again in the backward pass."""
 
@@ -194,7 +138,7 @@ class CheckpointedLayer:
 def checkpoint_layers(model: nn.Module) -> None:
     """Wrap every block of the trunk in a `CheckpointedLayer`; the parameter tree stays."""
     owner = getattr(model, "language_model", model)
-    for name in _TRUNKS:
+    for name in TRUNKS:
         trunk = owner.get(name)
         if isinstance(trunk, nn.Module) and isinstance(trunk.get("layers"), list):
             object.__setattr__(trunk, "layers", [CheckpointedLayer(layer) for layer in trunk["layers"]])

@@ -7,85 +7,45 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_unflatten
 
 from macft.backends.base import OptimizerSpec, is_decayed
 from macft.backends.mlx.lora import MAGNITUDE, Dropout
-from macft.backends.mlx.model import RowGather
-from macft.backends.mlx.ops import MlxOps, cross_entropy, exact_sum
-from macft.data.batches import Batch, NumpyBatch
+from macft.backends.mlx.ops import MlxOps, exact_sum
+from macft.backends.mlx.split import SplitModel
+from macft.data.batches import Batch
 from macft.objectives.losses import Objective
 
 Parameters = dict[str, mx.array]  # path in the model -> float32 value
 
 
-def padded(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> tuple[NumpyBatch, np.ndarray, np.ndarray]:
-    """Pad to few different shapes; returns the batch, its row indices and their validity.
-
-    rows: int32 [K], flat indices into [B, T-1] of the positions whose next token is scored;
-    valid: float32 [K], 0 for the padding of `rows`.
-    """
-    length = batch.tokens.shape[1] - 1
-    extra = -length % multiple
-    if extra:
-        pad = ((0, 0), (0, extra))
-        batch = Batch(tokens=np.pad(batch.tokens, pad), loss_mask=np.pad(batch.loss_mask, pad), lengths=batch.lengths)
-        positions = np.pad(positions, pad)
-    rows = np.flatnonzero(positions).astype(np.int32)
-    valid = np.zeros(max(1, len(rows) + -len(rows) % multiple), dtype=np.float32)
-    valid[: len(rows)] = 1.0
-    return batch, np.pad(rows, (0, len(valid) - len(rows))), valid
-
-
-def token_logps(
-    model: nn.Module, gather: RowGather | None, tokens: mx.array, rows: mx.array, valid: mx.array
-) -> mx.array:
-    """float32 [B, T-1]: log p(token_{t+1} | tokens up to t) at `rows`, 0 elsewhere.
-
-    The head sees K rows only. Inputs lose their last token: nothing follows it.
-    """
-    batch_size, length = tokens.shape[0], tokens.shape[1] - 1
-    inputs = tokens[:, :-1]
-    targets = mx.stop_gradient(tokens[:, 1:].reshape(-1)[rows])
-    if gather is None:
-        logits = model(inputs)
-        logits = logits.reshape(-1, logits.shape[-1])[rows]
-    else:
-        with gather.only(rows):
-            logits = model(inputs)[0]
-    logps = -cross_entropy(logits, targets) * valid
-    return mx.zeros(batch_size * length).at[rows].add(logps).reshape(batch_size, length)
-
-
 GradientStep = Callable[..., tuple[mx.array, dict[str, mx.array], Parameters]]
+Columns = dict[str, mx.array]
 
 
-def gradient_step(
-    model: nn.Module, gather: RowGather | None, dropout: Dropout | None, objective: Objective, dtype: mx.Dtype
-) -> GradientStep:
-    """A pure function (parameters, batch arrays, dropout keys, 1 / total weight) -> loss, metrics, gradients.
+def token_logps(split: SplitModel, columns: Columns, shape: tuple[int, int], *, with_gradient: bool) -> mx.array:
+    """float32 `shape` [rows, T-1]: log-probabilities at a layout's places, 0 elsewhere."""
+    logps = split.logps(columns, with_gradient=with_gradient)
+    return mx.zeros(shape[0] * shape[1]).at[columns["places"]].add(logps).reshape(shape)
+
+
+def gradient_step(split: SplitModel, dropout: Dropout | None, objective: Objective, dtype: mx.Dtype) -> GradientStep:
+    """A pure function (parameters, batch, layout, dropout keys, 1 / total weight) -> loss, metrics, gradients.
 
     It holds no state, so that it can be compiled: parameters come in as float32 and are cast to
-    the compute type on the way into the model.
+    the compute type on the way into the model. Batch and layout are their columns by name.
     """
     ops = MlxOps()
 
     def loss(
-        parameters: Parameters,
-        tokens: mx.array,
-        loss_mask: mx.array,
-        lengths: mx.array,
-        rows: mx.array,
-        valid: mx.array,
-        keys: mx.array | None,
-        scale: mx.array,
+        parameters: Parameters, batch: Columns, layout: Columns, keys: mx.array | None, scale: mx.array
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        place(model, cast(parameters, dtype))
+        place(split.model, cast(parameters, dtype))
         if dropout is not None:
             dropout.keys = keys
-        logps = token_logps(model, gather, tokens, rows, valid)
-        total, metrics = objective(ops, logps, Batch(tokens, loss_mask, lengths))
+        rows, length = batch["tokens"].shape
+        logps = token_logps(split, layout, (rows, length - 1), with_gradient=True)
+        total, metrics = objective(ops, logps, Batch(**batch))
         return total * scale, {name: value * scale for name, value in metrics.items()}
 
     run = mx.value_and_grad(loss)

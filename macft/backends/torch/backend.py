@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from macft.backends.base import (
     StepResult,
     dropout_seed,
 )
+from macft.backends.layout import CPU_TOKENS_AT_ONCE, lay_out, passes
 from macft.backends.process_memory import peak_process_memory
 from macft.backends.torch import generate as generation
 from macft.backends.torch import lora
 from macft.backends.torch import model as models
 from macft.backends.torch.ops import TorchOps
+from macft.backends.torch.split import split
 from macft.backends.torch.step import clip, make_optimizer, token_logps
 from macft.data.batches import NumpyBatch
 from macft.objectives.losses import Objective
@@ -36,8 +39,11 @@ class TorchBackend:
     def load(self, model: ModelSpec, optimizer: OptimizerSpec | None = None) -> LoadedModel:
         """See `Backend.load`."""
         loaded = models.load(model)
+        if model.under is not None:
+            loaded = replace(loaded, model=lora.merge(loaded.model, model.under))
         self._device, self._dtype = loaded.device, loaded.dtype
         self._seed = model.seed
+        self._tokens_at_once = CPU_TOKENS_AT_ONCE if self._device.type == "cpu" else None
         self._ops = TorchOps()
         targets: list[str] = []
         if model.lora is None:
@@ -47,9 +53,15 @@ class TorchBackend:
             self._model, targets = lora.attach(loaded.model, model.lora, model.seed)
         self._drops = model.lora is not None and model.lora.dropout > 0
         self._model.eval()
-        self._gather = models.install_row_gather(loaded.model, self._device)
+        with self._autocast():
+            self._split = split(
+                loaded.model,
+                self._device,
+                head_is_frozen=not model.full,
+                may_share=not model.gradient_checkpointing,
+            )
         notes = list(loaded.notes)
-        if self._gather is None:
+        if not self._split.splits:
             notes.append("this architecture hides its head: logits are computed at every position")
         if model.gradient_checkpointing:
             models.checkpoint_layers(loaded.model)
@@ -77,11 +89,12 @@ class TorchBackend:
         total_weight = sum(objective.weight(batch) for batch in micro_batches)
         loss = 0.0
         metrics: dict[str, float] = {}
-        for index, batch in enumerate(micro_batches):
+        parts = (part for batch in micro_batches for part in passes(batch, self._tokens_at_once))
+        for index, batch in enumerate(parts):
             if self._drops:
                 torch.manual_seed(dropout_seed(self._seed, step, index, self.rank))
             with self._autocast():
-                logps = self._logps(objective, batch)
+                logps = self._logps(batch, objective.positions(batch))
             value, more = objective(self._ops, logps, batch.map(self._to_device))
             value = value / total_weight
             value.backward()
@@ -95,8 +108,9 @@ class TorchBackend:
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, norm.item(), metrics)
 
-    def _logps(self, objective: Objective, batch: NumpyBatch) -> torch.Tensor:
-        return token_logps(self._model, self._gather, batch, objective.positions(batch), self._device)
+    def _logps(self, batch: NumpyBatch, positions: np.ndarray) -> torch.Tensor:
+        layout = lay_out(batch, positions, share=self._split.shares_prompts)
+        return token_logps(self._split, layout, positions.shape)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -107,11 +121,11 @@ class TorchBackend:
         return torch.autocast(self._device.type, dtype=self._dtype)
 
     @torch.no_grad()
-    def logps(self, objective: Objective, batch: NumpyBatch) -> np.ndarray:
+    def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
         """See `Backend.logps`."""
         self._model.eval()
         with self._autocast():
-            return self._logps(objective, batch).cpu().numpy()
+            return self._logps(batch, positions).cpu().numpy()
 
     def generate(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling

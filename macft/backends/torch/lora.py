@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 
-from macft.backends.base import PEFT_PREFIX, LoraSpec, State, initial_lora_a, select_targets
+from macft.backends.base import PEFT_PREFIX, LoraSpec, State, Under, initial_lora_a, select_targets
 from macft.errors import ConfigError, ModelError
 
 _ADAPTER = ".default"
@@ -47,6 +47,13 @@ def attach(model: torch.nn.Module, spec: LoraSpec, seed: int) -> tuple[torch.nn.
                 rank, width = parameter.shape
                 parameter.copy_(torch.from_numpy(initial_lora_a(seed, name, rank, width)))
     return model, targets
+
+
+def merge(model: torch.nn.Module, under: Under) -> torch.nn.Module:
+    """The model with an adapter added to its weights; raises ConfigError or ModelError if it does not fit."""
+    wrapped, _ = attach(model, under.lora, seed=0)
+    set_trainable_state(wrapped, under.state)
+    return wrapped.merge_and_unload()
 
 
 def canonical_name(name: str) -> str:

@@ -1,11 +1,10 @@
-"""Loads a transformers model from a folder and makes its head compute only the rows that are asked for."""
+"""Loads a transformers model from a folder, in the precision of this device."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,53 +136,6 @@ def _compute_dtype(precision: str, device: torch.device, notes: list[str]) -> to
     if precision == "float16":
         notes.append("float16 gradients are not scaled here: bf16=true is safer")
     return DTYPES[precision]
-
-
-class RowGather:
-    """While `rows` is set, the decoder passes on only those rows of its hidden states.
-
-    The head then runs on [1, K, D] instead of [B, T, D]. `rows` index the flattened [B * T] positions.
-    """
-
-    def __init__(self, model: torch.nn.Module):
-        self.rows: torch.Tensor | None = None
-        self._hook = model.get_decoder().register_forward_hook(self._gather)
-
-    def _gather(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
-        if self.rows is not None:
-            hidden = output.last_hidden_state
-            output.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[self.rows][None]
-        return output
-
-    @contextmanager
-    def only(self, rows: torch.Tensor) -> Iterator[None]:
-        """Within the block, the model returns logits [1, K, V] of these rows."""
-        self.rows = rows
-        try:
-            yield
-        finally:
-            self.rows = None
-
-    def remove(self) -> None:
-        """Take the hook off again."""
-        self._hook.remove()
-
-
-@torch.no_grad()
-def install_row_gather(model: torch.nn.Module, device: torch.device) -> RowGather | None:
-    """Hook the decoder; None if the model's logits would not be the same."""
-    gather = RowGather(model)
-    tokens = torch.arange(16, device=device).reshape(2, 8) % 7
-    rows = torch.tensor([1, 6, 8, 15], device=device)
-    full = model(input_ids=tokens).logits.float()
-    with gather.only(rows):
-        some = model(input_ids=tokens).logits.float()
-    wanted = full.reshape(-1, full.shape[-1])[rows][None]
-    tolerance = 1e-4 if device.type == "cpu" else 2e-2
-    if some.shape == wanted.shape and torch.allclose(some, wanted, rtol=tolerance, atol=tolerance):
-        return gather
-    gather.remove()
-    return None
 
 
 def checkpoint_layers(model: torch.nn.Module) -> None:

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 from macft.backends.base import OptimizerSpec, is_decayed
-from macft.backends.torch.model import RowGather
-from macft.data.batches import NumpyBatch
+from macft.backends.layout import Layout
+from macft.backends.torch.split import SplitModel
 
 
-def token_logps(
-    model: torch.nn.Module,
-    gather: RowGather | None,
-    batch: NumpyBatch,
-    positions: np.ndarray,
-    device: torch.device,
-) -> torch.Tensor:
-    """float32 [B, T-1]: log p(token_{t+1} | tokens up to t) at `positions`, 0 elsewhere.
-
-    The head sees K rows only. Inputs lose their last token: nothing follows it. Padding is on the
-    right and attention is causal, so no mask is needed.
-    """
-    tokens = torch.from_numpy(batch.tokens).to(device).long()
-    rows = torch.from_numpy(np.flatnonzero(positions)).to(device)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)[rows]
-    if gather is None:
-        logits = model(input_ids=inputs).logits
-        logits = logits.reshape(-1, logits.shape[-1])[rows]
-    else:
-        with gather.only(rows):
-            logits = model(input_ids=inputs).logits[0]
-    logps = -F.cross_entropy(logits.float(), targets, reduction="none")
-    dense = torch.zeros(inputs.numel(), dtype=torch.float32, device=device)
-    return dense.index_add(0, rows, logps).reshape(inputs.shape)
+def token_logps(split: SplitModel, layout: Layout, shape: tuple[int, ...]) -> torch.Tensor:
+    """float32 `shape` [rows, T-1]: log-probabilities at a layout's places, 0 elsewhere."""
+    columns = split.columns(layout)
+    dense = torch.zeros(shape[0] * shape[1], dtype=torch.float32, device=split.device)
+    return dense.index_add(0, columns["places"], split.logps(columns)).reshape(shape)
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], spec: OptimizerSpec) -> torch.optim.AdamW:

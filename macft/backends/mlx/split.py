@@ -1,0 +1,178 @@
+"""Splits an mlx-lm model into trunk and head, so that the head computes only the rows that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from macft.backends.layout import Layout, probe, probe_pairs
+from macft.backends.mlx.ops import cross_entropy
+
+TRUNKS = ("model", "transformer", "backbone")
+# The head computes so many logits at a time: 64 MB in float32.
+LOGITS_AT_ONCE = 1 << 24
+
+
+class Trunk:
+    """Stands in for a model's trunk; while `hidden` is set, it returns that instead of computing.
+
+    The model file's own head then runs on [1, K, D]: soft caps, scaling and tied embeddings stay its business.
+    """
+
+    def __init__(self, trunk: nn.Module):
+        self.trunk = trunk
+        self.hidden: mx.array | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return self.trunk(*args, **kwargs) if self.hidden is None else self.hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trunk, name)
+
+
+class _Record:
+    """A cache for the prompts: keeps the keys and values that a layer made."""
+
+    offset = 0
+
+    def __init__(self) -> None:
+        self.keys = self.values = mx.array(0.0)
+
+    def make_mask(self, *_args: Any, **_kwargs: Any) -> str:
+        return "causal"
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class _Prefix:
+    """A cache for the answers: their prompt's keys and values come first."""
+
+    def __init__(self, prompt: _Record, offset: mx.array, mask: mx.array):
+        # chosen rows and rejected rows have the same prompts
+        self.keys = mx.concatenate([prompt.keys, prompt.keys])
+        self.values = mx.concatenate([prompt.values, prompt.values])
+        self.offset = offset
+        self.mask = mask
+
+    def make_mask(self, *_args: Any, **_kwargs: Any) -> mx.array:
+        return self.mask
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
+
+
+class SplitModel:
+    """A model in two halves: `hidden` runs the trunk over a layout, `head` turns hidden rows into logits.
+
+    A model whose trunk was not found (`trunk` None) computes all logits in `hidden`, and `head` passes them on.
+    """
+
+    def __init__(self, model: nn.Module, trunk: Trunk | None, head_is_frozen: bool):
+        self.model = model
+        self.trunk = trunk
+        self.head_is_frozen = head_is_frozen
+        self.shares_prompts = False
+        self._rows_at_once = max(1, LOGITS_AT_ONCE // model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
+
+    def hidden(self, layout: dict[str, mx.array]) -> mx.array:
+        """[K, D] (or [K, V] logits): what the model makes at `rows` of a layout's columns."""
+        run: Callable[..., mx.array] = self.model if self.trunk is None else self.trunk
+        inputs, rows = layout["inputs"], layout["rows"]
+        if "prompts" not in layout:
+            output = run(inputs)
+            return output.reshape(-1, output.shape[-1])[rows]
+        records = [_Record() for _ in self.model.layers]
+        prompt_output = run(layout["prompts"], cache=records)
+        prefixes = [_Prefix(record, layout["offsets"], layout["mask"]) for record in records]
+        output = run(inputs, cache=prefixes)
+        width = output.shape[-1]
+        return mx.concatenate([prompt_output.reshape(-1, width), output.reshape(-1, width)])[rows]
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """[K, D] -> logits [K, V]."""
+        if self.trunk is None:
+            return hidden
+        self.trunk.hidden = hidden[None]
+        try:
+            return self.model(mx.zeros((1, hidden.shape[0]), dtype=mx.int32))[0]
+        finally:
+            self.trunk.hidden = None
+
+    def logps(self, layout: dict[str, mx.array], *, with_gradient: bool) -> mx.array:
+        """float32 [K]: log p(target) at every row of a layout, times its validity.
+
+        A frozen head is differentiated chunk by chunk in the forward pass, d logp / d hidden [K, D], so
+        that the logits of no two chunks are there at the same time, and none of them in the backward pass.
+        """
+        hidden, targets = self.hidden(layout), mx.stop_gradient(layout["targets"])
+        if with_gradient and (self.trunk is None or not self.head_is_frozen):
+            return -cross_entropy(self.head(hidden), targets) * layout["valid"]
+        constant = mx.stop_gradient(hidden)
+        values, slopes = [], []
+        for start in range(0, hidden.shape[0], self._rows_at_once):
+            chunk = slice(start, start + self._rows_at_once)
+            part, wanted = constant[chunk], targets[chunk]
+
+            def score(rows: mx.array, wanted: mx.array = wanted) -> mx.array:
+                return -cross_entropy(self.head(rows), wanted)
+
+            if with_gradient:
+                [value], [slope] = mx.vjp(score, [part], [mx.ones(part.shape[0])])
+                slopes.append(slope)
+            else:
+                value = score(part)
+            values.append(value)
+        logps = mx.stop_gradient(mx.concatenate(values))
+        if with_gradient:
+            # 0 in value, the slopes in gradient
+            logps = logps + ((hidden - constant) * mx.stop_gradient(mx.concatenate(slopes))).sum(axis=-1)
+        return logps * layout["valid"]
+
+
+def split(model: nn.Module, *, head_is_frozen: bool, may_share: bool, tolerance: float) -> SplitModel:
+    """Split a model; each half, and the sharing of prompts, is used only if it changes no logit."""
+    whole = SplitModel(model, None, head_is_frozen)
+    owner = getattr(model, "language_model", model)
+    name = next((name for name in TRUNKS if isinstance(owner.get(name), nn.Module)), None)
+    if name is None:
+        return whole
+    trunk = Trunk(owner[name])
+    # An instance attribute shadows the module's entry for reading; the parameter tree stays.
+    object.__setattr__(owner, name, trunk)
+    halves = SplitModel(model, trunk, head_is_frozen)
+    try:
+        plain = _columns(probe())
+        is_same = _close(halves.head(halves.hidden(plain)), whole.head(whole.hidden(plain)), tolerance)
+    except Exception:  # whatever a foreign model file does not expect
+        is_same = False
+    if not is_same:
+        object.__delattr__(owner, name)
+        return whole
+    halves.shares_prompts = may_share and _can_share(halves, whole, tolerance)
+    return halves
+
+
+def _can_share(halves: SplitModel, whole: SplitModel, tolerance: float) -> bool:
+    """Whether attention has no window or state of its own, and shared prompts give the same logits."""
+    if any(type(cache) is not KVCache for cache in make_prompt_cache(halves.model)):
+        return False
+    shared, plain = probe_pairs()
+    try:
+        return _close(halves.head(halves.hidden(_columns(shared))), whole.hidden(_columns(plain)), tolerance)
+    except Exception:  # as above
+        return False
+
+
+def _columns(layout: Layout) -> dict[str, mx.array]:
+    return {name: mx.array(value) for name, value in layout.columns.items()}
+
+
+def _close(a: mx.array, b: mx.array, tolerance: float) -> bool:
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    return a.shape == b.shape and bool(mx.allclose(a, b, rtol=tolerance, atol=tolerance).item())

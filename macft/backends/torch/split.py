@@ -1,0 +1,148 @@
+"""Splits a transformers model into trunk and head, so that the head computes only the rows that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from macft.backends.layout import Layout, probe, probe_pairs
+
+# The head computes so many logits at a time: 64 MB in float32.
+LOGITS_AT_ONCE = 1 << 24
+
+Columns = dict[str, torch.Tensor]
+
+
+class SplitModel:
+    """A model in two halves: `hidden` runs the trunk over a layout, `head` turns hidden rows into logits.
+
+    A model whose trunk cannot stand alone (`splits` False) computes all logits in `hidden`, and `head` passes them on.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: torch.device, *, splits: bool, head_is_frozen: bool):
+        self.model = model
+        self.device = device
+        self.splits = splits
+        self.head_is_frozen = head_is_frozen
+        self.shares_prompts = False
+        self._rows_at_once = max(1, LOGITS_AT_ONCE // int(model.config.vocab_size))
+
+    def columns(self, layout: Layout) -> Columns:
+        """A layout on this device."""
+        return {name: torch.from_numpy(value).to(self.device) for name, value in layout.columns.items()}
+
+    def hidden(self, layout: Columns) -> torch.Tensor:
+        """[K, D] (or [K, V] logits): what the model makes at `rows` of a layout's columns."""
+        inputs, rows = layout["inputs"], layout["rows"]
+        if not self.splits:
+            logits = self.model(input_ids=inputs).logits
+            return logits.reshape(-1, logits.shape[-1])[rows]
+        trunk = self.model.get_decoder()
+        if "prompts" not in layout:
+            # Padding is on the right and attention is causal, so no mask is needed.
+            output = trunk(input_ids=inputs).last_hidden_state
+            return output.reshape(-1, output.shape[-1])[rows]
+        first = trunk(input_ids=layout["prompts"], past_key_values=DynamicCache(), use_cache=True)
+        offsets, length = layout["offsets"], inputs.shape[1]
+        second = trunk(
+            input_ids=inputs,
+            past_key_values=_twice(first.past_key_values),
+            position_ids=offsets[:, None] + torch.arange(length, device=self.device),
+            attention_mask=layout["mask"],
+            use_cache=True,
+        )
+        width = first.last_hidden_state.shape[-1]
+        flat = [output.last_hidden_state.reshape(-1, width) for output in (first, second)]
+        return torch.cat(flat)[rows]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[K, D] -> float32 logits [K, V]."""
+        if not self.splits:
+            return hidden.float()
+        dummy = torch.zeros((1, hidden.shape[0]), dtype=torch.long, device=self.device)
+        with _instead_of_trunk(self.model.get_decoder(), hidden[None]):
+            return self.model(input_ids=dummy).logits[0].float()
+
+    def logps(self, layout: Columns) -> torch.Tensor:
+        """float32 [K]: log p(target) at every row of a layout, times its validity.
+
+        A frozen head is differentiated chunk by chunk in the forward pass, d logp / d hidden [K, D], so
+        that the logits of no two chunks are there at the same time, and none of them in the backward pass.
+        """
+        with_gradient = torch.is_grad_enabled()
+        hidden, targets = self.hidden(layout), layout["targets"].long()
+        if with_gradient and not (self.splits and self.head_is_frozen):
+            return -F.cross_entropy(self.head(hidden), targets, reduction="none") * layout["valid"]
+        values, slopes = [], []
+        for start in range(0, len(hidden), self._rows_at_once):
+            chunk = slice(start, start + self._rows_at_once)
+            part = hidden.detach()[chunk].requires_grad_(with_gradient)
+            value = -F.cross_entropy(self.head(part), targets[chunk], reduction="none")
+            if with_gradient:
+                slopes.append(torch.autograd.grad(value.sum(), part)[0])
+            values.append(value.detach())
+        logps = torch.cat(values)
+        if with_gradient:
+            # 0 in value, the slopes in gradient
+            logps = logps + ((hidden - hidden.detach()).float() * torch.cat(slopes).float()).sum(dim=-1)
+        return logps * layout["valid"]
+
+
+@contextmanager
+def _instead_of_trunk(trunk: torch.nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    """Within the block the trunk does not compute: it returns `hidden` [1, K, D]."""
+    # The mixture-of-experts kind has every field that a model may look for.
+    output = MoeModelOutputWithPast(last_hidden_state=hidden)
+    trunk.forward = lambda *_args, **_kwargs: output
+    try:
+        yield
+    finally:
+        del trunk.forward
+
+
+def _twice(cache: Cache) -> DynamicCache:
+    """A cache for chosen and rejected rows, whose prompts are the same."""
+    both = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        both.update(torch.cat([layer.keys, layer.keys]), torch.cat([layer.values, layer.values]), index)
+    return both
+
+
+@torch.no_grad()
+def split(model: torch.nn.Module, device: torch.device, *, head_is_frozen: bool, may_share: bool) -> SplitModel:
+    """Split a model; each half, and the sharing of prompts, is used only if it changes no logit."""
+    tolerance = 1e-4 if device.type == "cpu" else 2e-2
+    whole = SplitModel(model, device, splits=False, head_is_frozen=head_is_frozen)
+    halves = SplitModel(model, device, splits=True, head_is_frozen=head_is_frozen)
+    plain = halves.columns(probe())
+    try:
+        is_same = _close(halves.head(halves.hidden(plain)), whole.hidden(plain), tolerance)
+    except Exception:  # whatever a foreign model file does not expect
+        is_same = False
+    if not is_same:
+        return whole
+    halves.shares_prompts = may_share and _can_share(halves, whole, tolerance)
+    return halves
+
+
+def _can_share(halves: SplitModel, whole: SplitModel, tolerance: float) -> bool:
+    """Whether attention has no window or state of its own, and shared prompts give the same logits."""
+    layers = DynamicCache(config=halves.model.config).layers
+    if any(type(layer) is not DynamicLayer for layer in layers):
+        return False
+    shared, plain = (halves.columns(layout) for layout in probe_pairs())
+    try:
+        return _close(halves.head(halves.hidden(shared)), whole.hidden(plain), tolerance)
+    except Exception:  # as above
+        return False
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    a, b = a.float(), b.float()
+    return a.shape == b.shape and bool(np.allclose(a.cpu(), b.cpu(), rtol=tolerance, atol=tolerance))

@@ -1,0 +1,39 @@
+"""A backend, an objective and held-out batches in; their mean loss and metrics out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from macft.backends.base import Backend
+from macft.data.batches import NumpyBatch, collate
+from macft.data.tokenize import TokenizedExample
+from macft.data.tokenize_pairs import Reference, TokenizedPair
+from macft.objectives.losses import Objective
+from macft.objectives.ops import NumpyOps
+
+
+def evaluate(backend: Backend, objective: Objective, batches: Iterable[NumpyBatch]) -> dict[str, float]:
+    """`eval_loss` and the objective's metrics under `eval_` names: means over all batches by what they train on."""
+    ops = NumpyOps()
+    sums: dict[str, float] = {}
+    weight = 0.0
+    for batch in batches:
+        loss, metrics = objective(ops, backend.logps(batch, objective.positions(batch)), batch)
+        for name, value in {"loss": loss, **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        weight += objective.weight(batch)
+    return {f"eval_{name}": total / weight for name, total in sums.items()}
+
+
+def metric_names(objective: Objective, example: TokenizedExample | TokenizedPair) -> set[str]:
+    """The names that `evaluate` will give, found on one example whose log-probabilities are made up."""
+    if isinstance(example, TokenizedPair):
+        batch = collate([replace(example, reference=Reference(-1.0, -1.0, 1.0))])
+    else:
+        batch = collate([example])
+    rows, length = batch.tokens.shape
+    _, metrics = objective(NumpyOps(), np.full((rows, length - 1), -1.0, np.float32), batch)
+    return {f"eval_{name}" for name in ("loss", *metrics)}

@@ -1,0 +1,181 @@
+"""What the reference says of every pair: computed once before the first step, kept on disk, read by later runs.
+
+The reference is the policy itself at step 0, or another model that the settings name. Either way no two models
+are in memory at the same time.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from macft.backends import load_backend
+from macft.backends.adapters import spec_of_adapter, warn_of_other_base
+from macft.backends.base import Backend, LoadedModel, ModelSpec, State
+from macft.config.settings import Settings
+from macft.data.batches import in_order
+from macft.data.tokenize_pairs import Reference, TokenizedPair
+from macft.data.tokenizer import load_tokenizer
+from macft.errors import ConfigError, ModelError
+from macft.files import cache_dir
+from macft.objectives.preference import answer_positions, reference_columns
+from macft.training.prepare import Prepared, model_spec
+from macft.training.progress import tracked
+from macft.weights.adapter import Adapter, fitting, read_adapter
+from macft.weights.locate import ModelFolder, locate_adapter, locate_model, weights_hash
+from macft.weights.stream import write_state
+
+logger = logging.getLogger("macft")
+
+# Part of every key: raise it when the numbers or their layout change.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """A loaded model, and a text that names it and everything else that its numbers depend on."""
+
+    backend: Backend
+    identity: str
+
+
+def policy_references(settings: Settings, prepared: Prepared, backend: Backend, loaded: LoadedModel) -> Prepared:
+    """The pairs with what the policy says of them now, before its first step."""
+    # what is merged, and what is trained in full, is rounded at other places: in 16 bits other numbers
+    form = {"full": settings.finetuning_type == "full", "merged": _name(prepared.under)}
+    identity = _identity(settings, loaded, prepared.base, form | {"adapter": _name(prepared.start)})
+    return _fill(settings, prepared, _Scorer(backend, identity))
+
+
+def named_references(settings: Settings, prepared: Prepared, backend_name: str) -> Prepared:
+    """The pairs with what `ref_model` with `ref_model_adapters` says of them; it is loaded, asked and let go."""
+    base = locate_model(settings.ref_model) if settings.ref_model is not None else prepared.base
+    if base.path != prepared.base.path and load_tokenizer(base.path).vocabulary != prepared.tokenizer.vocabulary:
+        raise ConfigError(
+            f"ref_model: the vocabulary of {base.name} is not that of {prepared.base.name}, so its probabilities "
+            "cannot be compared; name a model of the same family"
+        )
+    spec = replace(model_spec(settings, prepared), folder=base.path, lora=None, under=None, full=False)
+    adapter = None
+    if settings.ref_model_adapters is not None:
+        adapter = read_adapter(locate_adapter(settings.ref_model_adapters))
+        warn_of_other_base(adapter, base)
+        spec = replace(spec, lora=spec_of_adapter(adapter))
+    backend = load_backend(backend_name)
+    loaded = _load(backend, spec, adapter, base)
+    form = {"full": False, "merged": None, "adapter": _name(adapter)}
+    filled = _fill(settings, prepared, _Scorer(backend, _identity(settings, loaded, base, form)))
+    del backend
+    gc.collect()
+    return filled
+
+
+def _load(backend: Backend, spec: ModelSpec, adapter: Adapter | None, base: ModelFolder) -> LoadedModel:
+    if adapter is None:
+        return backend.load(spec)
+    with fitting(adapter, base.name, ConfigError):
+        loaded = backend.load(spec)
+    with fitting(adapter, base.name, ModelError):
+        backend.set_adapter_state(adapter.state)
+    return loaded
+
+
+def _identity(settings: Settings, loaded: LoadedModel, base: ModelFolder, form: dict[str, object]) -> str:
+    config = hashlib.sha256((base.path / "config.json").read_bytes()).hexdigest()
+    parts = {
+        "device": f"{settings.backend} {loaded.device} {loaded.precision}",
+        "quantization_bit": settings.quantization_bit,
+        "base": [weights_hash(base.path), config],
+        **form,
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def _name(adapter: Adapter | None) -> object:
+    """What tells one adapter from another, as JSON."""
+    return [asdict(spec_of_adapter(adapter)), _hash_state(adapter.state)] if adapter is not None else None
+
+
+def _hash_state(state: State) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.shape} {value.dtype}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def _fill(settings: Settings, prepared: Prepared, scorer: _Scorer) -> Prepared:
+    return replace(
+        prepared,
+        train=_with_references(settings, prepared.train, scorer, "training"),
+        valid=_with_references(settings, prepared.valid, scorer, "evaluation") if prepared.valid else [],
+    )
+
+
+def _with_references(settings: Settings, examples: Sequence[object], scorer: _Scorer, what: str) -> list[TokenizedPair]:
+    pairs = [example for example in examples if isinstance(example, TokenizedPair)]
+    path = cache_dir() / "reference" / f"{_key(settings, pairs, scorer.identity)}.safetensors"
+    columns = _read(path, len(pairs), with_perplexity=settings.asks_prompts)
+    if columns is not None:
+        logger.info("reference: %d %s pairs, already known (%s)", len(pairs), what, path)
+    else:
+        columns = _compute(settings, pairs, scorer.backend, what)
+        _keep(path, columns)
+    return [replace(pair, reference=Reference(*map(float, row))) for pair, row in zip(pairs, columns, strict=True)]
+
+
+def _key(settings: Settings, pairs: Sequence[TokenizedPair], identity: str) -> str:
+    wanted = f"{_FORMAT} {settings.asks_prompts} {settings.ld_alpha} {identity} {len(pairs)}"
+    digest = hashlib.sha256(wanted.encode())
+    for pair in pairs:
+        digest.update(f"{pair.prompt_length} {len(pair.chosen.tokens)} {len(pair.rejected.tokens)} ".encode())
+        digest.update(pair.chosen.tokens.tobytes())
+        digest.update(pair.rejected.tokens.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path, pairs: int, *, with_perplexity: bool) -> np.ndarray | None:
+    """float64 [pairs, 3], or None if there is no whole file: a cache is computed again rather than trusted."""
+    try:
+        columns = load_file(path)["columns"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    is_sound = columns.shape == (pairs, 3) and columns.dtype == np.float64
+    return columns if is_sound and np.isfinite(columns[:, : 3 if with_perplexity else 2]).all() else None
+
+
+def _keep(path: Path, columns: np.ndarray) -> None:
+    """Write the cache; without it the run goes on all the same, and the next one computes again."""
+    try:
+        write_state(path, {"columns": columns}, dtype=np.float64)
+    except OSError as error:
+        logger.warning("reference: not kept for later runs: %s: %s", path, error.strerror)
+
+
+def _compute(settings: Settings, pairs: Sequence[TokenizedPair], backend: Backend, what: str) -> np.ndarray:
+    """float64 [pairs, 3]: log-probabilities of chosen and rejected, log perplexity of the prompt (nan: not asked)."""
+    columns = np.full((len(pairs), 3), math.nan)
+    size = settings.per_device_train_batch_size
+    start = time.perf_counter()
+    batches = tracked(in_order(pairs, size), math.ceil(len(pairs) / size), f"reference, {what}")
+    for indices, batch in batches:
+        logps = backend.logps(batch, answer_positions(batch, with_prompt=settings.asks_prompts))
+        chosen, rejected, perplexity = reference_columns(logps, batch, settings.ld_alpha)
+        columns[indices, 0], columns[indices, 1] = chosen, rejected
+        if settings.asks_prompts:
+            columns[indices, 2] = perplexity
+    logger.info("reference: %d %s pairs in %.1f s", len(pairs), what, time.perf_counter() - start)
+    if not np.isfinite(columns[:, :2]).all():
+        raise ModelError("reference: log-probabilities that are not finite; compute in float32 (bf16=false)")
+    return columns
