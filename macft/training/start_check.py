@@ -31,5 +31,6 @@ def check_start(objective: Objective, result: StepResult, precision: str) -> Non
         raise MacftError(
             f"step 1: the {objective.loss} loss is {found:.6f} with rewards {rewards[0]:+.4f} and {rewards[1]:+.4f}, "
             f"and must be {wanted:.6f} with rewards 0 while the policy is its own reference; training would follow a "
-            "wrong signal. Compute in float32 (bf16=false); if it stays, please report it with this configuration"
+            "wrong signal. Compute in float32 (bf16=false); if it stays, delete the folder reference in the cache, "
+            "which may hold older numbers"
         )

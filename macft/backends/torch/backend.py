@@ -24,6 +24,7 @@ from macft.backends.torch import generate as generation
 from macft.backends.torch import lora
 from macft.backends.torch import model as models
 from macft.backends.torch.ops import TorchOps
+from macft.backends.torch.recompute import recompute_elementwise
 from macft.backends.torch.split import split
 from macft.backends.torch.step import clip, make_optimizer, token_logps
 from macft.data.batches import NumpyBatch
@@ -65,6 +66,8 @@ class TorchBackend:
             notes.append("this architecture hides its head: logits are computed at every position")
         if model.gradient_checkpointing:
             models.checkpoint_layers(loaded.model)
+        elif self._device.type == "cpu":
+            recompute_elementwise(loaded.model)
         self._trained = lora.trainable_parameters(self._model)
         self._optimizer_spec = optimizer or OptimizerSpec()
         self._optimizer = (

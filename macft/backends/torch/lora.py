@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
@@ -40,7 +42,10 @@ def attach(model: torch.nn.Module, spec: LoraSpec, seed: int) -> tuple[torch.nn.
         use_dora=spec.use_dora,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT asks transformers under a name that transformers is about to drop
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        model = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in trainable_parameters(model).items():
             if name.endswith("lora_A.weight"):

@@ -4,19 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from macft.backends.layout import Layout, probe, probe_pairs
 
-# The head computes so many logits at a time: 64 MB in float32.
-LOGITS_AT_ONCE = 1 << 24
+# The head computes so many logits at a time: 32 MB in float32.
+LOGITS_AT_ONCE = 1 << 23
 
 Columns = dict[str, torch.Tensor]
+
+
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+
+
+class _Record(DynamicCache):
+    """A cache for the prompts: keeps the keys and values that each layer made, also when it computes them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, KeysAndValues] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> KeysAndValues:
+        """The same keys and values."""
+        self.made[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+
+class _Prefix(DynamicCache):
+    """A cache for the answers, chosen rows and rejected rows: their prompt's keys and values come first."""
+
+    def __init__(self, prompts: dict[int, KeysAndValues]) -> None:
+        super().__init__()
+        self._prompts = prompts
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> KeysAndValues:
+        """Prompt and answer together."""
+        keys, values = self._prompts[layer_idx]
+        return _after(keys, key_states), _after(values, value_states)
+
+
+def _after(prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.cat([prompt, prompt]), answer], dim=2)
 
 
 class SplitModel:
@@ -48,11 +86,12 @@ class SplitModel:
             # Padding is on the right and attention is causal, so no mask is needed.
             output = trunk(input_ids=inputs).last_hidden_state
             return output.reshape(-1, output.shape[-1])[rows]
-        first = trunk(input_ids=layout["prompts"], past_key_values=DynamicCache(), use_cache=True)
+        record = _Record()
+        first = trunk(input_ids=layout["prompts"], past_key_values=record, use_cache=True)
         offsets, length = layout["offsets"], inputs.shape[1]
         second = trunk(
             input_ids=inputs,
-            past_key_values=_twice(first.past_key_values),
+            past_key_values=_Prefix(record.made),
             position_ids=offsets[:, None] + torch.arange(length, device=self.device),
             attention_mask=layout["mask"],
             use_cache=True,
@@ -104,14 +143,6 @@ def _instead_of_trunk(trunk: torch.nn.Module, hidden: torch.Tensor) -> Iterator[
         yield
     finally:
         del trunk.forward
-
-
-def _twice(cache: Cache) -> DynamicCache:
-    """A cache for chosen and rejected rows, whose prompts are the same."""
-    both = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        both.update(torch.cat([layer.keys, layer.keys]), torch.cat([layer.values, layer.values]), index)
-    return both
 
 
 @torch.no_grad()
