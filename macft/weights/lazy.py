@@ -1,0 +1,74 @@
+"""A model as a list of tensors that are read when a writer asks for them, so that no model is ever in memory whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """What is known of a tensor before its numbers are read; `read` gives `shape` numbers of `dtype`, from any thread.
+
+    The array may be a read-only view of a file: copy before writing into it. `rows(start, stop)`, where
+    there is one, gives that part of the first axis alone, so that huge tensors need not be in memory whole.
+    A conversion takes a list of these and returns another (renamed, permuted, stacked, merged), reading nothing.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+    rows: Callable[[int, int], Array] | None = None
+
+
+def from_array(name: str, array: Array) -> LazyTensor:
+    """A tensor that is in memory already."""
+    return LazyTensor(name, array.dtype, array.shape, lambda: array, lambda start, stop: array[start:stop])
+
+
+def from_rows(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], rows: Callable[[int, int], Array]) -> LazyTensor:
+    """A tensor that `rows(start, stop)` can give in parts of its first axis."""
+    return LazyTensor(name, dtype, shape, lambda: rows(0, shape[0]), rows)
+
+
+def derived(
+    name: str, dtype: np.dtype[Any], shape: tuple[int, ...], rows: Callable[[int, int], Array], *origins: LazyTensor
+) -> LazyTensor:
+    """`from_rows`, in parts only if all `origins`, which `rows` reads, can be: else each part would read them whole."""
+    tensor = from_rows(name, dtype, shape, rows)
+    return tensor if all(origin.rows is not None for origin in origins) else replace(tensor, rows=None)
+
+
+def read_rows(tensor: LazyTensor, start: int, stop: int) -> Array:
+    """Rows `start` to `stop` of a tensor, by reading no more than them where that can be done."""
+    return tensor.rows(start, stop) if tensor.rows is not None else tensor.read()[start:stop]
+
+
+def renamed(tensor: LazyTensor, name: str) -> LazyTensor:
+    """The same numbers under another name."""
+    return replace(tensor, name=name)
+
+
+def cast(tensor: LazyTensor, dtype: np.dtype[Any]) -> LazyTensor:
+    """The same tensor, its numbers rounded to `dtype` as they are read; what is too large becomes infinite."""
+    if tensor.dtype == dtype:
+        return tensor
+    rows = tensor.rows
+
+    def rounded(array: Array) -> Array:
+        with np.errstate(over="ignore"):
+            return array.astype(dtype)
+
+    return LazyTensor(
+        tensor.name,
+        dtype,
+        tensor.shape,
+        lambda: rounded(tensor.read()),
+        None if rows is None else lambda start, stop: rounded(rows(start, stop)),
+    )

@@ -1,0 +1,239 @@
+"""A model folder in HF or MLX layout in; its config and its tensors, checked and not yet read, out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from macft.errors import ModelError, join_faults
+from macft.weights.lazy import Array, LazyTensor, from_rows, read_rows
+from macft.weights.microscaling import BITS as MXFP4_BITS
+from macft.weights.microscaling import GROUP_SIZE as MXFP4_GROUP
+from macft.weights.microscaling import dequantize_mxfp4
+from macft.weights.model_config import normalise_config, read_config
+from macft.weights.quantized import Quantization, dequantize_affine, quantization_of
+from macft.weights.safetensors_file import open_safetensors
+
+Layout = Literal["hf", "mlx"]
+
+INDEX = "model.safetensors.index.json"
+_MODES = ("affine", "mxfp4")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk: `config` (both spellings, without quantization) describes `tensors`.
+
+    Modules that the folder holds quantized, named in `quantized`, are one `X.weight` of numbers.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    layout: Layout
+    tensors: list[LazyTensor]
+    quantization: Quantization | None
+    quantized: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How one module is quantized, and whether its numbers are wanted in float32."""
+
+    bits: int
+    group_size: int
+    exact: bool
+
+
+def open_model(folder: Path, *, exact: bool = False) -> Source:
+    """Open and check a model folder; only the headers of its weights are read.
+
+    Dequantized weights come in the type of their scales (mxfp4: bfloat16), as MLX computes with them, or
+    in float32 if `exact`, for a sum that is to be rounded once. Raises ModelError for files that are damaged,
+    missing or pickled, for an index that points outside the folder and for quantization MLX does not do.
+    """
+    config = normalise_config(read_config(folder))
+    _refuse_foreign_quantization(folder, config)
+    quantization = quantization_of(config)
+    tensors: list[LazyTensor] = []
+    is_mlx = quantization is not None
+    places: dict[str, Path] = {}
+    faults: list[str] = []
+    for path in weight_files(folder):
+        file = open_safetensors(path)
+        is_mlx |= file.metadata.get("format") == "mlx"
+        for tensor in file.tensors:
+            if tensor.name in places:
+                faults.append(f"{tensor.name} is in {places[tensor.name].name} and in {path.name}")
+            places[tensor.name] = path
+        tensors += file.tensors
+    faults += _index_faults(folder, places)
+    if faults:
+        raise ModelError(join_faults(f"{folder}: its weight files contradict each other; download it again", faults))
+    quantized: frozenset[str] = frozenset()
+    if quantization is not None:
+        quantized = frozenset(name.removesuffix(".scales") for name in places if name.endswith(".scales"))
+        tensors = _dequantized(folder, quantization, tensors, exact)
+        config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    return Source(folder, config, "mlx" if is_mlx else "hf", tensors, quantization, quantized)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, in order of name: those of its index, else model*, else all but adapters."""
+    index = _read_index(folder)
+    if index:
+        return _indexed_files(folder, index)
+    found = sorted(folder.glob("model*.safetensors")) or sorted(
+        path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter")
+    )
+    if (folder / "model.safetensors") in found:
+        return [folder / "model.safetensors"]
+    if found:
+        return found
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{folder / pickles[0]}: pickled weights are not read, as unpickling runs code from the file: load the "
+            "model with transformers in an environment you trust and save_pretrained() it anew"
+        )
+    raise ModelError(f"{folder}: no *.safetensors weights; wanted the folder of a model")
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Which file holds which tensor, as the index says; empty without one."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}); download it again") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ModelError(f'{path}: no "weight_map" from tensors to file names; download it again')
+    return weight_map
+
+
+def _indexed_files(folder: Path, index: dict[str, str]) -> list[Path]:
+    names = sorted(set(index.values()))
+    outside = [name for name in names if not _is_inside(name)]
+    if outside:
+        faults = [f"{name!r} is not a file name inside the folder" for name in outside]
+        raise ModelError(join_faults(f"{folder / INDEX}: refused", faults))
+    foreign = [name for name in names if not name.endswith(".safetensors")]
+    if foreign:
+        raise ModelError(
+            f"{folder / INDEX}: names {foreign[0]}, which is not a .safetensors file; nothing else is read"
+        )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        headline = f"{folder}: {len(missing)} of {len(names)} weight files are missing; download it again"
+        raise ModelError(join_faults(headline, missing))
+    return [folder / name for name in names]
+
+
+def _is_inside(name: str) -> bool:
+    # by its words alone: the hub cache links its files to another folder
+    if "\\" in name or PureWindowsPath(name).drive:
+        return False
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts
+
+
+def _index_faults(folder: Path, places: dict[str, Path]) -> list[str]:
+    return [
+        f"{name} is missing from {file}, where {INDEX} places it"
+        for name, file in _read_index(folder).items()
+        if name not in places
+    ]
+
+
+def _refuse_foreign_quantization(folder: Path, config: dict[str, Any]) -> None:
+    found = config.get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method is not None and config.get("quantization") is None:
+        raise ModelError(
+            f"{folder}: its weights are quantized by {method}, which is not read; take the unquantized model, or one "
+            f"quantized by MLX ({', '.join(_MODES)})"
+        )
+
+
+def _dequantized(folder: Path, quantization: Quantization, tensors: list[LazyTensor], exact: bool) -> list[LazyTensor]:
+    """The tensors with each `X.weight`, `X.scales` (and `X.biases`) become one `X.weight`."""
+    unknown = sorted(set(quantization.mode.split(", ")) - set(_MODES))
+    if unknown:
+        raise ModelError(
+            f"{folder}: quantization mode {unknown[0]} is not read (accepted: {', '.join(_MODES)}); take the "
+            "unquantized model"
+        )
+    by_name = {tensor.name: tensor for tensor in tensors}
+    faults: list[str] = []
+    result = []
+    for tensor in tensors:
+        module, _, kind = tensor.name.rpartition(".")
+        scales, biases = by_name.get(f"{module}.scales"), by_name.get(f"{module}.biases")
+        if kind in ("scales", "biases"):
+            if f"{module}.weight" not in by_name:
+                faults.append(f"{tensor.name} has no {module}.weight beside it")
+            continue
+        if kind != "weight" or scales is None:
+            if tensor.dtype == np.uint32:
+                faults.append(f"{tensor.name} is packed, but has no {module}.scales beside it")
+            result.append(tensor)
+            continue
+        form = _Form(*quantization.of(module), exact)
+        if biases is not None:
+            result.append(_affine(tensor, scales, biases, form, faults))
+        else:
+            result.append(_mxfp4(tensor, scales, form, faults))
+    if faults:
+        raise ModelError(join_faults(f"{folder}: a damaged quantized model; download it again", faults))
+    return result
+
+
+def _fits(packed: LazyTensor, scales: LazyTensor, bits: int, group_size: int) -> bool:
+    return (
+        packed.dtype == np.uint32
+        and len(packed.shape) > 1
+        and packed.shape[:-1] == scales.shape[:-1]
+        and packed.shape[-1] * 32 == scales.shape[-1] * group_size * bits
+    )
+
+
+def _affine(packed: LazyTensor, scales: LazyTensor, biases: LazyTensor, form: _Form, faults: list[str]) -> LazyTensor:
+    bits, group_size = form.bits, form.group_size
+    if not _fits(packed, scales, bits, group_size) or biases.shape != scales.shape:
+        faults.append(
+            f"{packed.name}: {packed.dtype} {list(packed.shape)} with scales {list(scales.shape)} and biases "
+            f"{list(biases.shape)} is not {bits} bits in groups of {group_size}"
+        )
+        return packed
+    dtype = np.dtype(np.float32) if form.exact else scales.dtype
+
+    def rows(start: int, stop: int) -> Array:
+        parts = [read_rows(tensor, start, stop) for tensor in (packed, scales, biases)]
+        return dequantize_affine(*parts, bits=bits, group_size=group_size).astype(dtype, copy=False)
+
+    return from_rows(packed.name, dtype, (*scales.shape[:-1], scales.shape[-1] * group_size), rows)
+
+
+def _mxfp4(packed: LazyTensor, scales: LazyTensor, form: _Form, faults: list[str]) -> LazyTensor:
+    is_mxfp4 = scales.dtype == np.uint8 and (form.bits, form.group_size) == (MXFP4_BITS, MXFP4_GROUP)
+    if not is_mxfp4 or not _fits(packed, scales, MXFP4_BITS, MXFP4_GROUP):
+        faults.append(
+            f"{packed.name}: {packed.dtype} {list(packed.shape)} with scales {scales.dtype} {list(scales.shape)} and "
+            "no biases is not mxfp4"
+        )
+        return packed
+    dtype = np.dtype(np.float32) if form.exact else np.dtype(ml_dtypes.bfloat16)  # both hold mxfp4 exactly
+
+    def rows(start: int, stop: int) -> Array:
+        parts = [read_rows(tensor, start, stop) for tensor in (packed, scales)]
+        return dequantize_mxfp4(*parts).astype(dtype, copy=False)
+
+    return from_rows(packed.name, dtype, (*scales.shape[:-1], scales.shape[-1] * MXFP4_GROUP), rows)
