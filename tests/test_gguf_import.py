@@ -225,11 +225,18 @@ def test_end_of_turn_ends_generation_beside_end_of_text(tmp_path: Path) -> None:
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
 
 
+def test_the_usual_end_of_turn_is_found_where_the_file_names_none(tmp_path: Path) -> None:
+    """As llama.cpp does; gemma and phi3 files name only the end of the text."""
+    folder = imported(tmp_path, replace(TINY, fields={"tokenizer.ggml.eos_token_id": 0}))
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
+
+
 # --- refusals
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"general.architecture": "phi3"}, "'phi3' cannot be read (accepted: llama)"),
+    "architecture": ({"general.architecture": "rwkv7"}, "'rwkv7' cannot be read (accepted: llama, qwen2, qwen3, "),
+    "fields": ({"general.architecture": "qwen3moe"}, "qwen3moe.expert_feed_forward_length is None, a positive whole"),
     "split": ({"split.count": 3}, "llama-gguf-split --merge"),
     "experts": ({"llama.expert_count": 8}, "a mixture of experts"),
     "tokenizer": ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'"),

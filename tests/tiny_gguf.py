@@ -249,3 +249,37 @@ def llama_cpp(path: Path) -> Iterator[LlamaCpp]:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     yield LlamaCpp(xllamacpp.Server(params))
+
+
+def write_spm_model(
+    folder: Path, *, size: int = 480, own: tuple[str, ...] = ("<user_defined>",), settings: dict[str, Any] | None = None
+) -> int:
+    """A tokenizer.model trained by the SentencePiece library, with byte fallback; returns the vocabulary's size.
+
+    `own` are user-defined pieces, `settings` go into tokenizer_config.json.
+    """
+    import io
+
+    import sentencepiece
+
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for line in TEXT.split("\n") if line.strip()] * 4),
+        model_writer=trained,
+        model_type="bpe",
+        vocab_size=size,
+        byte_fallback=True,
+        character_coverage=0.99,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        control_symbols=CONTROL,
+        user_defined_symbols=list(own),
+        num_threads=1,
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
+    names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**names, **(settings or {})}), encoding="utf-8")
+    return int(sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue()).vocab_size())

