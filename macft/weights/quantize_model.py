@@ -1,0 +1,122 @@
+"""A model in MLX's layout in; the same model with its matrices quantized, as mlx-lm's own conversion does it, out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from threading import Lock
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from macft.errors import ModelError, join_faults
+from macft.weights.lazy import Array, LazyTensor, from_rows, read_rows
+from macft.weights.mlx_layout import layout_of
+from macft.weights.quantized import BITS, quantize_affine
+
+GROUP_SIZES = (32, 64, 128)
+# what mlx-lm gives the few modules it deems too delicate for fewer bits
+_DELICATE = {"group_size": 64, "bits": 8}
+_FLOATS = frozenset(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
+_SLAB = 1 << 22  # elements quantized at a time
+
+
+def check_quantization(bits: int, group_size: int) -> None:
+    """ModelError unless MLX has affine quantization of these bits and this group size."""
+    if bits not in BITS or group_size not in GROUP_SIZES:
+        raise ModelError(
+            f"{bits} bits in groups of {group_size}: accepted are {', '.join(map(str, BITS))} bits in groups of "
+            f"{', '.join(map(str, GROUP_SIZES))}"
+        )
+
+
+def quantize(
+    config: Mapping[str, Any], tensors: list[LazyTensor], bits: int, group_size: int
+) -> tuple[dict[str, Any], list[LazyTensor]]:
+    """(config, tensors) with every linear, embedding and stack of experts quantized that mlx-lm would quantize.
+
+    That is: each of a width that `group_size` divides. `X.weight` becomes packed uint32 `X.weight`, and
+    `X.scales` and `X.biases` of its own type. Raises ModelError for a model type without a known layout, for bits
+    and group sizes MLX does not have, and for modules mlx-lm itself could not quantize.
+    """
+    check_quantization(bits, group_size)
+    delicate = layout_of(config).eight_bits
+    settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    result: list[LazyTensor] = []
+    faults: list[str] = []
+    for tensor in tensors:
+        if not _is_matrix(tensor) or tensor.shape[-1] % group_size:
+            result.append(tensor)
+            continue
+        module = tensor.name.removesuffix(".weight")
+        own = _DELICATE if module.endswith(delicate) else None
+        if own is not None:
+            settings[module] = dict(own)
+        form = own or settings
+        if tensor.shape[-1] % form["group_size"] or tensor.dtype not in _FLOATS:
+            faults.append(
+                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, wanted is float32, float16 or bfloat16 of a "
+                f"width that {form['group_size']} divides"
+            )
+            continue
+        result += _quantized(module, tensor, form["bits"], form["group_size"])
+    if faults:
+        raise ModelError(join_faults("these weights cannot be quantized:", faults))
+    return {**config, "quantization": settings, "quantization_config": settings}, result
+
+
+def _is_matrix(tensor: LazyTensor) -> bool:
+    """Whether this is the weight of a linear, an embedding or a stack of experts; a convolution's is not."""
+    is_stack = ".switch_mlp." in tensor.name or ".mlp.experts." in tensor.name
+    return tensor.name.endswith(".weight") and len(tensor.shape) == (3 if is_stack else 2)
+
+
+def _quantized(module: str, tensor: LazyTensor, bits: int, group_size: int) -> list[LazyTensor]:
+    small = _SmallParts(tensor, bits, group_size)
+    packed_shape = (*tensor.shape[:-1], tensor.shape[-1] * bits // 32)
+    return [
+        from_rows(f"{module}.weight", np.dtype(np.uint32), packed_shape, small.packed),
+        LazyTensor(f"{module}.scales", tensor.dtype, small.shape, lambda: small.read(0)),
+        LazyTensor(f"{module}.biases", tensor.dtype, small.shape, lambda: small.read(1)),
+    ]
+
+
+class _SmallParts:
+    """One matrix, quantized in parts; scales and biases found on the way are kept until both have been read."""
+
+    def __init__(self, tensor: LazyTensor, bits: int, group_size: int) -> None:
+        self.shape = (*tensor.shape[:-1], tensor.shape[-1] // group_size)
+        self._tensor, self._bits, self._group_size = tensor, bits, group_size
+        self._lock = Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kept: tuple[Array, Array] | None = None
+        self._is_known = np.zeros(self.shape[0], bool)
+        self._is_read: set[int] = set()
+
+    def packed(self, start: int, stop: int) -> Array:
+        """The packed numbers of some rows (of some experts, in a stack)."""
+        part = read_rows(self._tensor, start, stop)
+        packed, scales, biases = quantize_affine(part, bits=self._bits, group_size=self._group_size)
+        with self._lock:
+            if self._kept is None:
+                self._kept = (np.empty(self.shape, scales.dtype), np.empty(self.shape, scales.dtype))
+            self._kept[0][start:stop], self._kept[1][start:stop] = scales, biases
+            self._is_known[start:stop] = True
+        return packed
+
+    def read(self, which: int) -> Array:
+        """All scales (0) or all biases (1); rows that nobody asked the packed numbers of are quantized now."""
+        step = max(1, _SLAB // (prod(self.shape[1:]) * self._group_size))
+        for start in range(0, self.shape[0], step):
+            if not self._is_known[start : start + step].all():
+                self.packed(start, min(start + step, self.shape[0]))
+        with self._lock:
+            assert self._kept is not None
+            found = self._kept[which]
+            self._is_read.add(which)
+            if len(self._is_read) == 2:
+                self._forget()
+        return found
