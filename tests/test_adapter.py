@@ -140,6 +140,21 @@ FOREIGN = {
     "lora": LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "up_proj"]),
     "rslora": LoraConfig(r=3, lora_alpha=7.5, use_rslora=True, target_modules=["q_proj", "up_proj"]),
     "dora": LoraConfig(r=3, lora_alpha=7, use_dora=True, target_modules=["self_attn.v_proj", "down_proj"]),
+    "ranks and alphas of their own": LoraConfig(
+        r=3,
+        lora_alpha=7,
+        use_rslora=True,
+        target_modules=["q_proj", "up_proj"],
+        rank_pattern={"up_proj": 5, "layers.1.self_attn.q_proj": 1},
+        alpha_pattern={"0.*.q_proj": 2.5},
+    ),
+    "dora, alphas of their own": LoraConfig(
+        r=2, lora_alpha=7, use_dora=True, target_modules=["q_proj", "up_proj"], alpha_pattern={"up_proj": 3}
+    ),
+    "listed layers": LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], layers_to_transform=[1]),
+    "layer 0 as a number": LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], layers_to_transform=0),
+    "a regular expression": LoraConfig(r=3, lora_alpha=7, target_modules=r".*\.1\..*(q|up)_proj"),
+    "all but some": LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "k_proj"], exclude_modules=["k_proj"]),
     "one layer": LoraConfig(r=3, lora_alpha=7, target_modules=["layers.1.self_attn.q_proj"]),
 }
 
@@ -180,11 +195,11 @@ def test_an_adapter_in_16_bits_is_read_exactly(dtype, model, tmp_path):
     [
         ("bias", "all"),
         ("modules_to_save", ["lm_head"]),
-        ("rank_pattern", {"q_proj": 2}),
-        ("alpha_pattern", {"q_proj": 2}),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": "x"}),
+        ("layers_to_transform", [-1]),
         ("layers_to_transform", [0]),
         ("layer_replication", [[0, 1], [0, 2]]),
-        ("exclude_modules", ["v_proj"]),
         ("trainable_token_indices", [3]),
         ("target_parameters", ["experts.weight"]),
         ("init_lora_weights", "pissa"),
@@ -192,18 +207,30 @@ def test_an_adapter_in_16_bits_is_read_exactly(dtype, model, tmp_path):
         ("lora_bias", True),
         ("fan_in_fan_out", True),
         ("peft_type", "LOHA"),
-        ("target_modules", r".*q_proj"),
+        ("target_modules", []),
     ],
 )
 def test_settings_that_compute_otherwise_are_refused_by_name(key, value, trained, tmp_path):
     config = json.loads((trained / "adapter_config.json").read_text()) | {key: value}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes((trained / "adapter_model.safetensors").read_bytes())
     with pytest.raises(ModelError, match=key):
         read_adapter(tmp_path)
 
 
+def test_a_rank_that_the_tensors_do_not_have_is_refused_for_every_module(trained, tmp_path):
+    config = json.loads((trained / "adapter_config.json").read_text()) | {"rank_pattern": {"q_proj": 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes((trained / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(ModelError) as error:
+        read_adapter(tmp_path)
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert all("are of rank 4, the configuration says 2" in line for line in lines)
+
+
 def test_all_faults_of_an_adapter_come_in_one_error(trained, tmp_path):
-    wrong = {"bias": "all", "r": 0, "rank_pattern": {"a": 1}, "lora_alpha": "x", "modules_to_save": ["lm_head"]}
+    wrong = {"bias": "all", "r": 0, "lora_bias": True, "lora_alpha": "x", "modules_to_save": ["lm_head"]}
     config = json.loads((trained / "adapter_config.json").read_text()) | wrong
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError) as error:
@@ -212,11 +239,16 @@ def test_all_faults_of_an_adapter_come_in_one_error(trained, tmp_path):
     assert len(str(error.value).splitlines()) == 1 + len(wrong)
 
 
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12"), "not a readable safetensors file"),
+        (lambda folder: cut_short(folder / "adapter_model.safetensors"), "not a readable safetensors file"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "no peft_type"),
@@ -229,6 +261,25 @@ def test_a_damaged_adapter_is_one_line(spoil, said, tmp_path):
     with pytest.raises(ModelError, match=said) as error:
         read_adapter(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_numbers_that_are_not_finite_are_all_named(tmp_path):
+    shape = AdapterConfig("base", rank=2, alpha=4.0, dropout=0.0, target_modules=("q_proj",))
+    broken = {"a": np.float32([np.nan]), "b": np.float32([1]), "c": np.float32([np.inf])}
+    write_adapter(tmp_path, shape, broken, None)
+    with pytest.raises(ModelError) as error:
+        read_adapter(tmp_path)
+    assert "  a holds NaN" in str(error.value) and "  c holds NaN" in str(error.value)
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head", "model.layers.0.mlp.experts.3.up_proj"])
+def test_what_no_engine_can_attach_to_is_sent_to_merging(module, model, tmp_path):
+    shape = AdapterConfig("other", rank=2, alpha=4.0, dropout=0.0, target_modules=(module,))
+    write_adapter(tmp_path, shape, {"a": np.zeros((2, 3), np.float32)}, "hash")
+    with pytest.raises(ModelError, match="macft export merged") as error:
+        load_for_chat(model, tmp_path, "mlx")
+    assert str(tmp_path) in str(error.value) and module in str(error.value)
 
 
 def test_what_is_written_is_what_is_read(tmp_path):

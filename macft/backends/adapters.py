@@ -5,15 +5,23 @@ from __future__ import annotations
 import logging
 
 from macft.backends.base import LoraSpec
+from macft.errors import ModelError
 from macft.weights.adapter import Adapter
+from macft.weights.adapter_experts import is_expert
 from macft.weights.locate import ModelFolder, weights_hash
 
 logger = logging.getLogger("macft")
 
 
 def spec_of_adapter(adapter: Adapter, dropout: float = 0.0) -> LoraSpec:
-    """The spec that a saved adapter fits."""
+    """The spec that a saved adapter fits; ModelError names what no engine can attach an adapter to."""
     config = adapter.config
+    outside = [name for name in config.target_modules if _is_outside(name)]
+    if outside:
+        raise ModelError(
+            f"{adapter.folder}: has adapters on {', '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}; only "
+            "linear layers inside the blocks can carry one here: merge it with macft export merged, and use the result"
+        )
     return LoraSpec(
         rank=config.rank,
         alpha=config.alpha,
@@ -22,6 +30,10 @@ def spec_of_adapter(adapter: Adapter, dropout: float = 0.0) -> LoraSpec:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
+
+
+def _is_outside(target: str) -> bool:
+    return target.rpartition(".")[2] in ("embed_tokens", "lm_head") or is_expert(target)
 
 
 def warn_of_other_base(adapter: Adapter, base: ModelFolder) -> None:

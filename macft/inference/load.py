@@ -13,8 +13,9 @@ from macft.data.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
 from macft.inference.answer import answer
 from macft.inference.chat import ChatModel
-from macft.weights.adapter import Adapter, fitting, read_adapter
+from macft.weights.adapter import Adapter, fitting
 from macft.weights.locate import ModelFolder, locate_adapter, locate_model
+from macft.weights.mlx_adapter import read_any_adapter
 from macft.weights.model_config import read_config
 
 logger = logging.getLogger("macft")
@@ -35,7 +36,7 @@ def load_chat_model(
     The adapter's template comes before the model's own; `template` names another; `raw` uses none.
     """
     base = locate_model(model)
-    trained = read_adapter(locate_adapter(adapter)) if adapter is not None else None
+    trained = read_any_adapter(locate_adapter(adapter), read_config(base.path)) if adapter is not None else None
     tokenizer = load_tokenizer(base.path)
     chat_template = None
     if not raw:
@@ -68,8 +69,11 @@ def compare_answers(
     max_new_tokens: int,
 ) -> dict[str, list[str]]:
     """Greedy answers of the base alone and with each adapter, under the labels to show."""
+    base_config = read_config(locate_model(model).path)
     for folder in adapters:
-        read_adapter(locate_adapter(folder))  # a fault shows before the base has answered, which takes a while
+        read_any_adapter(
+            locate_adapter(folder), base_config
+        )  # a fault shows before the base has answered, which takes a while
     answers: dict[str, list[str]] = {}
     for adapter in (None, *adapters):
         chat, _ = load_chat_model(

@@ -21,8 +21,10 @@ from macft.data.tokenize import TokenizedExample, TokenizeReport, tokenize_examp
 from macft.data.tokenize_pairs import PairReport, TokenizedPair, tokenize_pairs
 from macft.data.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import ConfigError
-from macft.weights.adapter import Adapter, read_adapter
+from macft.weights.adapter import Adapter
 from macft.weights.locate import ModelFolder, locate_adapter, locate_model
+from macft.weights.mlx_adapter import read_any_adapter
+from macft.weights.model_config import read_config
 
 logger = logging.getLogger("macft")
 
@@ -75,7 +77,7 @@ def _adapters(settings: Settings, base: ModelFolder) -> tuple[Adapter | None, Ad
     """(the adapter to go on training, the adapter that becomes part of the base); at most one of them."""
     if settings.adapter_name_or_path is None:
         return None, None
-    adapter = read_adapter(locate_adapter(settings.adapter_name_or_path))
+    adapter = read_any_adapter(locate_adapter(settings.adapter_name_or_path), read_config(base.path))
     if not settings.create_new_adapter:
         _check_start(settings, adapter, base)
         return adapter, None

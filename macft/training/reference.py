@@ -32,8 +32,10 @@ from macft.files import cache_dir
 from macft.objectives.preference import answer_positions, reference_columns
 from macft.training.prepare import Prepared, model_spec
 from macft.training.progress import tracked
-from macft.weights.adapter import Adapter, fitting, read_adapter
+from macft.weights.adapter import Adapter, fitting
 from macft.weights.locate import ModelFolder, locate_adapter, locate_model, weights_hash
+from macft.weights.mlx_adapter import read_any_adapter
+from macft.weights.model_config import read_config
 from macft.weights.stream import write_state
 
 logger = logging.getLogger("macft")
@@ -69,7 +71,7 @@ def named_references(settings: Settings, prepared: Prepared, backend_name: str) 
     spec = replace(model_spec(settings, prepared), folder=base.path, lora=None, under=None, full=False)
     adapter = None
     if settings.ref_model_adapters is not None:
-        adapter = read_adapter(locate_adapter(settings.ref_model_adapters))
+        adapter = read_any_adapter(locate_adapter(settings.ref_model_adapters), read_config(base.path))
         warn_of_other_base(adapter, base)
         spec = replace(spec, lora=spec_of_adapter(adapter))
     backend = load_backend(backend_name)

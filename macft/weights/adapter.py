@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,19 @@ from safetensors import SafetensorError, safe_open
 from macft import __version__
 from macft.errors import MacftError, ModelError, join_faults
 from macft.files import write_json
+from macft.weights.adapter_experts import split_experts
+from macft.weights.adapter_shapes import (
+    Modules,
+    Shape,
+    join_modules,
+    layer_faults,
+    pair_of,
+    pattern_faults,
+    pattern_shapes,
+    split_modules,
+    uniform,
+)
+from macft.weights.mlx_layout import LAYOUTS
 from macft.weights.stream import write_state
 
 CONFIG_NAME = "adapter_config.json"
@@ -26,7 +40,7 @@ State = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What adapter_config.json says of an adapter."""
+    """What adapter_config.json says of an adapter, once all its modules have one rank and scale."""
 
     base: str  # the base model as the user typed it
     rank: int
@@ -56,18 +70,24 @@ def fitting(adapter: Adapter, base: str, kind: type[MacftError]) -> Iterator[Non
         raise ModelError(f"{adapter.folder}: made for {adapter.config.base}, on {base}: {error}") from None
 
 
-def write_adapter(folder: Path, config: AdapterConfig, state: State, base_hash: str) -> None:
+def write_adapter(folder: Path, config: AdapterConfig, state: State, base_hash: str | None) -> None:
     """Write adapter_config.json and adapter_model.safetensors into an existing folder.
 
     The hash of the base goes into the metadata of the weights file: PEFT warns of keys it does not
     know in its configuration.
     """
-    metadata = {"format": "pt", "macft": __version__, "base_weights": base_hash}
-    write_state(folder / WEIGHTS_NAME, state, metadata=metadata)
-    write_json(folder / CONFIG_NAME, _peft_config(config))
+    write_state(folder / WEIGHTS_NAME, state, metadata=metadata_of("pt", base_hash))
+    write_json(folder / CONFIG_NAME, peft_config(config))
 
 
-def _peft_config(config: AdapterConfig) -> dict[str, Any]:
+def metadata_of(layout: str, base_hash: str | None) -> dict[str, str]:
+    """The metadata of a weights file in this layout, pt or mlx."""
+    metadata = {"format": layout, "macft": __version__}
+    return metadata if base_hash is None else {**metadata, "base_weights": base_hash}
+
+
+def peft_config(config: AdapterConfig) -> dict[str, Any]:
+    """The adapter_config.json that PEFT reads."""
     alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
     return {
         "peft_type": "LORA",
@@ -89,74 +109,108 @@ def _peft_config(config: AdapterConfig) -> dict[str, Any]:
     }
 
 
-# Settings that change what an adapter computes, with the values that change nothing.
-_UNSUPPORTED = {
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layer_replication": (None,),
-    "layers_to_transform": (None,),
-    "exclude_modules": (None, []),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
+_CHANGES_BASE = "this start changes the base's own weights as well"
+_NO_PLACE = "it is not supported"
+# Settings that change what an adapter computes: the values that change nothing, and why others are refused.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "bias": (("none", None), "biases of the base were trained, which is not supported"),
+    "lora_bias": ((False, None), "B has a bias, which is not supported"),
+    "modules_to_save": ((None, []), "whole modules were trained, which is not supported"),
+    "layer_replication": ((None,), "layers of the base are repeated, which is not supported"),
+    "use_qalora": ((False, None), _NO_PLACE),
+    "use_bdlora": ((False, None), _NO_PLACE),
+    "arrow_config": ((None,), _NO_PLACE),
+    "kasa_config": ((None,), _NO_PLACE),
+    "monteclora_config": ((None,), _NO_PLACE),
+    "velora_config": ((None,), _NO_PLACE),
+    "trainable_token_indices": ((None,), "rows of the embedding were trained, which is not supported"),
+    "alora_invocation_tokens": ((None,), _NO_PLACE),
+    "init_lora_weights": ((True, False, None, "gaussian", "orthogonal"), _CHANGES_BASE),
 }
+# Settings after which the tensors alone say which modules have an adapter, or which shape.
+_SHAPING = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "target_parameters")
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read a PEFT adapter; raises ModelError naming everything in it that would be computed otherwise."""
-    config = _read_config(folder)
-    path = folder / WEIGHTS_NAME
+def read_adapter(folder: Path, base_config: Mapping[str, Any] | None = None) -> Adapter:
+    """Read a PEFT adapter; raises ModelError naming everything in it that would be computed otherwise.
+
+    Modules of different ranks and scales are given one; targets that are not plain names become the full names
+    of the modules. `base_config`, the base's config.json, is needed for experts and where fan_in_fan_out is set.
+    """
+    raw = read_json_config(folder)
+    config = _checked(folder, raw, base_config)
+    if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS_NAME).exists():
+        raise ModelError(
+            f"{folder}: adapter_model.bin is pickled, and unpickling runs code from the file: load the adapter with "
+            "PEFT in an environment you trust and save_pretrained() it anew"
+        )
+    state, base_hash = read_tensors(folder, WEIGHTS_NAME)
+    if any(raw.get(key) for key in _SHAPING) or raw.get("layers_to_transform") == 0 or not config.target_modules:
+        config, state = _shaped(folder, raw, config, state, base_config)
+    return Adapter(folder, config, state, base_hash)
+
+
+def read_tensors(folder: Path, name: str) -> tuple[State, str | None]:
+    """The tensors of a file in float32, and the hash of the base if it is there; ModelError names NaN and Inf."""
+    path = folder / name
     if not path.exists():
-        raise ModelError(f"{folder}: no {WEIGHTS_NAME}; an adapter folder has it beside {CONFIG_NAME}")
+        raise ModelError(f"{folder}: no {name}; an adapter folder has it beside {CONFIG_NAME}")
     state: State = {}
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            for name in file.keys():  # noqa: SIM118
-                state[name] = file.get_tensor(name).astype(np.float32)
+            for key in file.keys():  # noqa: SIM118
+                state[key] = file.get_tensor(key).astype(np.float32)
     except (SafetensorError, TypeError, OSError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from None
-    return Adapter(folder, config, state, metadata.get("base_weights"))
+    faults = [f"{key} holds NaN or infinite numbers" for key, value in state.items() if not np.isfinite(value).all()]
+    if faults:
+        raise ModelError(join_faults(f"{path}: the adapter is broken; take an earlier checkpoint", faults))
+    return state, metadata.get("base_weights")
 
 
-def _read_config(folder: Path) -> AdapterConfig:
+def read_json_config(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json, a JSON object; ModelError otherwise."""
     path = folder / CONFIG_NAME
     if not path.exists():
-        raise ModelError(f"{folder}: no {CONFIG_NAME}; wanted the folder of a PEFT adapter")
+        raise ModelError(f"{folder}: no {CONFIG_NAME}; wanted the folder of an adapter")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelError(f"{path}: not JSON: {error}") from None
-    if not isinstance(raw, dict) or "peft_type" not in raw:
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: no peft_type; wanted the configuration of an adapter")
+    return raw
+
+
+def _checked(folder: Path, raw: dict[str, Any], base_config: Mapping[str, Any] | None) -> AdapterConfig:
+    path = folder / CONFIG_NAME
+    if "peft_type" not in raw:
         raise ModelError(f"{path}: no peft_type; wanted the configuration of a PEFT adapter")
     faults = []
     if raw["peft_type"] != "LORA":
         faults.append(f"peft_type is {raw['peft_type']}, wanted LORA")
     faults += [
-        f"{key} is {raw[key]!r}, which is not supported; merge the adapter with PEFT"
-        for key, harmless in _UNSUPPORTED.items()
+        f"{key} is {raw[key]!r}: {reason}; merge the adapter with PEFT"
+        for key, (harmless, reason) in _REFUSED.items()
         if key in raw and raw[key] not in harmless
     ]
+    # PEFT sets it back to false on linear layers, all that the known models have
+    if raw.get("fan_in_fan_out") and (base_config is None or base_config.get("model_type") not in LAYOUTS):
+        kind = "no base was named" if base_config is None else f"{base_config.get('model_type')} is not known here"
+        faults.append(f"fan_in_fan_out is True, which counts unless all layers are linear, and {kind}; merge with PEFT")
+    faults += pattern_faults(raw)
     rank: Any = raw.get("r")
     alpha: Any = raw.get("lora_alpha")
     targets: Any = raw.get("target_modules")
-    if not isinstance(rank, int) or rank < 1:
+    if type(rank) is not int or rank < 1:
         faults.append(f"r is {rank!r}, wanted a rank above 0")
-    if not isinstance(alpha, int | float):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         faults.append(f"lora_alpha is {alpha!r}, wanted a number")
-    if not isinstance(targets, list) or not targets:
+    if not targets and not raw.get("target_parameters"):
         faults.append(f"target_modules is {targets!r}, wanted a list of module names")
+    elif targets and not isinstance(targets, str | list):
+        faults.append(f"target_modules is {targets!r}, wanted module names")
     if faults:
         raise ModelError(join_faults(f"{path}: this adapter cannot be used as it is", faults))
     return AdapterConfig(
@@ -164,7 +218,49 @@ def _read_config(folder: Path) -> AdapterConfig:
         rank=rank,
         alpha=float(alpha),
         dropout=float(raw.get("lora_dropout") or 0.0),
-        target_modules=tuple(targets),
+        target_modules=() if isinstance(targets, str) else tuple(targets or ()),
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
     )
+
+
+def _shaped(
+    folder: Path, raw: dict[str, Any], config: AdapterConfig, state: State, base_config: Mapping[str, Any] | None
+) -> tuple[AdapterConfig, State]:
+    """The adapter with one rank and scale, its targets the full names of the modules that have tensors."""
+    faults: list[str] = []
+    modules = split_modules(state, config.use_dora, faults)
+    faults += layer_faults(raw, modules)
+    default = Shape(config.rank, config.alpha, config.use_rslora)
+    keys: dict[str, str] = {}  # what PEFT matches its patterns against, where it is not the module's name
+    if not faults and raw.get("target_parameters"):
+        modules, keys = split_experts(modules, base_config, faults)
+    by_pattern = pattern_shapes(raw, default)
+
+    def shape_of(module: str) -> Shape:
+        return by_pattern(keys.get(module, module))
+
+    if not faults:
+        faults += _rank_faults(modules, {module: shape_of(module) for module in modules})
+    if not faults and not modules:
+        faults.append("holds no tensors")
+    if faults:
+        raise ModelError(join_faults(f"{folder / WEIGHTS_NAME}: does not fit its {CONFIG_NAME}", faults))
+    modules, shape = uniform(modules, shape_of, default)
+    changed = replace(
+        config,
+        rank=shape.rank,
+        alpha=shape.alpha,
+        use_rslora=shape.use_rslora,
+        target_modules=tuple(modules),
+    )
+    return changed, join_modules(modules)
+
+
+def _rank_faults(modules: Modules, shapes: Mapping[str, Shape]) -> list[str]:
+    return [
+        f"{module}: its tensors are of rank {parts[pair_of(parts)[0]].shape[0]}, the configuration says "
+        f"{shapes[module].rank}"
+        for module, parts in modules.items()
+        if parts[pair_of(parts)[0]].shape[0] != shapes[module].rank
+    ]
