@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from macft import __version__
+from macft.cli_weights import convert, export
 from macft.errors import MacftError, StoppedError, UsageError
 
 BACKEND = click.Choice(["auto", "mlx", "torch"])
@@ -23,6 +24,10 @@ BACKEND = click.Choice(["auto", "mlx", "torch"])
 @click.version_option(__version__, prog_name="macft")
 def cli() -> None:
     """Fine-tune language models with LoRA on a Mac (MLX) or on NVIDIA (PyTorch) from one YAML file."""
+
+
+cli.add_command(convert)
+cli.add_command(export)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -81,7 +86,7 @@ def _model_options(command: Any) -> Any:
 
 @cli.command()
 @click.argument("model")
-@click.option("--adapter", metavar="DIR", help="A PEFT adapter folder.")
+@click.option("--adapter", metavar="DIR", help="A PEFT or mlx-lm adapter folder.")
 @click.option("--prompt", metavar="TEXT", help="Answer this and leave.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Answer each line of a file and leave.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
@@ -137,7 +142,7 @@ def chat(
 
 @cli.command()
 @click.argument("model")
-@click.option("--adapter", "adapters", metavar="DIR", multiple=True, help="A PEFT adapter folder; may be repeated.")
+@click.option("--adapter", "adapters", metavar="DIR", multiple=True, help="A PEFT or mlx-lm adapter folder; may be repeated.")
 @click.option("--prompts", type=click.Path(path_type=Path), required=True, help="One prompt per line, or JSONL.")
 @_model_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

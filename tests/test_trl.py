@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("mlx", "torch")
 STEPS = 10
 EOS = 2
-# a large epsilon, so that its place in the formula shows; a norm that some steps exceed and some do not
+# a large epsilon, so that its place in the formula shows; a norm that most steps exceed, and some of ld_alpha do not
 OPTIMIZER = OptimizerSpec(beta1=0.9, beta2=0.98, epsilon=1e-4, weight_decay=0.1, max_grad_norm=1.5)
 CURVES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 

@@ -13,8 +13,8 @@ from macft.backends.layout import Layout, probe, probe_pairs
 from macft.backends.mlx.ops import cross_entropy
 
 TRUNKS = ("model", "transformer", "backbone")
-# The head computes so many logits at a time: 64 MB in float32.
-LOGITS_AT_ONCE = 1 << 24
+# The head computes so many logits at a time: 32 MB in float32.
+LOGITS_AT_ONCE = 1 << 23
 
 
 class Trunk:
