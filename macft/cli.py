@@ -142,7 +142,7 @@ def chat(
 
 @cli.command()
 @click.argument("model")
-@click.option("--adapter", "adapters", metavar="DIR", multiple=True, help="A PEFT or mlx-lm adapter folder; may be repeated.")
+@click.option("--adapter", "adapters", metavar="DIR", multiple=True, help="A PEFT or mlx-lm adapter; may be repeated.")
 @click.option("--prompts", type=click.Path(path_type=Path), required=True, help="One prompt per line, or JSONL.")
 @_model_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
