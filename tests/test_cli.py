@@ -25,6 +25,9 @@ COMMANDS = {
     "chat": {"--adapter", "--prompt", "--prompt-file", "--system", "--raw"} | MODEL | SAMPLING,
     "compare": {"--adapter", "--prompts", "--json"} | MODEL,
     "data preview": {"--row", "--model", "--json"},
+    "convert adapter": {"--to", "--base", "--verify"},
+    "convert model": {"--to", "--bits", "--group-size", "--verify"},
+    "export merged": {"--adapter", "--output", "--to", "--bits", "--requantize", "--verify"},
     "doctor": {"--json"},
 }
 STEP_LINE = re.compile(r"step +\d+/\d+  loss \d+\.\d{4}  grad +[\d.]+  lr [\d.e+-]+ ")

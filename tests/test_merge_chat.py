@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter
-from macft.backends.base import LoraSpec, ModelSpec, Sampling
+from macft.backends.base import LoraSpec, ModelSpec, Sampling, Under
 from macft.data.batches import Batch
 from macft.training.run import train
 from macft.weights.adapter import read_adapter
@@ -81,3 +81,24 @@ def test_an_adapter_trained_by_peft_gives_its_logits_on_the_mlx_backend(tmp_path
     found = backend.logps(batch, np.ones((4, 19), dtype=bool))
     # log-probabilities near 10: a float32 step there is 1e-6
     assert np.abs(found - wanted).max() < 2e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_takes_a_dora_adapter_into_its_base_computes_what_the_adapter_does(engine, tmp_path):
+    base = write_toy_model(tmp_path / "base", "qwen3")
+    rows = write_rows(tmp_path / "rows.jsonl")
+    train(toy_settings(base, rows, tmp_path / "run", engine, use_dora=True))
+    adapter = read_adapter(tmp_path / "run")
+    batch = Batch(np.array([PROMPTS[1]], np.int32), np.ones((1, 6), dtype=bool), np.array([6], np.int32))
+    everywhere = np.ones((1, 5), dtype=bool)
+    found = []
+    for spec in (
+        ModelSpec(folder=base, lora=spec_of_adapter(adapter), precision="float32"),
+        ModelSpec(folder=base, lora=None, under=Under(spec_of_adapter(adapter), adapter.state), precision="float32"),
+    ):
+        backend = load_backend(engine)
+        backend.load(spec)
+        if spec.lora is not None:
+            backend.set_adapter_state(adapter.state)
+        found.append(backend.logps(batch, everywhere))
+    assert np.abs(found[0] - found[1]).max() < 2e-5

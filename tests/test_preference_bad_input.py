@@ -93,7 +93,7 @@ def test_identical_answers_are_kept_with_a_warning(folder):
     result = macft("train", folder / "run.yaml", data)
     assert result.code == 0, result.err
     assert (
-        "warning: 1 of 2 pairs have the same tokens on both sides, so nothing is learnt from them (first: same.jsonl:2)"
+        "warning: 1 of 2 pairs have the same tokens on both sides, so they show no preference (first: same.jsonl:2)"
     ) in result.err
     assert "data: 2 pairs, " in result.err
 

@@ -281,3 +281,11 @@ def test_pictures_are_drawn_of_what_the_stage_logs_and_an_older_run_leaves_none(
     assert pictures_in(out) == {*PICTURES, *own, "training_mine.png"}
     train(dpo(model, data, out, "mlx", **again | {"plot_loss": False}))
     assert pictures_in(out) == {"training_mine.png"}
+
+
+@pytest.mark.torch
+def test_a_run_in_bfloat16_on_a_cpu_starts_near_ln_2_and_learns(model, data, tmp_path):
+    train(dpo(model, data, tmp_path / "run", "torch", bf16=True, max_steps=12))
+    rows = rows_of(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(LN2, abs=2e-2)
+    assert np.mean([row["rewards/margins"] for row in rows[-4:]]) > 1.0

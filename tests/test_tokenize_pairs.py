@@ -162,7 +162,7 @@ def test_identical_answers_are_kept_counted_and_said_once(
         check(tokenized)
     assert (report.kept, report.identical) == (3, 2)
     assert caplog.messages == [
-        "2 of 3 pairs have the same tokens on both sides, so nothing is learnt from them (first: p.jsonl:2)"
+        "2 of 3 pairs have the same tokens on both sides, so they show no preference (first: p.jsonl:2)"
     ]
 
 

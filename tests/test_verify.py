@@ -153,3 +153,12 @@ def test_a_model_no_engine_loads_is_named(model, tmp_path):
     (strange / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
     with pytest.raises(ModelError, match="cannot be verified, as no installed engine loads it"):
         verify(Subject(model), Subject(strange), exact())
+
+
+@pytest.mark.mlx
+@pytest.mark.torch
+def test_an_adapter_of_peft_is_read_by_peft_whatever_engine_is_preferred(model, tmp_path):
+    adapter = read_adapter(write_peft(tmp_path / "adapter", model))
+    export_merged(ModelFolder("model", model), [adapter], tmp_path / "merged")
+    said = verify(Subject(model, (adapter,)), Subject(tmp_path / "merged"), exact(), prefers="mlx")
+    assert said.startswith("verified with torch and mlx: ")

@@ -248,6 +248,6 @@ def _warn(
         )
     if identical:
         logger.warning(
-            "%d of %d pairs have the same tokens on both sides, so nothing is learnt from them (first: %s)",
+            "%d of %d pairs have the same tokens on both sides, so they show no preference (first: %s)",
             *(len(identical), total, identical[0]),
         )

@@ -58,7 +58,9 @@ def export_merged(
     versions = Versions(base, merge_adapters(base, adapters), rounded)
     notes = _notes(model, adapters, is_untied=config is not tied_config)
     if source.quantization is not None and bits is None and not requantize:
-        notes.append(f"{model.name} is quantized, the result is not: that would erase part of what the adapter adds")
+        notes.append(
+            f"{model.name} is quantized, the result is not: --requantize would erase part of what the adapter adds"
+        )
     if layout == "mlx":
         config, versions = _as_mlx(config, versions)
     erasure = None

@@ -126,10 +126,12 @@ def merge(model: nn.Module, under: Under) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             if isinstance(module.base, nn.QuantizedLinear):
-                raise ModelError("create_new_adapter: a quantized base cannot take an adapter in; merge it first")
-            delta = under.lora.scale * (module.lora_B @ module.lora_A)
+                raise ModelError("a quantized base cannot take an adapter in: merge it first, with macft export merged")
             weight = module.base.weight
-            module.base.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
+            updated = weight.astype(mx.float32) + under.lora.scale * (module.lora_B @ module.lora_A)
+            if MAGNITUDE in module:
+                updated = (module.lora_magnitude_vector / mx.linalg.norm(updated, axis=1))[:, None] * updated
+            module.base.weight = updated.astype(weight.dtype)
             merged.append((name, module.base))
     model.update_modules(tree_unflatten(merged))
 

@@ -66,7 +66,8 @@ class TorchBackend:
             notes.append("this architecture hides its head: logits are computed at every position")
         if model.gradient_checkpointing:
             models.checkpoint_layers(loaded.model)
-        elif self._device.type == "cpu":
+        elif self._device.type == "cpu" and self._dtype == torch.float32:
+            # under autocast the second time would not cast as the first did
             recompute_elementwise(loaded.model)
         self._trained = lora.trainable_parameters(self._model)
         self._optimizer_spec = optimizer or OptimizerSpec()
