@@ -60,12 +60,14 @@ def run_macft(engine: str, steps: int, batch_size: int) -> tuple[float, int]:
 
 def run_mlx_lm(steps: int, batch_size: int) -> tuple[float, int]:
     """mlx-lm's own trainer on the same rows, prompts masked, behind the same BLAS."""
+    import macft.backends.mlx  # noqa: F401  # OpenBLAS: without it mlx-lm is a hundred times slower here
+
+    # isort: split
     import mlx.optimizers as optim
     from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
-    import macft.backends.mlx  # noqa: F401  # OpenBLAS: without it mlx-lm is a hundred times slower here
     from macft.weights.model_config import normalise_config, read_config
 
     folder, examples = rows(steps * batch_size)
