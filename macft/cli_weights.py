@@ -84,7 +84,7 @@ def convert_adapter_command(
 @click.argument("destination", metavar="DST", type=_FOLDER)
 @click.option("--to", "to", type=_LAYOUT, required=True, help="The layout to write.")
 @click.option("--bits", type=int, help="Quantize to so many bits, 2 to 8 (MLX only).")
-@click.option("--group-size", type=int, help=f"Numbers that share a scale when quantized.  [default: {_GROUP_SIZE}]")
+@click.option("--group-size", type=int, help=f"Numbers that share a scale when quantized; {_GROUP_SIZE} if not given.")
 @_VERIFY
 def convert_model_command(
     source: str, destination: Path, to: Literal["hf", "mlx"], bits: int | None, group_size: int | None, verify: bool
