@@ -1,18 +1,37 @@
-"""Shared set-up: a private cache, the fast BLAS before MLX, tiny models built once."""
+"""Shared set-up: a private cache, the fast BLAS before MLX, toy models and data built once a session."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# SmolLM2 is imported into it once a session; nobody's own cache is read or written.
+os.environ["MACFT_CACHE"] = tempfile.mkdtemp(prefix="macft-tests-")
 
 # Before any test imports MLX: it loads OpenBLAS, without which MLX is a hundred times slower on Linux.
 from tiny_models import write_model
+from toy_backend import one_thread, toy_settings, write_pairs, write_rows, write_toy_model
 
 import macft.backends.mlx  # noqa: F401
+from macft.training.run import train
+from macft.weights.adapter import read_adapter
+
+atexit.register(shutil.rmtree, os.environ["MACFT_CACHE"], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no worker is left with a long one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +45,46 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory):
         return built[architecture]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def small_threads() -> Iterator[None]:
+    """For files that train toy models: `pytestmark = pytest.mark.usefixtures("small_threads")`."""
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, so that no reference is known; returns where references are kept."""
+    monkeypatch.setenv("MACFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "reference"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy llama that trains and chats."""
+    return write_toy_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten conversations."""
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def pair_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven preference pairs."""
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 11)
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """An adapter of two modules that supervised training has moved away from the base."""
+    parent = tmp_path_factory.mktemp("adapter")
+    folder = parent / "run"
+    with one_thread():
+        train(toy_settings(model, write_rows(parent / "rows.jsonl"), folder, "torch", lora_target="q_proj,v_proj"))
+    assert max(np.abs(value).max() for name, value in read_adapter(folder).state.items() if "_B" in name) > 1e-2
+    return folder
