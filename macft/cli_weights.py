@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -96,30 +95,27 @@ def convert_model_command(
     from macft.weights.convert_model import convert_model
     from macft.weights.litgpt import is_litgpt
     from macft.weights.locate import locate_model
-    from macft.weights.source import open_model
 
     _check_new(destination)
     if group_size is not None and bits is None:
         raise UsageError("--group-size does nothing without --bits; give both or neither")
-    size = group_size or _GROUP_SIZE
     path = Path(source).expanduser()
-    is_lit = is_litgpt(path)
     if verify:
         _check_engine(path)
-    folder = path if is_lit else locate_model(source).path
+    folder = path if is_litgpt(path) else locate_model(source).path
     with _watched(destination, f"converting {source}"):
-        if is_lit:
-            _convert_litgpt(path, destination, to, bits, size)
-            came_from_mlx = was_quantized = False
-        else:
-            report = convert_model(folder, destination, to=to, bits=bits, group_size=size)
-            came_from_mlx = report.came_as == "mlx"
-            was_quantized = open_model(folder).quantization is not None
-            if report.lost:
-                logger.warning("%s has no place for %s", _LAYOUT_NAMES[to], ", ".join(report.lost[:5]))
+        size = _GROUP_SIZE if group_size is None else group_size
+        report = convert_model(folder, destination, to=to, bits=bits, group_size=size)
+    if report.came_as == "litgpt":
+        logger.info("a litgpt checkpoint, now model type %s", report.model_type)
+    if report.lost:
+        more = f" and {len(report.lost) - 5} more" if len(report.lost) > 5 else ""
+        logger.warning("%s has no place for %s%s", _LAYOUT_NAMES[to], ", ".join(report.lost[:5]), more)
+    for note in report.notes:
+        logger.warning(note)
     if verify:
-        prefers = "mlx" if to == "mlx" or came_from_mlx else "auto"
-        _verify_model(folder, destination, is_rounded=was_quantized, prefers=prefers)
+        prefers = "mlx" if "mlx" in (to, report.came_as) else "auto"
+        _verify_model(folder, destination, is_rounded=report.was_quantized, prefers=prefers)
     _say_model(destination, to)
 
 
@@ -135,7 +131,9 @@ def convert_model_command(
 )
 @click.option("--output", type=_FOLDER, metavar="DIR", required=True, help="The folder to write; must not exist.")
 @click.option("--to", "to", type=_LAYOUT, default="hf", show_default=True, help="The layout to write.")
-@click.option("--bits", type=int, help="Quantize the result to so many bits, 2 to 8 (MLX only).")
+@click.option(
+    "--bits", type=int, help=f"Quantize the result to so many bits, 2 to 8, in groups of {_GROUP_SIZE} (MLX only)."
+)
 @click.option("--requantize", is_flag=True, help="Quantize the result as the base is (MLX only).")
 @_VERIFY
 def export_merged_command(
@@ -158,7 +156,7 @@ def export_merged_command(
     if verify:
         _check_engine(base.path)
     config = read_config(base.path)
-    read = [read_any_adapter(locate_adapter(adapter), config) for adapter in adapters]
+    read = [read_any_adapter(locate_adapter(adapter), config, with_saved=True) for adapter in adapters]
     with _watched(output, f"merging into {model}"):
         report = export_merged(base, read, output, layout=to, bits=bits, requantize=requantize)
     for note in report.notes:
@@ -189,33 +187,11 @@ def _verify_model(
     logger.info(verify(Subject(source, adapters), Subject(result), tolerance, prefers=prefers))
 
 
-def _convert_litgpt(source: Path, destination: Path, to: Literal["hf", "mlx"], bits: int | None, size: int) -> None:
-    """Import a checkpoint and, unless it is wanted in HF layout, convert that: both by way of one hidden folder."""
-    from macft.weights.convert_model import convert_model
-    from macft.weights.litgpt import import_litgpt
-    from macft.weights.quantize_model import check_quantization
-
-    if bits is not None:
-        if to != "mlx":
-            raise UsageError("--bits quantizes to MLX's own format; leave it out, or convert --to mlx")
-        check_quantization(bits, size)
-    if to == "hf":
-        report = import_litgpt(source, destination)
-    else:
-        between = destination.with_name(f".{destination.name}.litgpt.tmp")
-        shutil.rmtree(between, ignore_errors=True)
-        try:
-            report = import_litgpt(source, between)
-            convert_model(between, destination, to=to, bits=bits, group_size=size)
-        finally:
-            shutil.rmtree(between, ignore_errors=True)
-    logger.info("a litgpt checkpoint, now model type %s", report.model_type)
-    for note in report.notes:
-        logger.warning(note)
-
-
 def _say_model(folder: Path, to: str) -> None:
-    use = f"talk to it: macft chat {folder}"
+    can_talk = (
+        (folder / "tokenizer.json").exists() or any(folder.glob("vocab.*")) or any(folder.glob("tokenizer.model"))
+    )
+    use = f"talk to it: macft chat {folder}" if can_talk else "it has no tokenizer, as its source had none"
     click.echo(f"{folder}: a whole model in {_LAYOUT_NAMES[to]}, {_size(folder)}; {use}")
 
 

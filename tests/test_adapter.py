@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from toy_backend import ENGINES, curve, one_thread, toy_settings, write_rows, write_toy_model
+from toy_backend import ENGINES, curve, toy_settings, write_toy_model
 from transformers import AutoModelForCausalLM
 
 from macft.backends import load_backend
@@ -31,6 +31,8 @@ from macft.training.run import train
 from macft.weights.adapter import AdapterConfig, read_adapter, write_adapter
 from macft.weights.locate import weights_hash
 
+pytestmark = pytest.mark.usefixtures("small_threads")
+
 SHAPES = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -38,22 +40,6 @@ SHAPES = {
     "alpha 5.5": {"lora_alpha": 5.5},
     "one module of one layer": {"lora_target": "layers.1.self_attn.v_proj,down_proj"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_toy_model(tmp_path_factory.mktemp("base"), "qwen2")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 from tiny_adapters import mlx_adapter_logits, peft_logits, save_mlx, save_peft
 from tiny_layouts import mlx_logits, torch_logits, write_case
-from toy_backend import one_thread
 
 from macft.errors import ModelError, UsageError
 from macft.weights.export import export_merged
@@ -19,7 +18,7 @@ from macft.weights.locate import ModelFolder
 from macft.weights.mlx_adapter import convert_adapter, read_any_adapter
 from macft.weights.model_config import read_config
 
-pytestmark = [pytest.mark.mlx, pytest.mark.torch]
+pytestmark = [[pytest.mark.mlx, pytest.mark.torch], pytest.mark.usefixtures("small_threads")]
 
 BASES = {
     "dense": "llama",
@@ -29,12 +28,6 @@ BASES = {
     "shared": "qwen2_moe",
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

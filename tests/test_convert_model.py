@@ -208,7 +208,7 @@ def test_a_destination_that_exists_is_left_alone(folder, tmp_path):
 
 
 def test_bits_that_cannot_be_are_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(UsageError, match="convert to mlx"):
+    with pytest.raises(UsageError, match="add --to mlx, or leave --bits out"):
         convert_model(tmp_path / "none", tmp_path / "hf", to="hf", bits=4)
     with pytest.raises(ModelError, match="7 bits in groups of 64"):
         convert_model(tmp_path / "none", tmp_path / "mlx", to="mlx", bits=7)

@@ -16,7 +16,8 @@ from tiny_layouts import PROMPT, torch_logits
 from tiny_models import VOCABULARY, write_model
 
 from macft.errors import ModelError
-from macft.weights.litgpt import import_litgpt, is_litgpt
+from macft.weights.convert_model import convert_model
+from macft.weights.litgpt import is_litgpt
 from macft.weights.litgpt_config import model_types
 from macft.weights.model_config import read_config
 from macft.weights.source import open_model
@@ -112,7 +113,7 @@ def test_a_checkpoint_of_litgpt_itself_computes_the_same_after_import(case, tmp_
     save_config(config, folder)
     torch.save({"model": model.state_dict()}, folder / "lit_model.pth")
 
-    report = import_litgpt(folder, tmp_path / "hf")
+    report = convert_model(folder, tmp_path / "hf", to="hf")
     assert report.model_type == model_type
     assert distance(torch_logits(tmp_path / "hf"), wanted) < TOLERANCE
 
@@ -127,7 +128,7 @@ def test_tensors_in_the_documented_layout_come_out_as_they_went_in(tied, interle
     source = write_model(tmp_path / "hf", "llama", tie_word_embeddings=tied)
     folder = write_lit(tmp_path / "lit", _LLAMA, lit_state(source, interleaved=interleaved))
     assert is_litgpt(folder) and not is_litgpt(source)
-    import_litgpt(folder, tmp_path / "back")
+    convert_model(folder, tmp_path / "back", to="hf")
     before = {t.name: t.read().tobytes() for t in open_model(source).tensors}
     assert {t.name: t.read().tobytes() for t in open_model(tmp_path / "back").tensors} == before
     assert read_config(tmp_path / "back")["tie_word_embeddings"] is tied
@@ -162,7 +163,7 @@ class Evil:
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
     folder = write_lit(tmp_path / "lit", _LLAMA, {"x": Evil(tmp_path / "ran")})
     with pytest.raises(ModelError, match=r"refused, as its pickle holds the name (posix|nt)\.mkdir"):
-        import_litgpt(folder, tmp_path / "hf")
+        convert_model(folder, tmp_path / "hf", to="hf")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "hf").exists()
 
 
@@ -229,7 +230,7 @@ def test_a_broken_weights_file_is_named_with_its_fault(kind, tmp_path):
 def test_a_model_that_no_layout_fits_is_refused_by_its_setting(change, says, tmp_path):
     folder = write_lit(tmp_path / "lit", {**_LLAMA, **change}, {"w": torch.ones(1)})
     with pytest.raises(ModelError) as caught:
-        import_litgpt(folder, tmp_path / "hf")
+        convert_model(folder, tmp_path / "hf", to="hf")
     assert says in str(caught.value) and "model_config.yaml" in str(caught.value)
 
 
@@ -239,7 +240,7 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(tmp_path):
     state["more"] = torch.ones(1)
     del state["transformer.h.1.norm_2.weight"]
     with pytest.raises(ModelError) as caught:
-        import_litgpt(write_lit(tmp_path / "lit", _LLAMA, state), tmp_path / "out")
+        convert_model(write_lit(tmp_path / "lit", _LLAMA, state), tmp_path / "out", to="hf")
     assert all(
         fault in str(caught.value)
         for fault in (
@@ -254,11 +255,11 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(tmp_path):
 def test_unmerged_lora_and_missing_files_are_refused_with_the_way_out(tmp_path):
     lora = write_lit(tmp_path / "lora", _LLAMA, {"transformer.h.0.attn.qkv.lora_A": torch.ones(2, 2)})
     with pytest.raises(ModelError, match="litgpt merge_lora"):
-        import_litgpt(lora, tmp_path / "out")
+        convert_model(lora, tmp_path / "out", to="hf")
     (lora / "model_config.yaml").unlink()
     assert is_litgpt(lora)
     with pytest.raises(ModelError, match=r"no model_config\.yaml"):
-        import_litgpt(lora, tmp_path / "out")
+        convert_model(lora, tmp_path / "out", to="hf")
 
 
 def test_special_tokens_and_tokenizer_files_travel(tmp_path):
@@ -266,7 +267,7 @@ def test_special_tokens_and_tokenizer_files_travel(tmp_path):
     (folder / "config.json").write_text('{"model_type": "llama", "bos_token_id": 7, "eos_token_id": [8, 9]}')
     (folder / "tokenizer.json").write_text("{}")
     (folder / "prompt_style.json").write_text("{}")
-    report = import_litgpt(folder, tmp_path / "out")
+    report = convert_model(folder, tmp_path / "out", to="hf")
     config = read_config(tmp_path / "out")
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (7, [8, 9], None)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import write_model
-from toy_backend import ENGINES, one_thread, toy_settings, write_rows, write_toy_model
+from toy_backend import ENGINES, toy_settings, write_rows, write_toy_model
 from transformers import AutoModelForCausalLM
 
 from macft.backends import load_backend
@@ -21,13 +21,9 @@ from macft.weights.adapter import read_adapter
 from macft.weights.export import export_merged
 from macft.weights.locate import ModelFolder
 
+pytestmark = pytest.mark.usefixtures("small_threads")
+
 PROMPTS = [[5, 9, 3, 7], [11, 2, 8, 6, 4, 10], [20, 21]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread():
-        yield
 
 
 def answers(engine: str, folder: Path, lora: LoraSpec | None = None, state=None) -> list[list[int]]:

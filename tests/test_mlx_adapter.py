@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_adapters import mlx_adapter_logits, peft_logits, save_mlx, save_peft
 from tiny_layouts import PROMPT
 from tiny_models import write_model
-from toy_backend import ENGINES, one_thread, toy_settings, write_rows, write_toy_model
+from toy_backend import ENGINES, toy_settings, write_rows, write_toy_model
 
 from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter
@@ -30,11 +30,7 @@ from macft.weights.locate import ModelFolder
 from macft.weights.mlx_adapter import convert_adapter, read_any_adapter, write_mlx_adapter, write_peft_adapter
 from macft.weights.model_config import read_config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("small_threads")
 
 
 @pytest.fixture(scope="module")

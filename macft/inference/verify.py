@@ -140,6 +140,11 @@ def verify(source: Subject, result: Subject, tolerance: Tolerance, *, prefers: s
     return f"verified with {by}: {said} ({wanted})"
 
 
+def source_logits(subject: Subject, tokens: Sequence[int]) -> tuple[str, np.ndarray]:
+    """(engine, logits [T, V]) of a subject by an engine that is installed, the one it comes from first."""
+    return _logits(subject, tokens, _native_first(subject, _engines("auto")))
+
+
 def compare_logits(first: np.ndarray, second: np.ndarray) -> Agreement:
     """How far logits [T, V] are from others; a constant added to all logits of a position counts in `largest` alone."""
     difference = second - first
@@ -203,6 +208,8 @@ def _adapters(subject: Subject, module: Any) -> list[Under | Path]:
         is_native = adapter_format(adapter.folder) == module.NATIVE_FORMAT
         if is_native and (module.NATIVE_FORMAT == "peft" or len(subject.adapters) == 1):
             found.append(adapter.folder)
+        elif adapter.saved:
+            raise ModelError(f"{adapter.folder}: modules_to_save are loaded by PEFT alone: pip install 'macft[torch]'")
         else:
             found.append(Under(spec_of_adapter(adapter), adapter.state))
     return found

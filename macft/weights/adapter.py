@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from macft.weights.adapter_shapes import (
     pattern_faults,
     pattern_shapes,
     split_modules,
+    split_saved,
     uniform,
 )
 from macft.weights.mlx_layout import LAYOUTS
@@ -53,12 +54,16 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter read from disk; `base_hash` is None in adapters of other tools."""
+    """An adapter read from disk; `base_hash` is None in adapters of other tools.
+
+    `saved` are tensors of the model that were trained whole (PEFT's modules_to_save), by the model's own names.
+    """
 
     folder: Path
     config: AdapterConfig
     state: State
     base_hash: str | None
+    saved: State = field(default_factory=dict)
 
 
 @contextmanager
@@ -109,21 +114,24 @@ def peft_config(config: AdapterConfig) -> dict[str, Any]:
     }
 
 
-_CHANGES_BASE = "this start changes the base's own weights as well"
-_NO_PLACE = "it is not supported"
+_WAY_OUT = "; merge the adapter with PEFT"
+_CHANGES_BASE = f"this start changes the base's own weights as well{_WAY_OUT}"
+_NO_PLACE = f"it is not supported{_WAY_OUT}"
+_SAVED = "modules_to_save"
 # Settings that change what an adapter computes: the values that change nothing, and why others are refused.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "bias": (("none", None), "biases of the base were trained, which is not supported"),
-    "lora_bias": ((False, None), "B has a bias, which is not supported"),
-    "modules_to_save": ((None, []), "whole modules were trained, which is not supported"),
-    "layer_replication": ((None,), "layers of the base are repeated, which is not supported"),
+    "bias": (("none", None), f"biases of the base were trained, which is not supported{_WAY_OUT}"),
+    "lora_bias": ((False, None), f"B has a bias, which is not supported{_WAY_OUT}"),
+    _SAVED: ((None, []), "whole modules were trained; merge it: macft export merged BASE --adapter DIR --output NEW"),
+    "ensure_weight_tying": ((False, None), f"head and embedding were trained as one, which is not supported{_WAY_OUT}"),
+    "layer_replication": ((None,), f"layers of the base are repeated, which is not supported{_WAY_OUT}"),
     "use_qalora": ((False, None), _NO_PLACE),
     "use_bdlora": ((False, None), _NO_PLACE),
     "arrow_config": ((None,), _NO_PLACE),
     "kasa_config": ((None,), _NO_PLACE),
     "monteclora_config": ((None,), _NO_PLACE),
     "velora_config": ((None,), _NO_PLACE),
-    "trainable_token_indices": ((None,), "rows of the embedding were trained, which is not supported"),
+    "trainable_token_indices": ((None,), f"rows of the embedding were trained, which is not supported{_WAY_OUT}"),
     "alora_invocation_tokens": ((None,), _NO_PLACE),
     "init_lora_weights": ((True, False, None, "gaussian", "orthogonal"), _CHANGES_BASE),
 }
@@ -131,23 +139,25 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 _SHAPING = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "target_parameters")
 
 
-def read_adapter(folder: Path, base_config: Mapping[str, Any] | None = None) -> Adapter:
+def read_adapter(folder: Path, base_config: Mapping[str, Any] | None = None, *, with_saved: bool = False) -> Adapter:
     """Read a PEFT adapter; raises ModelError naming everything in it that would be computed otherwise.
 
     Modules of different ranks and scales are given one; targets that are not plain names become the full names
     of the modules. `base_config`, the base's config.json, is needed for experts and where fan_in_fan_out is set.
+    Modules trained whole are refused unless `with_saved` says that the caller heeds `Adapter.saved`.
     """
     raw = read_json_config(folder)
-    config = _checked(folder, raw, base_config)
+    config = _checked(folder, raw, base_config, with_saved=with_saved)
     if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS_NAME).exists():
         raise ModelError(
             f"{folder}: adapter_model.bin is pickled, and unpickling runs code from the file: load the adapter with "
             "PEFT in an environment you trust and save_pretrained() it anew"
         )
     state, base_hash = read_tensors(folder, WEIGHTS_NAME)
+    state, saved = split_saved(state, raw.get(_SAVED) or [])
     if any(raw.get(key) for key in _SHAPING) or raw.get("layers_to_transform") == 0 or not config.target_modules:
         config, state = _shaped(folder, raw, config, state, base_config)
-    return Adapter(folder, config, state, base_hash)
+    return Adapter(folder, config, state, base_hash, saved)
 
 
 def read_tensors(folder: Path, name: str) -> tuple[State, str | None]:
@@ -183,7 +193,9 @@ def read_json_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _checked(folder: Path, raw: dict[str, Any], base_config: Mapping[str, Any] | None) -> AdapterConfig:
+def _checked(
+    folder: Path, raw: dict[str, Any], base_config: Mapping[str, Any] | None, *, with_saved: bool
+) -> AdapterConfig:
     path = folder / CONFIG_NAME
     if "peft_type" not in raw:
         raise ModelError(f"{path}: no peft_type; wanted the configuration of a PEFT adapter")
@@ -191,10 +203,12 @@ def _checked(folder: Path, raw: dict[str, Any], base_config: Mapping[str, Any] |
     if raw["peft_type"] != "LORA":
         faults.append(f"peft_type is {raw['peft_type']}, wanted LORA")
     faults += [
-        f"{key} is {raw[key]!r}: {reason}; merge the adapter with PEFT"
+        f"{key} is {raw[key]!r}: {reason}"
         for key, (harmless, reason) in _REFUSED.items()
-        if key in raw and raw[key] not in harmless
+        if key in raw and raw[key] not in harmless and not (key == _SAVED and with_saved)
     ]
+    if not isinstance(raw.get(_SAVED) or [], list) or not all(isinstance(name, str) for name in raw.get(_SAVED) or []):
+        faults.append(f"{_SAVED} is {raw[_SAVED]!r}, wanted a list of module names")
     # PEFT sets it back to false on linear layers, all that the known models have
     if raw.get("fan_in_fan_out") and (base_config is None or base_config.get("model_type") not in LAYOUTS):
         kind = "no base was named" if base_config is None else f"{base_config.get('model_type')} is not known here"

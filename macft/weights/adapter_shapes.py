@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,22 +46,57 @@ def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
 
 def split_modules(state: Mapping[str, Array], use_dora: bool, faults: list[str]) -> Modules:
     """The tensors by module, in PEFT's names; unknown ones, and modules that are not whole, are added to `faults`."""
+    found = by_module(state, faults)
+    for module, parts in found.items():
+        if fault := module_fault(parts, use_dora):
+            faults.append(f"{module}: {fault}")
+    return found
+
+
+def by_module(state: Mapping[str, Array], faults: list[str]) -> Modules:
+    """The tensors by module, whole or not, in PEFT's names; unknown ones are added to `faults`."""
     found: Modules = {}
     for name, array in state.items():
-        suffix = next((suffix for suffix in _SUFFIXES if name.endswith(f".{suffix}")), None)
+        suffix = _suffix_of(name)
         if suffix is None or not name.startswith(PREFIX):
             faults.append(f"{name} is no tensor of a LoRA adapter")
             continue
         found.setdefault(name[len(PREFIX) : -len(suffix) - 1], {})[suffix] = array
-    for module, parts in found.items():
-        names = pair_of(parts)
-        wanted = {*names, MAGNITUDE} if use_dora else {*names}
-        if set(parts) - {COPY} != wanted:
-            faults.append(f"{module} has {', '.join(sorted(parts))}; wanted {', '.join(sorted(wanted))}")
-        elif any(parts[name].ndim != 2 for name in names) or parts[names[0]].shape[0] != parts[names[1]].shape[1]:
-            first, second = (list(parts[name].shape) for name in names)
-            faults.append(f"{module}: {names[0]} {first} and {names[1]} {second} have no rank in common")
     return found
+
+
+def _suffix_of(name: str) -> str | None:
+    return next((suffix for suffix in _SUFFIXES if name.endswith(f".{suffix}")), None)
+
+
+def module_fault(parts: Mapping[str, Array], use_dora: bool) -> str | None:
+    """What a module lacks or has too much, or None."""
+    names = pair_of(parts)
+    wanted = {*names, MAGNITUDE} if use_dora else {*names}
+    if set(parts) - {COPY} != wanted:
+        return f"has {', '.join(sorted(parts))}; wanted {', '.join(sorted(wanted))}"
+    if any(parts[name].ndim != 2 for name in names) or parts[names[0]].shape[0] != parts[names[1]].shape[1]:
+        first, second = (list(parts[name].shape) for name in names)
+        return f"{names[0]} {first} and {names[1]} {second} have no rank in common"
+    return None
+
+
+def split_saved(state: Mapping[str, Array], trained_whole: Sequence[str]) -> tuple[State, State]:
+    """(LoRA tensors in PEFT's names, tensors of the modules `trained_whole` in the model's), of PEFT's modules_to_save.
+
+    PEFT takes a module whose name ends in one of them, with all that is in it.
+    """
+    lora: State = {}
+    saved: State = {}
+    for name, array in state.items():
+        path = name.removeprefix(PREFIX)
+        parents = path.split(".")[:-1]
+        modules = [".".join(parents[: count + 1]) for count in range(len(parents))]
+        if _suffix_of(name) is None and any(module.endswith(tuple(trained_whole)) for module in modules):
+            saved[path] = array
+        else:
+            lora[name] = array
+    return lora, saved
 
 
 def join_modules(modules: Modules) -> State:

@@ -1,25 +1,23 @@
-"""A model folder in HF or MLX layout in; a new folder with the same model in the layout asked for out."""
+"""A model folder of HF or MLX layout or of litgpt in; a new folder with the model in the layout asked for out."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from macft.errors import ModelError, UsageError
-from macft.files import new_file, write_text
-from macft.weights.lazy import Array, LazyTensor
-from macft.weights.mlx_layout import hf_config, layout_of, lost_in_mlx, mlx_config, to_hf, to_mlx
+from macft.errors import UsageError
+from macft.weights.lazy import Array, LazyTensor, from_array
+from macft.weights.litgpt import is_litgpt, litgpt_notes, open_litgpt
+from macft.weights.mlx_layout import as_hf, layout_of, lost_in_mlx, mlx_config, to_mlx
 from macft.weights.mlx_layout_rules import SHIFT_NORMS, is_shifted_norm, shift
 from macft.weights.quantize_model import check_quantization, quantize
 from macft.weights.safetensors_file import open_safetensors
 from macft.weights.source import Layout, Source, open_model
-from macft.weights.stream import TensorSlot, write_safetensors
-from macft.weights.writer import SUMS, write_model
+from macft.weights.writer import write_model
 
 # Norms as the HF layout has them, beside the weights of an MLX folder, where adding one lost their last digits.
 NORMS = "hf_norms.safetensors"
@@ -27,10 +25,16 @@ NORMS = "hf_norms.safetensors"
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What a conversion found, and the names of tensors for which the new layout has no place."""
+    """What a conversion found.
 
-    came_as: Layout
+    `lost` are the names of tensors for which the new layout has no place, `notes` lines a user should read.
+    """
+
+    came_as: Layout | Literal["litgpt"]
+    model_type: str
+    was_quantized: bool
     lost: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def convert_model(
@@ -45,24 +49,31 @@ def convert_model(
     """
     if bits is not None:
         if to != "mlx":
-            raise UsageError("bits quantizes to MLX's own format; leave it out, or convert to mlx")
+            raise UsageError("--bits quantizes to MLX's own format: add --to mlx, or leave --bits out")
         check_quantization(bits, group_size)
-    source = open_model(folder)
+    is_lit = is_litgpt(folder)
+    source = open_litgpt(folder) if is_lit else open_model(folder)
     config, tensors = source.config, source.tensors
     lost: list[str] = []
-    norms: dict[str, Array] = {}
+    beside: dict[str, list[LazyTensor]] = {}
     if source.layout == "hf" and to == "mlx":
-        lost, norms = lost_in_mlx(config, tensors), _inexact_norms(source)
+        lost = lost_in_mlx(config, tensors)
+        if norms := _inexact_norms(source):
+            beside[NORMS] = norms
         config, tensors = mlx_config(config, tensors), to_mlx(config, tensors)
     elif source.layout == "mlx" and to == "hf":
-        config, tensors = hf_config(config, tensors), to_hf(config, tensors)
+        config, tensors = as_hf(source)
         tensors = _with_norms(folder, tensors)
     if bits is not None:
         config, tensors = quantize(config, tensors, bits, group_size)
-    write_model(destination, config, tensors, source_folder=folder, layout=to)
-    if norms:
-        _write_norms(destination, norms)
-    return ConvertReport(source.layout, tuple(lost))
+    write_model(destination, config, tensors, source_folder=folder, layout=to, beside=beside)
+    return ConvertReport(
+        came_as="litgpt" if is_lit else source.layout,
+        model_type=source.config["model_type"],
+        was_quantized=source.quantization is not None,
+        lost=tuple(lost),
+        notes=litgpt_notes(folder) if is_lit else (),
+    )
 
 
 def _flat_name(name: str) -> str:
@@ -74,33 +85,12 @@ def _is_exact(norm: Array) -> bool:
     return np.array_equal(shift(shift(norm, 1), -1), norm)
 
 
-def _inexact_norms(source: Source) -> dict[str, Array]:
+def _inexact_norms(source: Source) -> list[LazyTensor]:
     if SHIFT_NORMS not in layout_of(source.config).rules:
-        return {}
+        return []
     lost = set(lost_in_mlx(source.config, source.tensors))
     norms = {t.name: t.read() for t in source.tensors if is_shifted_norm(t) and t.name not in lost}
-    return {_flat_name(name): norm for name, norm in norms.items() if not _is_exact(norm)}
-
-
-def _write_norms(destination: Path, norms: dict[str, Array]) -> None:
-    slots = [TensorSlot(name, norm.dtype, norm.shape) for name, norm in norms.items()]
-    try:
-        with new_file(destination / NORMS) as temporary:
-            write_safetensors(temporary, slots, norms.values())
-        digest = hashlib.sha256((destination / NORMS).read_bytes()).hexdigest()
-        lines = (destination / SUMS).read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(destination / SUMS, "".join(sorted([*lines, f"{digest}  {NORMS}\n"], key=_name_in_sums)))
-    except BaseException as error:
-        shutil.rmtree(destination, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
-        raise ModelError(
-            f"{destination}: cannot be written: {error.strerror or error}; nothing was left behind"
-        ) from None
-
-
-def _name_in_sums(line: str) -> str:
-    return line.partition("  ")[2]
+    return [from_array(_flat_name(name), norm) for name, norm in norms.items() if not _is_exact(norm)]
 
 
 def _with_norms(folder: Path, tensors: Iterable[LazyTensor]) -> list[LazyTensor]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import Any
 
 import numpy as np
 
-from macft.weights.lazy import Array, LazyTensor, cast, derived, read_rows
-from macft.weights.quantize_model import quantize
-from macft.weights.quantized import dequantize_affine, quantize_affine
+from macft.weights.lazy import Array, LazyTensor, cast, read_rows
+from macft.weights.quantize_model import Parts, RowQuantizer, quantize
+from macft.weights.quantized import dequantize_affine, quantize_affine, roundtrip_affine
 
 Form = tuple[int, int]  # bits, group size
 Config = dict[str, Any]
@@ -28,23 +27,18 @@ class Versions:
 
 @dataclass
 class Erasure:
-    """Sums of squares over all blocks measured so far: of what was merged, and of what quantizing lost of it."""
+    """For each row of each matrix: the sums of squares of what was merged, and of what quantizing lost of it [2, rows].
 
-    merged: float = 0.0
-    lost: float = 0.0
-    _lock: Lock = field(default_factory=Lock)
+    Sums are set, not added to, so that a row which is quantized twice counts once.
+    """
+
+    sums: list[Array] = field(default_factory=list)
 
     @property
     def share(self) -> float:
         """||Q(W + D) - Q(W) - D|| / ||D||, Q quantizing and back, D what was merged; 0 if nothing was."""
-        return float(np.sqrt(self.lost / self.merged)) if self.merged else 0.0
-
-    def add(self, delta: Array, lost: Array) -> None:
-        """Count one block."""
-        squares = [float(np.square(array).sum(dtype=np.float64)) for array in (delta, lost)]
-        with self._lock:
-            self.merged += squares[0]
-            self.lost += squares[1]
+        merged, lost = (sum(float(found[index].sum()) for found in self.sums) for index in (0, 1))
+        return float(np.sqrt(lost / merged)) if merged else 0.0
 
 
 def planned(config: Config, tensors: list[LazyTensor], form: Form) -> dict[str, Form]:
@@ -69,8 +63,8 @@ def quantize_merged(
         if module not in forms:
             result.append(cast(after, like.dtype))
             continue
-        watched = _watched(before, after, like.dtype, forms[module], erasure)
-        found, parts = quantize(config, [watched], *forms[module])
+        quantizer = _watching(before, after, erasure)
+        found, parts = quantize(config, [cast(after, like.dtype)], *forms[module], quantizer)
         result += parts
         own = _form_of(found["quantization"].get(module, found["quantization"]))
         if own != default:
@@ -82,25 +76,20 @@ def _form_of(setting: Config) -> Form:
     return setting["bits"], setting["group_size"]
 
 
-def _watched(before: LazyTensor, after: LazyTensor, dtype: np.dtype[Any], form: Form, erasure: Erasure) -> LazyTensor:
-    """`after` rounded to `dtype`; what quantizing it loses is added up as it is read."""
-    bits, group_size = form
-    is_counted = np.zeros(after.shape[0], bool)
-    lock = Lock()
+def _watching(before: LazyTensor, after: LazyTensor, erasure: Erasure) -> RowQuantizer:
+    """A quantizer of `after`, rounded to the type of the tensor it is given, that notes what this loses."""
+    sums = np.zeros((2, after.shape[0]))
+    erasure.sums.append(sums)
 
-    def roundtrip(array: Array) -> Array:
-        parts = quantize_affine(array.astype(dtype), bits=bits, group_size=group_size)
-        return dequantize_affine(*parts, bits=bits, group_size=group_size)
-
-    def rows(start: int, stop: int) -> Array:
+    def quantized(like: LazyTensor, start: int, stop: int, bits: int, group_size: int) -> Parts:
         new, old = read_rows(after, start, stop), read_rows(before, start, stop)
-        # a thread that wants the scales may ask for rows that another one is quantizing
-        with lock:
-            fresh = ~is_counted[start:stop]
-            is_counted[start:stop] = True
-        delta = new[fresh].astype(np.float32) - old[fresh].astype(np.float32)
+        parts = quantize_affine(new.astype(like.dtype), bits=bits, group_size=group_size)
+        delta = new.astype(np.float32) - old.astype(np.float32)
         if delta.any():
-            erasure.add(delta, roundtrip(new[fresh]) - roundtrip(old[fresh]) - delta)
-        return new.astype(dtype)
+            lost = dequantize_affine(*parts, bits=bits, group_size=group_size) - delta
+            lost -= roundtrip_affine(old.astype(like.dtype), bits=bits, group_size=group_size)
+            for index, array in enumerate((delta, lost)):
+                sums[index, start:stop] = np.square(array).reshape(len(array), -1).sum(axis=1, dtype=np.float64)
+        return parts
 
-    return derived(after.name, dtype, after.shape, rows, before, after)
+    return quantized

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from macft.errors import ModelError, UsageError
 from macft.weights.adapter import Adapter
+from macft.weights.adapter_experts import is_expert
 from macft.weights.erasure import Erasure, Form, Versions, planned, quantize_merged
 from macft.weights.lazy import LazyTensor, cast
 from macft.weights.locate import ModelFolder, weights_hash
 from macft.weights.merge import adapted_modules, merge_adapters, untie
-from macft.weights.mlx_layout import hf_config, mlx_config, to_hf, to_mlx
+from macft.weights.mlx_layout import as_hf, mlx_config, to_mlx, with_experts_apart
 from macft.weights.quantize_model import check_quantization
 from macft.weights.source import Layout, Source, open_model
 from macft.weights.writer import TEMPLATE, write_model
@@ -29,7 +29,6 @@ class MergeReport:
     """
 
     modules: int
-    nbytes: int
     erased: float | None
     notes: tuple[str, ...]
 
@@ -52,14 +51,15 @@ def export_merged(
     """
     source = open_model(model.path, exact=True)
     _check_options(model, source, layout, bits, group_size, requantize)
-    tied_config, tensors = _as_hf(source)
+    tied_config, tensors = _as_trained(source, adapters)
     config, base = untie(tied_config, tensors, adapters)
-    rounded = untie(*_as_hf(open_model(model.path)), adapters)[1]
+    rounded = untie(*_as_trained(open_model(model.path), adapters), adapters)[1]
     versions = Versions(base, merge_adapters(base, adapters), rounded)
     notes = _notes(model, adapters, is_untied=config is not tied_config)
     if source.quantization is not None and bits is None and not requantize:
         notes.append(
-            f"{model.name} is quantized, the result is not: --requantize would erase part of what the adapter adds"
+            f"{model.name} is quantized, the merged model is not: rounding it anew (--requantize --to mlx) would erase "
+            "part of what the adapter adds"
         )
     if layout == "mlx":
         config, versions = _as_mlx(config, versions)
@@ -70,36 +70,46 @@ def export_merged(
         erasure = Erasure()
         default, forms = _forms(source, config, versions, bits, group_size)
         config, result = quantize_merged(config, versions, forms, default, erasure)
-    write_model(destination, config, result, source_folder=model.path, layout=layout, template=_template(adapters))
+    write_model(
+        destination,
+        config,
+        result,
+        source_folder=model.path,
+        layout=layout,
+        template=_template(adapters),
+        if_not_finite="the model is broken, or with the adapters its numbers are too large for their type",
+    )
     if erasure is not None:
         notes.append(f"quantizing erased {erasure.share:.0%} of what the adapters add")
     modules = {module for adapter in adapters for module in adapted_modules(adapter)}
-    nbytes = sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in result)
-    return MergeReport(len(modules), nbytes, None if erasure is None else erasure.share, tuple(notes))
+    return MergeReport(len(modules), None if erasure is None else erasure.share, tuple(notes))
 
 
 def _check_options(
     model: ModelFolder, source: Source, layout: Layout, bits: int | None, group_size: int, requantize: bool
 ) -> None:
     if bits is not None and requantize:
-        raise UsageError("bits and requantize contradict each other: requantize takes the base's own bits")
+        raise UsageError("--bits and --requantize contradict each other: --requantize takes the base's own bits")
     if (bits is not None or requantize) and layout != "mlx":
-        raise UsageError("a quantized result is in MLX's own format: merge to the mlx layout, or without quantizing")
+        asked = "--requantize" if requantize else "--bits"
+        raise UsageError(f"{asked} quantizes to MLX's own format: add --to mlx, or leave {asked} out")
     if bits is not None:
         check_quantization(bits, group_size)
     if requantize and source.quantization is None:
-        raise UsageError(f"{model.name} is not quantized, so there is nothing to requantize; name the bits instead")
+        raise UsageError(f"{model.name} is not quantized, so --requantize has no bits to take from it; give --bits")
     if requantize and source.quantization is not None and source.quantization.mode != "affine":
         raise ModelError(
-            f"{model.name} is quantized as {source.quantization.mode}, which is read but not written; name the bits "
-            "to quantize to instead"
+            f"{model.name} is quantized as {source.quantization.mode}, which is read but not written; give --bits "
+            "in place of --requantize"
         )
 
 
-def _as_hf(source: Source) -> tuple[dict[str, Any], list[LazyTensor]]:
-    if source.layout == "hf":
-        return source.config, source.tensors
-    return hf_config(source.config, source.tensors), to_hf(source.config, source.tensors)
+def _as_trained(source: Source, adapters: Sequence[Adapter]) -> tuple[dict[str, Any], list[LazyTensor]]:
+    """The model in HF layout, with the modules that the adapters were trained on."""
+    config, tensors = as_hf(source)
+    if any(is_expert(module) for adapter in adapters for module in adapted_modules(adapter)):
+        tensors = with_experts_apart(config, tensors)
+    return config, tensors
 
 
 def _as_mlx(config: dict[str, Any], versions: Versions) -> tuple[dict[str, Any], Versions]:
@@ -126,7 +136,7 @@ def _notes(model: ModelFolder, adapters: Sequence[Adapter], *, is_untied: bool) 
                 f"{adapter.folder} was trained on {adapter.config.base}, whose weights are not those of {model.name}"
             )
     if is_untied:
-        notes.append("an adapter changes the head or the embedding alone, so the two are no longer tied")
+        notes.append("an adapter changes the head or the embedding, which were one matrix: the merged model has two")
     return notes
 
 

@@ -19,7 +19,7 @@ from macft.weights.gguf_file import GgufFile, GgufTensor, read_gguf
 from macft.weights.gguf_tokenizer import GgufVocabulary, read_vocabulary, write_tokenizer
 from macft.weights.lazy import LazyTensor
 from macft.weights.model_config import normalise_config
-from macft.weights.stream import TensorSlot, write_safetensors
+from macft.weights.stream import write_safetensors
 
 # GGUF types that keep their numbers as they are
 _HALF = np.dtype(np.float16)
@@ -50,8 +50,7 @@ def import_gguf(path: Path, destination: Path) -> None:
         write_json(folder / "config.json", normalise_config(config))
         write_json(folder / "generation_config.json", _generation_config(vocabulary))
         write_tokenizer(source, vocabulary, folder)
-        slots = [TensorSlot(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-        write_safetensors(folder / "model.safetensors", slots, (tensor.read() for tensor in tensors))
+        write_safetensors(folder / "model.safetensors", tensors)
 
 
 def _architecture(source: GgufFile) -> Architecture:

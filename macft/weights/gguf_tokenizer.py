@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -14,6 +15,8 @@ from macft.errors import ModelError
 from macft.files import write_json, write_text
 from macft.weights.gguf_file import GgufFile
 from macft.weights.gguf_spm import sentencepiece_tokenizer
+
+log = logging.getLogger("macft")
 
 # Word patterns of the published tokenizers, in the form llama.cpp runs them.
 _CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -200,10 +203,17 @@ def _sentencepiece(source: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
     if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
         raise ModelError(f"{source.path}: tokenizer.ggml.scores does not hold one score for each token")
     whole = (_Type.UNKNOWN, _Type.CONTROL, _Type.BYTE)
+    is_mergeable = [kind not in whole for kind in vocabulary.types]
+    if len({score for score, counts in zip(scores, is_mergeable, strict=True) if counts}) == 1:
+        log.warning(
+            "%s: all its tokens have one score, as when a converter finds no tokenizer.model: text is cut as by the "
+            "original tokenizer, which llama.cpp may do otherwise with this file",
+            source.path,
+        )
     return sentencepiece_tokenizer(
         vocabulary.tokens,
         scores,
-        [kind not in whole for kind in vocabulary.types],
+        is_mergeable,
         unknown=vocabulary.tokens[vocabulary.ids["unknown"]],
         add_space_prefix=bool(source.fields.get("tokenizer.ggml.add_space_prefix", True)),
     )

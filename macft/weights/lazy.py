@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,11 @@ class LazyTensor:
     shape: tuple[int, ...]
     read: Callable[[], Array]
     rows: Callable[[int, int], Array] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the numbers take."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def from_array(name: str, array: Array) -> LazyTensor:

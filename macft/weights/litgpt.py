@@ -1,9 +1,8 @@
-"""A litgpt checkpoint folder in; the same model in Hugging Face layout out, for llama-like and phi-like models."""
+"""A litgpt checkpoint folder in; its model in Hugging Face layout, not yet read, out: llama-like and phi-like ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from macft.errors import ModelError, join_faults
 from macft.weights.lazy import Array, LazyTensor, from_rows, read_rows, renamed
 from macft.weights.litgpt_config import LitConfig, read_lit_config
 from macft.weights.model_config import normalise_config, read_config
+from macft.weights.source import Source
 from macft.weights.torch_file import open_torch_file
-from macft.weights.writer import write_model
 
 WEIGHTS = "lit_model.pth"
 CONFIG = "model_config.yaml"
@@ -44,21 +43,13 @@ _WHOLE = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.no
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-@dataclass(frozen=True)
-class LitgptReport:
-    """What a checkpoint became; `notes` are lines a user should read."""
-
-    model_type: str
-    notes: tuple[str, ...]
-
-
 def is_litgpt(folder: Path) -> bool:
     """Whether a folder is a litgpt checkpoint."""
     return folder.is_dir() and ((folder / WEIGHTS).is_file() or (folder / CONFIG).is_file())
 
 
-def import_litgpt(folder: Path, destination: Path) -> LitgptReport:
-    """Write the checkpoint's model as the new folder `destination`, its numbers untouched.
+def open_litgpt(folder: Path) -> Source:
+    """The checkpoint's model, its numbers untouched.
 
     The layouts: litgpt holds q, k and v of a layer as one matrix (one after the other; in older versions group by
     group) and a head even when it is the embedding. Raises ModelError for a file that is missing, damaged
@@ -80,11 +71,14 @@ def import_litgpt(folder: Path, destination: Path) -> LitgptReport:
     is_tied = lit.model_type != "phi" and _are_equal(found[_HEAD], found[_EMBEDDING])
     tensors = [part for name in shapes if not (is_tied and name == _HEAD) for part in _converted(lit, name, found)]
     config = {**lit.hf, **_token_ids(folder), "tie_word_embeddings": is_tied, "dtype": found[_EMBEDDING].dtype.name}
-    write_model(destination, normalise_config(config), tensors, source_folder=folder, layout="hf")
-    notes = []
-    if (folder / "prompt_style.json").is_file() and not (destination / "chat_template.jinja").is_file():
-        notes.append("litgpt's prompt_style.json has no place in a model folder: name a chat template with --template")
-    return LitgptReport(lit.model_type, tuple(notes))
+    return Source(folder, normalise_config(config), "hf", tensors, None, frozenset())
+
+
+def litgpt_notes(folder: Path) -> tuple[str, ...]:
+    """What of a checkpoint folder has no place in a model folder, as lines a user should read."""
+    if not (folder / "prompt_style.json").is_file() or (folder / "chat_template.jinja").is_file():
+        return ()
+    return ("litgpt's prompt_style.json has no place in a model folder: name a chat template with --template",)
 
 
 def _refuse_adapters(folder: Path, found: dict[str, LazyTensor]) -> None:

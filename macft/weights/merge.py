@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from threading import Lock
 from typing import Any
 
@@ -11,22 +12,14 @@ import numpy as np
 
 from macft.errors import ModelError, join_faults
 from macft.weights.adapter import Adapter
+from macft.weights.adapter_shapes import COPY, EMBEDDING, MAGNITUDE, PREFIX, by_module, module_fault, pair_of, scale_of
 from macft.weights.lazy import Array, LazyTensor, cast, derived, read_rows, renamed
 
 HEAD = "lm_head.weight"
-_PREFIX = "base_model.model."
-_LINEAR = ("lora_A.weight", "lora_B.weight")
-_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-_MAGNITUDE = "lora_magnitude_vector"
-_COPY = "base_layer.weight"  # PEFT adds the base's own matrix when an adapter is on an embedding or head
-_SUFFIXES = (*_LINEAR, *_EMBEDDING, _MAGNITUDE, _COPY)
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _TILE_ROWS = 8
 _PRODUCT = 1 << 18  # multiplications up to which OpenBLAS keeps to one thread
 _BLOCK = 1 << 18  # numbers added at a time: small enough for the CPU's cache
-
-# told of each merged block: (tensor name, before, after), both float32 or wider [rows, columns]
-Observer = Callable[[str, Array, Array], None]
 
 
 @dataclass(frozen=True)
@@ -44,31 +37,38 @@ class _Update:
     copy: Array | None
 
 
-def merge_adapters(
-    tensors: Sequence[LazyTensor], adapters: Sequence[Adapter], observe: Observer | None = None
-) -> list[LazyTensor]:
+@dataclass(frozen=True)
+class _Whole:
+    """A tensor that was trained whole, and takes the place of the base's."""
+
+    array: Array
+
+
+_Change = _Update | _Whole
+
+
+def merge_adapters(tensors: Sequence[LazyTensor], adapters: Sequence[Adapter]) -> list[LazyTensor]:
     """Add adapters, each on what those before it left: float32 sums, rounded once to the type of each tensor.
 
     Names are Hugging Face's. ModelError lists, of all adapters, every tensor that is unknown, not finite or
     fits no module of the model.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
-    updates: dict[str, list[_Update]] = {}
+    changes: dict[str, list[_Change]] = {}
     faults: list[str] = []
     for adapter in adapters:
-        for module, parts in _modules(adapter, faults).items():
-            name = f"{module}.weight"
-            update = _update(adapter, module, parts, by_name.get(name), faults)
-            if update is not None:
-                updates.setdefault(name, []).append(update)
+        own: list[str] = []
+        for name, change in _changes(adapter, by_name, own).items():
+            changes.setdefault(name, []).append(change)
+        faults += [f"{adapter.folder}: {fault}" for fault in own]
     if faults:
         raise ModelError(join_faults("the adapter does not fit this model; nothing was merged:", faults))
-    return [_merged(t, updates[t.name], observe) if t.name in updates else t for t in tensors]
+    return [_merged(tensor, changes[tensor.name]) if tensor.name in changes else tensor for tensor in tensors]
 
 
-def adapted_modules(adapter: Adapter) -> list[str]:
-    """The modules an adapter changes, such as model.layers.0.self_attn.q_proj, in order of name."""
-    return sorted(_modules(adapter, []))
+def adapted_modules(adapter: Adapter) -> set[str]:
+    """The modules an adapter changes, such as model.layers.0.self_attn.q_proj."""
+    return {*by_module(adapter.state, []), *(name.rpartition(".")[0] for name in adapter.saved)}
 
 
 def untie(
@@ -96,79 +96,84 @@ def untie(
     return {**config, "tie_word_embeddings": False}, [*rest, renamed(embeddings[0], HEAD)]
 
 
-def _modules(adapter: Adapter, faults: list[str]) -> dict[str, dict[str, Array]]:
-    """The tensors of an adapter by module and suffix."""
-    found: dict[str, dict[str, Array]] = {}
-    for name, array in adapter.state.items():
-        suffix = next((suffix for suffix in _SUFFIXES if name.endswith(f".{suffix}")), None)
-        if suffix is None or not name.startswith(_PREFIX):
-            faults.append(f"{adapter.folder}: {name} is of no kind that can be merged")
-            continue
-        if not np.isfinite(array).all():
-            faults.append(f"{adapter.folder}: {name} holds NaN or infinite numbers")
-        module = name[len(_PREFIX) : -len(suffix) - 1]
-        found.setdefault(module, {})[suffix] = array
-    if not found:
-        faults.append(f"{adapter.folder}: holds no LoRA tensors")
+def _changes(adapter: Adapter, by_name: dict[str, LazyTensor], faults: list[str]) -> dict[str, _Change]:
+    """What an adapter does to which tensor of the model; reasons why it cannot are added to `faults`."""
+    found: dict[str, _Change] = {}
+    named = {**adapter.state, **{f"{PREFIX}{name}": array for name, array in adapter.saved.items()}}
+    faults += [f"{name} holds NaN or infinite numbers" for name, array in named.items() if not np.isfinite(array).all()]
+    modules = by_module(adapter.state, faults)
+    if not modules:
+        faults.append("holds no LoRA tensors")
+    for module, parts in modules.items():
+        name = f"{module}.weight"
+        base = by_name.get(name)
+        fault = "the model has no such module" if base is None else _misfit(adapter, parts, base)
+        if fault is not None:
+            faults.append(f"{module}: {fault}")
+        else:
+            found[name] = _update(adapter, parts)
+    for name, array in adapter.saved.items():
+        base = by_name.get(name)
+        if base is None:
+            faults.append(f"{name}, trained whole: the model has no such tensor")
+        elif base.shape != array.shape or not base.shape:
+            faults.append(f"{name}, trained whole, is {list(array.shape)}, in the model {list(base.shape)}")
+        else:
+            found[name] = _Whole(array)
     return found
 
 
-def _update(
-    adapter: Adapter, module: str, parts: dict[str, Array], base: LazyTensor | None, faults: list[str]
-) -> _Update | None:
-    """What an adapter does to one module, or None with the reasons added to `faults`."""
-    where = f"{adapter.folder}: {module}"
-    is_embedding = _EMBEDDING[0] in parts or _EMBEDDING[1] in parts
-    names = _EMBEDDING if is_embedding else _LINEAR
-    wanted = {*names, _MAGNITUDE} if adapter.config.use_dora else {*names}
-    if set(parts) - {_COPY} != wanted:
-        faults.append(f"{where}: has {', '.join(sorted(parts))}; wanted {', '.join(sorted(wanted))}")
-        return None
-    if base is None:
-        faults.append(f"{where}: the model has no such module")
-        return None
+def _misfit(adapter: Adapter, parts: dict[str, Array], base: LazyTensor) -> str | None:
+    """Why these tensors cannot be merged into the base's, or None."""
+    if fault := module_fault(parts, adapter.config.use_dora):
+        return fault
     if len(base.shape) != 2 or base.dtype.name not in _FLOATS:
-        faults.append(f"{where}: {base.dtype} {list(base.shape)} in the model, wanted a matrix of floats")
-        return None
-    first, second = (parts[name] for name in names)
-    # PEFT holds an embedding's pair for the transposed matrix
-    a, b = (second.T, first.T) if is_embedding else (first, second)
-    rank, (rows, columns) = adapter.config.rank, base.shape
+        return f"{base.dtype} {list(base.shape)} in the model, wanted a matrix of floats"
+    names, rank, (rows, columns) = pair_of(parts), adapter.config.rank, base.shape
+    a, b = _pair(parts)
     if a.shape != (rank, columns) or b.shape != (rows, rank):
-        faults.append(
-            f"{where}: {list(base.shape)} in the model, the adapter's {names[0]} {list(first.shape)} and {names[1]} "
-            f"{list(second.shape)} of rank {rank} are for {[b.shape[0], a.shape[-1]]}"
+        first, second = (f"{name} {list(parts[name].shape)}" for name in names)
+        return (
+            f"{list(base.shape)} in the model, the adapter's {first} and {second} of rank {rank} are for "
+            f"{[b.shape[0], a.shape[-1]]}"
         )
-        return None
-    copy = parts.get(_COPY)
+    copy, magnitude = parts.get(COPY), parts.get(MAGNITUDE)
     if copy is not None and copy.shape != base.shape:
-        faults.append(f"{where}: trained on {list(copy.shape)} in place of the model's {list(base.shape)}")
-        return None
-    magnitude = parts.get(_MAGNITUDE)
-    if magnitude is not None and magnitude.shape != ((columns if is_embedding else rows),):
-        faults.append(f"{where}: {_MAGNITUDE} {list(magnitude.shape)} for {list(base.shape)} in the model")
-        return None
-    scale = adapter.config.alpha / (rank**0.5 if adapter.config.use_rslora else rank)
+        return f"trained on {list(copy.shape)} in place of the model's {list(base.shape)}"
+    if magnitude is not None and magnitude.shape != ((columns if names == EMBEDDING else rows),):
+        return f"{MAGNITUDE} {list(magnitude.shape)} for {list(base.shape)} in the model"
+    return None
+
+
+def _pair(parts: dict[str, Array]) -> tuple[Array, Array]:
+    """a [rank, columns] and b [rows, rank]: PEFT holds an embedding's for the transposed matrix."""
+    names = pair_of(parts)
+    first, second = (parts[name] for name in names)
+    return (second.T, first.T) if names == EMBEDDING else (first, second)
+
+
+def _update(adapter: Adapter, parts: dict[str, Array]) -> _Update:
+    config = adapter.config
+    a, b = _pair(parts)
+    scale = scale_of(config.rank, config.alpha, config.use_rslora)
     scaled = np.ascontiguousarray(b) * b.dtype.type(scale)
-    return _Update(np.ascontiguousarray(a), scaled, magnitude, is_embedding, copy)
+    is_embedding = pair_of(parts) == EMBEDDING
+    return _Update(np.ascontiguousarray(a), scaled, parts.get(MAGNITUDE), is_embedding, parts.get(COPY))
 
 
-def _merged(tensor: LazyTensor, updates: list[_Update], observe: Observer | None) -> LazyTensor:
-    """The tensor with all updates; rows are added in cache-sized blocks and rounded once."""
+def _merged(tensor: LazyTensor, changes: list[_Change]) -> LazyTensor:
+    """The tensor with all changes; rows are summed in cache-sized blocks and rounded once."""
     wide = np.promote_types(tensor.dtype, np.float32)
-    steps = [_step(tensor, updates[:index], update) for index, update in enumerate(updates)]
+    steps = [_step(tensor, changes[:index], change) for index, change in enumerate(changes)]
 
     def rows(start: int, stop: int) -> Array:
         base = read_rows(tensor, start, stop)
         merged = np.empty(base.shape, tensor.dtype)
-        count = max(1, _BLOCK // max(1, base.shape[1]))
+        count = max(1, _BLOCK // max(1, prod(base.shape[1:])))
         for first in range(0, len(base), count):
             block = base[first : first + count].astype(wide)
-            before = block.copy() if observe is not None else block
             for step in steps:
                 step(block, start + first)
-            if observe is not None:
-                observe(tensor.name, before, block)
             # a number too large for the type becomes infinite, and the writer names it
             with np.errstate(over="ignore"):
                 merged[first : first + count] = block
@@ -177,8 +182,10 @@ def _merged(tensor: LazyTensor, updates: list[_Update], observe: Observer | None
     return derived(tensor.name, tensor.dtype, tensor.shape, rows, tensor)
 
 
-def _step(tensor: LazyTensor, earlier: list[_Update], update: _Update) -> Callable[[Array, int], None]:
-    """A function that updates a block [rows, columns], whose first row is given, in place."""
+def _step(tensor: LazyTensor, earlier: list[_Change], update: _Change) -> Callable[[Array, int], None]:
+    """A function that changes a block of rows, the first of which is given, in place."""
+    if isinstance(update, _Whole):
+        return _replacing(update.array)
 
     def add(block: Array, start: int) -> None:
         if update.copy is not None and not earlier:
@@ -207,6 +214,13 @@ def _step(tensor: LazyTensor, earlier: list[_Update], update: _Update) -> Callab
     return rescale_columns
 
 
+def _replacing(array: Array) -> Callable[[Array, int], None]:
+    def replace(block: Array, start: int) -> None:
+        block[:] = array[start : start + len(block)]
+
+    return replace
+
+
 def _add_product(block: Array, b: Array, a: Array) -> None:
     """block += b @ a, in products too small for OpenBLAS to spread over threads.
 
@@ -223,9 +237,9 @@ def _add_product(block: Array, b: Array, a: Array) -> None:
             block[even:, first : first + width] += b[even:] @ part
 
 
-def _merged_wide(tensor: LazyTensor, updates: list[_Update]) -> LazyTensor:
-    """The tensor with these updates, not rounded."""
-    return _merged(cast(tensor, np.promote_types(tensor.dtype, np.float32)), updates, None)
+def _merged_wide(tensor: LazyTensor, changes: list[_Change]) -> LazyTensor:
+    """The tensor with these changes, not rounded."""
+    return _merged(cast(tensor, np.promote_types(tensor.dtype, np.float32)), changes)
 
 
 def _column_norms(tensor: LazyTensor, add: Callable[[Array, int], None]) -> Array:

@@ -56,15 +56,17 @@ def adapter_format(folder: Path) -> AdapterFormat:
     )
 
 
-def read_any_adapter(folder: Path, base_config: Mapping[str, Any] | None = None) -> Adapter:
+def read_any_adapter(
+    folder: Path, base_config: Mapping[str, Any] | None = None, *, with_saved: bool = False
+) -> Adapter:
     """Read an adapter of PEFT or mlx-lm; its state has PEFT's names and layout, one module for each expert.
 
-    `base_config`, the base's config.json, is needed for adapters on embeddings, heads and experts. Raises
-    ModelError that names everything in the folder that would be computed otherwise.
+    `base_config`, the base's config.json, is needed for adapters on embeddings, heads and experts, `with_saved` as in
+    `read_adapter`. Raises ModelError that names everything in the folder that would be computed otherwise.
     """
     config = flat_config(base_config) if base_config is not None else None
     if adapter_format(folder) == "peft":
-        return read_adapter(folder, config)
+        return read_adapter(folder, config, with_saved=with_saved)
     return read_mlx_adapter(folder, config)
 
 

@@ -27,6 +27,7 @@ from macft.weights.adapter_shapes import (
 )
 from macft.weights.lazy import Array, LazyTensor, from_array
 from macft.weights.mlx_layout import layout_of
+from macft.weights.mlx_layout_experts import EXPERTS_APART
 from macft.weights.mlx_layout_rules import Rule
 from macft.weights.stream import write_state
 
@@ -34,7 +35,7 @@ MLX_WEIGHTS_NAME = "adapters.safetensors"
 EMBED, HEAD = "embed_tokens", "lm_head"
 
 _PARTS = ("lora_a", "lora_b", "m")
-_NAMING = ("PREFIX", "SPARSE_BLOCK", "STACK_EXPERTS")  # the rules of a layout that concern names of adapted modules
+_NAMING = ("PREFIX", *EXPERTS_APART)  # the rules of a layout that concern names of adapted modules
 _MERGE = "merge it instead: macft export merged BASE --adapter {folder} --output NEW"
 
 

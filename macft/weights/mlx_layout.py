@@ -13,7 +13,14 @@ from typing import Any
 
 from macft.errors import ModelError
 from macft.weights.lazy import LazyTensor
-from macft.weights.mlx_layout_experts import GRANITE_EXPERTS, OSS_EXPERTS, SPARSE_BLOCK, stack_experts
+from macft.weights.mlx_layout_experts import (
+    EXPERTS_APART,
+    FUSED_EXPERTS,
+    GRANITE_EXPERTS,
+    OSS_EXPERTS,
+    SPARSE_BLOCK,
+    stack_experts,
+)
 from macft.weights.mlx_layout_rules import (
     ALWAYS_TIED,
     CONV_AXIS,
@@ -27,6 +34,7 @@ from macft.weights.mlx_layout_rules import (
     Rule,
     ties_head,
 )
+from macft.weights.source import Source
 
 Config = Mapping[str, Any]
 
@@ -116,6 +124,26 @@ def to_hf(config: Config, tensors: list[LazyTensor]) -> list[LazyTensor]:
     """
     layout, flat = layout_of(config), flat_config(config)
     for rule in reversed(layout.rules):
+        tensors = rule.to_hf(flat, tensors)
+    return tensors
+
+
+def as_hf(source: Source) -> tuple[dict[str, Any], list[LazyTensor]]:
+    """(config, tensors) of a model in the HF layout, whichever it is stored in."""
+    if source.layout == "hf":
+        return source.config, source.tensors
+    return hf_config(source.config, source.tensors), to_hf(source.config, source.tensors)
+
+
+def with_experts_apart(config: Config, tensors: list[LazyTensor]) -> list[LazyTensor]:
+    """HF-layout tensors with a module for each expert; transformers can also save a layer's as one tensor."""
+    if not any(FUSED_EXPERTS.search(tensor.name) for tensor in tensors):
+        return tensors
+    flat = flat_config(config)
+    rules = [rule for rule in layout_of(config).rules if rule.name in EXPERTS_APART]
+    for rule in rules:
+        tensors = rule.to_mlx(flat, tensors)
+    for rule in reversed(rules):
         tensors = rule.to_hf(flat, tensors)
     return tensors
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 
 from macft.errors import ModelError, join_faults
 from macft.weights.lazy import Array, LazyTensor, from_rows, read_rows, renamed
-from macft.weights.mlx_layout_rules import Config, Rule, Tensors, mapped, same, swap_last
+from macft.weights.mlx_layout_rules import Change, Config, Rule, Tensors, mapped, same, swap_last
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
+EXPERTS_APART = ("SPARSE_BLOCK", "STACK_EXPERTS")  # the rules that say how the experts of a layer are stored
 
 
 def expert_count(config: Config) -> int:
@@ -132,38 +135,44 @@ def _pair_of(tensors: Tensors, gate: str) -> LazyTensor:
     return found
 
 
-def _granite_to_mlx(_: Config, tensors: Tensors) -> Tensors:
-    result: Tensors = []
-    for tensor in tensors:
-        block, found, rest = tensor.name.rpartition(".block_sparse_moe.")
-        switch = f"{block}.block_sparse_moe.switch_mlp"
-        if found and rest == "input_linear.weight":
-            result += _halves(tensor, f"{switch}.gate_proj.weight", f"{switch}.up_proj.weight")
-        elif found and rest == "output_linear.weight":
-            result.append(renamed(tensor, f"{switch}.down_proj.weight"))
-        else:
-            result.append(tensor)
-    return result
+# what becomes of one tensor of a block of experts, named by what follows the block's own name
+Convert = Callable[[str, str, LazyTensor, Tensors], Tensors]
 
 
-def _granite_to_hf(_: Config, tensors: Tensors) -> Tensors:
-    result: Tensors = []
-    for tensor in tensors:
-        block, switch, rest = tensor.name.rpartition(".switch_mlp.")
-        if rest == "gate_proj.weight" and switch:
-            result.append(_joined(f"{block}.input_linear.weight", tensor, _pair_of(tensors, tensor.name)))
-        elif rest == "down_proj.weight" and switch:
-            result.append(renamed(tensor, f"{block}.output_linear.weight"))
-        elif rest != "up_proj.weight" or not switch:
-            result.append(tensor)
-    return result
+def _in_block(marker: str, convert: Convert) -> Change:
+    """`convert`(block with the marker, name in it, tensor, all tensors) of each tensor in a block of experts."""
+
+    def change(_: Config, tensors: Tensors) -> Tensors:
+        result: Tensors = []
+        for tensor in tensors:
+            before, found, name = tensor.name.rpartition(marker)
+            result += convert(f"{before}{marker}", name, tensor, tensors) if found else [tensor]
+        return result
+
+    return change
+
+
+def _granite_to_mlx(block: str, name: str, tensor: LazyTensor, _: Tensors) -> Tensors:
+    switch = f"{block}switch_mlp."
+    if name == "input_linear.weight":
+        return _halves(tensor, f"{switch}gate_proj.weight", f"{switch}up_proj.weight")
+    return [renamed(tensor, f"{switch}down_proj.weight") if name == "output_linear.weight" else tensor]
+
+
+def _granite_to_hf(block: str, name: str, tensor: LazyTensor, tensors: Tensors) -> Tensors:
+    block = block.removesuffix("switch_mlp.")
+    if name == "gate_proj.weight":
+        return [_joined(f"{block}input_linear.weight", tensor, _pair_of(tensors, tensor.name))]
+    if name == "down_proj.weight":
+        return [renamed(tensor, f"{block}output_linear.weight")]
+    return [] if name == "up_proj.weight" else [tensor]
 
 
 GRANITE_EXPERTS = Rule(
     "GRANITE_EXPERTS",
     "block_sparse_moe.{input_linear,output_linear} are split into switch_mlp.{gate_proj,up_proj,down_proj}",
-    _granite_to_mlx,
-    _granite_to_hf,
+    _in_block(".block_sparse_moe.", _granite_to_mlx),
+    _in_block(".switch_mlp.", _granite_to_hf),
 )
 
 
@@ -172,53 +181,39 @@ def _transposed(tensor: LazyTensor, name: str) -> LazyTensor:
     return mapped(tensor, name, (count, columns, rows), swap_last)
 
 
-def _oss_to_mlx(_: Config, tensors: Tensors) -> Tensors:
-    result: Tensors = []
-    for tensor in tensors:
-        block, experts, kind = tensor.name.rpartition(".mlp.experts.")
-        prefix = f"{block}.mlp.experts"
-        if not experts:
-            result.append(tensor)
-        elif kind == "gate_up_proj":
-            count, columns, height = tensor.shape
-            shape: tuple[int, ...] = (count, height // 2, columns)
-            result += [
-                mapped(tensor, f"{prefix}.gate_proj.weight", shape, lambda rows: swap_last(rows[..., ::2])),
-                mapped(tensor, f"{prefix}.up_proj.weight", shape, lambda rows: swap_last(rows[..., 1::2])),
-            ]
-        elif kind == "gate_up_proj_bias":
-            shape = (tensor.shape[0], tensor.shape[1] // 2)
-            result += [
-                mapped(tensor, f"{prefix}.gate_proj.bias", shape, lambda rows: rows[:, ::2]),
-                mapped(tensor, f"{prefix}.up_proj.bias", shape, lambda rows: rows[:, 1::2]),
-            ]
-        elif kind == "down_proj":
-            result.append(_transposed(tensor, f"{prefix}.down_proj.weight"))
-        elif kind == "down_proj_bias":
-            result.append(renamed(tensor, f"{prefix}.down_proj.bias"))
-        else:
-            raise _not_oss(tensor)
-    return result
+def _oss_to_mlx(block: str, name: str, tensor: LazyTensor, _: Tensors) -> Tensors:
+    if name == "gate_up_proj":
+        count, columns, height = tensor.shape
+        shape: tuple[int, ...] = (count, height // 2, columns)
+        return [
+            mapped(tensor, f"{block}gate_proj.weight", shape, lambda rows: swap_last(rows[..., ::2])),
+            mapped(tensor, f"{block}up_proj.weight", shape, lambda rows: swap_last(rows[..., 1::2])),
+        ]
+    if name == "gate_up_proj_bias":
+        shape = (tensor.shape[0], tensor.shape[1] // 2)
+        return [
+            mapped(tensor, f"{block}gate_proj.bias", shape, lambda rows: rows[:, ::2]),
+            mapped(tensor, f"{block}up_proj.bias", shape, lambda rows: rows[:, 1::2]),
+        ]
+    if name == "down_proj":
+        return [_transposed(tensor, f"{block}down_proj.weight")]
+    if name == "down_proj_bias":
+        return [renamed(tensor, f"{block}down_proj.bias")]
+    raise _not_oss(tensor)
 
 
-def _oss_to_hf(_: Config, tensors: Tensors) -> Tensors:
-    result: Tensors = []
-    for tensor in tensors:
-        block, experts, kind = tensor.name.rpartition(".mlp.experts.")
-        prefix = f"{block}.mlp.experts"
-        if not experts:
-            result.append(tensor)
-        elif kind == "gate_proj.weight":
-            result.append(_interleaved(f"{prefix}.gate_up_proj", tensor, _pair_of(tensors, tensor.name)))
-        elif kind == "gate_proj.bias":
-            result.append(_interleaved(f"{prefix}.gate_up_proj_bias", tensor, _pair_of(tensors, tensor.name)))
-        elif kind == "down_proj.weight":
-            result.append(_transposed(tensor, f"{prefix}.down_proj"))
-        elif kind == "down_proj.bias":
-            result.append(renamed(tensor, f"{prefix}.down_proj_bias"))
-        elif not kind.startswith("up_proj."):
-            raise _not_oss(tensor)
-    return result
+def _oss_to_hf(block: str, name: str, tensor: LazyTensor, tensors: Tensors) -> Tensors:
+    if name == "gate_proj.weight":
+        return [_interleaved(f"{block}gate_up_proj", tensor, _pair_of(tensors, tensor.name))]
+    if name == "gate_proj.bias":
+        return [_interleaved(f"{block}gate_up_proj_bias", tensor, _pair_of(tensors, tensor.name))]
+    if name == "down_proj.weight":
+        return [_transposed(tensor, f"{block}down_proj")]
+    if name == "down_proj.bias":
+        return [renamed(tensor, f"{block}down_proj_bias")]
+    if name.startswith("up_proj."):
+        return []
+    raise _not_oss(tensor)
 
 
 def _not_oss(tensor: LazyTensor) -> ModelError:
@@ -244,8 +239,8 @@ def _interleaved(name: str, gate: LazyTensor, up: LazyTensor) -> LazyTensor:
 OSS_EXPERTS = Rule(
     "OSS_EXPERTS",
     "mlp.experts.gate_up_proj and down_proj are transposed; gate and up, interleaved in HF, are apart",
-    _oss_to_mlx,
-    _oss_to_hf,
+    _in_block(".mlp.experts.", _oss_to_mlx),
+    _in_block(".mlp.experts.", _oss_to_hf),
 )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
-from threading import Lock
+from threading import Condition
 from typing import Any
 
 import ml_dtypes
@@ -21,6 +21,15 @@ _DELICATE = {"group_size": 64, "bits": 8}
 _FLOATS = frozenset(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
 _SLAB = 1 << 22  # elements quantized at a time
 
+Parts = tuple[Array, Array, Array]  # packed numbers, scales, biases
+# (tensor, first row, row after the last, bits, group size) -> those rows quantized
+RowQuantizer = Callable[[LazyTensor, int, int, int, int], Parts]
+
+
+def quantize_rows(tensor: LazyTensor, start: int, stop: int, bits: int, group_size: int) -> Parts:
+    """Rows `start` to `stop` of a matrix (some experts of a stack) by MLX's rule."""
+    return quantize_affine(read_rows(tensor, start, stop), bits=bits, group_size=group_size)
+
 
 def check_quantization(bits: int, group_size: int) -> None:
     """ModelError unless MLX has affine quantization of these bits and this group size."""
@@ -32,13 +41,18 @@ def check_quantization(bits: int, group_size: int) -> None:
 
 
 def quantize(
-    config: Mapping[str, Any], tensors: list[LazyTensor], bits: int, group_size: int
+    config: Mapping[str, Any],
+    tensors: list[LazyTensor],
+    bits: int,
+    group_size: int,
+    quantizer: RowQuantizer = quantize_rows,
 ) -> tuple[dict[str, Any], list[LazyTensor]]:
     """(config, tensors) with every linear, embedding and stack of experts quantized that mlx-lm would quantize.
 
     That is: each of a width that `group_size` divides. `X.weight` becomes packed uint32 `X.weight`, and
-    `X.scales` and `X.biases` of its own type. Raises ModelError for a model type without a known layout, for bits
-    and group sizes MLX does not have, and for modules mlx-lm itself could not quantize.
+    `X.scales` and `X.biases` of its own type, by way of `quantizer` when they are read. Raises ModelError for a
+    model type without a known layout, for bits and group sizes MLX does not have, and for modules mlx-lm itself
+    could not quantize.
     """
     check_quantization(bits, group_size)
     delicate = layout_of(config).eight_bits
@@ -60,7 +74,7 @@ def quantize(
                 f"width that {form['group_size']} divides"
             )
             continue
-        result += _quantized(module, tensor, form["bits"], form["group_size"])
+        result += _quantized(module, tensor, form["bits"], form["group_size"], quantizer)
     if faults:
         raise ModelError(join_faults("these weights cannot be quantized:", faults))
     return {**config, "quantization": settings, "quantization_config": settings}, result
@@ -72,51 +86,71 @@ def _is_matrix(tensor: LazyTensor) -> bool:
     return tensor.name.endswith(".weight") and len(tensor.shape) == (3 if is_stack else 2)
 
 
-def _quantized(module: str, tensor: LazyTensor, bits: int, group_size: int) -> list[LazyTensor]:
-    small = _SmallParts(tensor, bits, group_size)
+def _quantized(
+    module: str, tensor: LazyTensor, bits: int, group_size: int, quantizer: RowQuantizer
+) -> list[LazyTensor]:
     packed_shape = (*tensor.shape[:-1], tensor.shape[-1] * bits // 32)
+    small_shape = (*tensor.shape[:-1], tensor.shape[-1] // group_size)
+    small = _SmallParts(small_shape, group_size, lambda start, stop: quantizer(tensor, start, stop, bits, group_size))
     return [
         from_rows(f"{module}.weight", np.dtype(np.uint32), packed_shape, small.packed),
-        LazyTensor(f"{module}.scales", tensor.dtype, small.shape, lambda: small.read(0)),
-        LazyTensor(f"{module}.biases", tensor.dtype, small.shape, lambda: small.read(1)),
+        LazyTensor(f"{module}.scales", tensor.dtype, small_shape, lambda: small.read(0)),
+        LazyTensor(f"{module}.biases", tensor.dtype, small_shape, lambda: small.read(1)),
     ]
 
 
 class _SmallParts:
-    """One matrix, quantized in parts; scales and biases found on the way are kept until both have been read."""
+    """One matrix, quantized in parts; scales and biases found on the way are kept until both have been read.
 
-    def __init__(self, tensor: LazyTensor, bits: int, group_size: int) -> None:
-        self.shape = (*tensor.shape[:-1], tensor.shape[-1] // group_size)
-        self._tensor, self._bits, self._group_size = tensor, bits, group_size
-        self._lock = Lock()
+    Rows that one thread is quantizing are waited for, so that a writer, who asks for the packed numbers first,
+    has each row quantized once.
+    """
+
+    def __init__(self, shape: tuple[int, ...], group_size: int, quantized: Callable[[int, int], Parts]) -> None:
+        self._shape, self._quantized = shape, quantized
+        self._step = max(1, _SLAB // (prod(shape[1:]) * group_size))
+        self._changed = Condition()
         self._forget()
 
     def _forget(self) -> None:
         self._kept: tuple[Array, Array] | None = None
-        self._is_known = np.zeros(self.shape[0], bool)
+        self._is_begun, self._is_known = np.zeros((2, self._shape[0]), bool)
         self._is_read: set[int] = set()
 
     def packed(self, start: int, stop: int) -> Array:
         """The packed numbers of some rows (of some experts, in a stack)."""
-        part = read_rows(self._tensor, start, stop)
-        packed, scales, biases = quantize_affine(part, bits=self._bits, group_size=self._group_size)
-        with self._lock:
+        with self._changed:
+            self._is_begun[start:stop] = True
+        try:
+            packed, scales, biases = self._quantized(start, stop)
+        except BaseException:
+            with self._changed:
+                # whoever waits for these rows finds the fault by itself
+                self._is_begun[start:stop] = False
+                self._changed.notify_all()
+            raise
+        with self._changed:
             if self._kept is None:
-                self._kept = (np.empty(self.shape, scales.dtype), np.empty(self.shape, scales.dtype))
+                self._kept = (np.empty(self._shape, scales.dtype), np.empty(self._shape, scales.dtype))
             self._kept[0][start:stop], self._kept[1][start:stop] = scales, biases
-            self._is_known[start:stop] = True
+            self._is_begun[start:stop] = self._is_known[start:stop] = True
+            self._changed.notify_all()
         return packed
 
     def read(self, which: int) -> Array:
         """All scales (0) or all biases (1); rows that nobody asked the packed numbers of are quantized now."""
-        step = max(1, _SLAB // (prod(self.shape[1:]) * self._group_size))
-        for start in range(0, self.shape[0], step):
-            if not self._is_known[start : start + step].all():
-                self.packed(start, min(start + step, self.shape[0]))
-        with self._lock:
-            assert self._kept is not None
-            found = self._kept[which]
-            self._is_read.add(which)
-            if len(self._is_read) == 2:
-                self._forget()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: not (self._is_begun & ~self._is_known).any())
+                if self._is_known.all():
+                    return self._take(which)
+                start = int(np.argmin(self._is_known))
+            self.packed(start, min(start + self._step, self._shape[0]))
+
+    def _take(self, which: int) -> Array:
+        assert self._kept is not None
+        found = self._kept[which]
+        self._is_read.add(which)
+        if len(self._is_read) == 2:
+            self._forget()
         return found

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from macft.errors import ModelError
-from macft.weights.model_config import read_config
-
-Array = np.ndarray[Any, Any]
+from macft.weights.lazy import Array
 
 BITS = (2, 3, 4, 5, 6, 8)
 _SLAB = 1 << 20  # elements unpacked at a time
@@ -137,71 +132,8 @@ def _pack(fields: Array, bits: int) -> Array:
     return words
 
 
-def dequantize_folder_tensors(folder: Path) -> Iterator[tuple[str, Array]]:
-    """Every tensor of an MLX-quantized folder as (name, array): quantized ones in float32, others as stored.
-
-    Raises ModelError when the folder is not quantized, in another mode than affine, or incomplete.
-    """
-    quantization = quantization_of(read_config(folder))
-    if quantization is None:
-        raise ModelError(f'{folder}: config.json has no "quantization", so there is nothing to dequantize')
-    if quantization.mode != "affine":
-        raise ModelError(
-            f"{folder}: quantization mode {quantization.mode} cannot be dequantized, only affine: "
-            "use --backend mlx on a Mac, or the unquantized model"
-        )
-    places = _places(folder)
-    for name, path in places.items():
-        module, _, kind = name.rpartition(".")
-        if kind in ("scales", "biases") and f"{module}.weight" in places:
-            continue
-        array = _read(path, name)
-        if f"{module}.scales" not in places or kind != "weight":
-            yield name, array
-            continue
-        if f"{module}.biases" not in places:
-            raise ModelError(f"{folder}: {module} has scales but no biases; the folder is damaged, download it again")
-        scales, biases = (_read(places[f"{module}.{part}"], f"{module}.{part}") for part in ("scales", "biases"))
-        bits, group_size = quantization.of(module)
-        try:
-            yield name, dequantize_affine(array, scales, biases, bits=bits, group_size=group_size)
-        except ModelError as error:
-            raise ModelError(f"{folder}: {module}: {error}") from None
-
-
-def _places(folder: Path) -> dict[str, Path]:
-    """Which file of the folder holds each tensor, in order of file and name."""
-    places: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(str(path), "np") as file:
-                places |= dict.fromkeys(sorted(file.keys()), path)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: cannot be read ({error}); download it again") from None
-    if not places:
-        raise ModelError(f"{folder}: no *.safetensors weights")
-    stacked = next((name for name in places if ".switch_mlp." in name), None)
-    if stacked:
-        raise ModelError(f"{folder}: {stacked} is a stack of experts in MLX's own layout, which only MLX can load")
-    return places
-
-
-def _read(path: Path, name: str) -> Array:
-    with safe_open(str(path), "np") as file:
-        array: Array = file.get_tensor(name)
-    return array
-
-
-def roundtrip_folder_tensors(folder: Path, *, bits: int) -> Iterator[tuple[str, Array]]:
-    """Every tensor of an unquantized folder as (name, array), matrices rounded to what quantizing would leave.
-
-    The values that MLX computes with after quantizing at load: affine groups of `LOAD_GROUP_SIZE`,
-    where they divide the columns.
-    """
-    for name, path in _places(folder).items():
-        array = _read(path, name)
-        if array.ndim != 2 or not name.endswith(".weight") or array.shape[-1] % LOAD_GROUP_SIZE:
-            yield name, array
-            continue
-        packed, scales, biases = quantize_affine(array, bits=bits, group_size=LOAD_GROUP_SIZE)
-        yield name, dequantize_affine(packed, scales, biases, bits=bits, group_size=LOAD_GROUP_SIZE)
+def roundtrip_affine(weight: Array, *, bits: int, group_size: int) -> Array:
+    """What `weight` is in float32 once it has been quantized."""
+    return dequantize_affine(
+        *quantize_affine(weight, bits=bits, group_size=group_size), bits=bits, group_size=group_size
+    )

@@ -1,8 +1,9 @@
-"""A safetensors file in; its tensors, checked against the file's own header and read when asked for, out."""
+"""The safetensors format: a file in, its checked tensors, read when asked for, out; and the header of a new file."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -40,6 +41,20 @@ class SafetensorsFile:
 
     metadata: dict[str, str]
     tensors: list[LazyTensor]
+
+
+def header_bytes(tensors: Iterable[LazyTensor], metadata: Mapping[str, str]) -> bytes:
+    """What a file of these tensors, in this order and without gaps, begins with."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        code = DTYPE_CODES[tensor.dtype]
+        header[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:

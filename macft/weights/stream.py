@@ -1,38 +1,19 @@
-"""From tensors that arrive one at a time to a safetensors file, holding one of them in memory."""
+"""Tensors that arrive one at a time in; one safetensors file out, with one of them in memory."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from macft.files import new_file
-
-DTYPE_NAMES = {
-    np.dtype(np.float64): "F64",
-    np.dtype(np.float32): "F32",
-    np.dtype(np.float16): "F16",
-    np.dtype(ml_dtypes.bfloat16): "BF16",
-    np.dtype(np.uint32): "U32",
-}
+from macft.weights.lazy import LazyTensor, cast, from_array
+from macft.weights.safetensors_file import header_bytes
 
 # what transformers asks of a safetensors file
 _PT = {"format": "pt"}
-
-
-@dataclass(frozen=True)
-class TensorSlot:
-    """What the header must know of a tensor before its numbers exist."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
 
 
 def write_state(
@@ -43,37 +24,19 @@ def write_state(
     metadata: Mapping[str, str] = _PT,
 ) -> None:
     """Write named arrays, converted to `dtype` one by one, in order of name; the file is whole or absent."""
-    names = sorted(state)
-    slots = [TensorSlot(name, np.dtype(dtype), state[name].shape) for name in names]
+    tensors = [cast(from_array(name, state[name]), np.dtype(dtype)) for name in sorted(state)]
     with new_file(path) as temporary:
-        write_safetensors(temporary, slots, (state[name].astype(dtype) for name in names), metadata=metadata)
+        write_safetensors(temporary, tensors, metadata)
 
 
-def write_safetensors(
-    path: Path,
-    slots: list[TensorSlot],
-    arrays: Iterable[np.ndarray[Any, Any]],
-    *,
-    metadata: Mapping[str, str] = _PT,
-) -> None:
-    """Write `arrays`, which come in the order of `slots` and match them.
+def write_safetensors(path: Path, tensors: Sequence[LazyTensor], metadata: Mapping[str, str] = _PT) -> None:
+    """Write the tensors in the order given.
 
     The file is written in place: put it in a folder that only counts when whole.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for slot in slots:
-        end = offset + prod(slot.shape) * slot.dtype.itemsize
-        header[slot.name] = {
-            "dtype": DTYPE_NAMES[slot.dtype],
-            "shape": list(slot.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for slot, array in zip(slots, arrays, strict=True):
-            assert array.dtype == slot.dtype and array.shape == slot.shape, slot.name
+        file.write(header_bytes(tensors, metadata))
+        for tensor in tensors:
+            array = tensor.read()
+            assert array.dtype == tensor.dtype and array.shape == tensor.shape, tensor.name
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

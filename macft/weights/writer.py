@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +16,13 @@ import numpy as np
 
 from macft.errors import ModelError, join_faults
 from macft.files import new_dir, write_json, write_text
-from macft.weights.lazy import Array, LazyTensor, read_rows
+from macft.weights.disk import HashedFile, check_room, disk_faults
+from macft.weights.lazy import Array, LazyTensor
 from macft.weights.model_config import normalise_config
-from macft.weights.safetensors_file import DTYPE_CODES
+from macft.weights.safetensors_file import DTYPE_CODES, header_bytes
+from macft.weights.slabs import Slab, count_broken, made, read_slab, slabs
 from macft.weights.source import INDEX, Layout
+from macft.weights.stream import write_safetensors
 
 SUMS = "SHA256SUMS"
 TEMPLATE = "chat_template.jinja"
@@ -43,20 +43,6 @@ _COPIED = (
     "LICENSE*",
     "NOTICE*",
 )
-_SLAB = 4 << 20  # bytes that a thread makes at a time of a tensor that can be read in parts
-_AHEAD = 64 << 20  # bytes made and not yet written, unless a single tensor has more
-_FLUSH = 128 << 20  # bytes after which the disk is told to begin
-_EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80}  # the bits that NaN and infinity alone have all set
-
-
-@dataclass(frozen=True)
-class _Slab:
-    """Rows `start` to `stop` of a tensor; a tensor that cannot be read in parts is one slab."""
-
-    tensor: LazyTensor
-    start: int
-    stop: int
-    nbytes: int
 
 
 def write_model(
@@ -67,29 +53,32 @@ def write_model(
     source_folder: Path,
     layout: Layout,
     template: Path | None = None,
+    beside: Mapping[str, Sequence[LazyTensor]] | None = None,
+    if_not_finite: str = "the model is broken; download it again",
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write the model folder `destination`, reading the tensors slab by slab on all cores.
 
     Tokenizer, chat template (or the file `template`), generation config and licence come from
-    `source_folder`; SHA256SUMS has a line for each file. ModelError, with nothing left behind, when the
-    destination exists, when the disk has no room, or naming each tensor with numbers that are not finite.
+    `source_folder`; `beside` are small files of tensors that are no part of the model, by name; SHA256SUMS has a
+    line for each file. ModelError, with nothing left behind, when the destination exists, when the disk has no
+    room, or naming each tensor with numbers that are not finite; `if_not_finite` is what that means.
     """
     if destination.exists():
         raise ModelError(f"{destination}: exists already; name a folder that does not, or remove this one")
     _check_tensors(tensors)
-    needed = sum(map(_nbytes, tensors))
-    with _disk_faults(destination, needed):
-        _check_room(destination, needed)
+    needed = sum(tensor.nbytes for tensor in tensors)
+    with disk_faults(destination, needed):
+        check_room({destination: needed})
         with new_dir(destination) as folder:
-            sums = _write_shards(folder, tensors, layout, max_shard_bytes)
+            sums, broken = _write_shards(folder, tensors, layout, max_shard_bytes)
+            if broken:
+                raise ModelError(join_faults(f"{destination}: not written: {if_not_finite}", broken))
+            for name, more in (beside or {}).items():
+                write_safetensors(folder / name, more)
             write_json(folder / "config.json", normalise_config(config))
             _copy_files(source_folder, folder, template)
             _write_sums(folder, sums)
-
-
-def _nbytes(tensor: LazyTensor) -> int:
-    return prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _check_tensors(tensors: Sequence[LazyTensor]) -> None:
@@ -100,33 +89,10 @@ def _check_tensors(tensors: Sequence[LazyTensor]) -> None:
         raise ModelError(join_faults("these tensors cannot be written as a model:", faults or ["there are none"]))
 
 
-@contextmanager
-def _disk_faults(destination: Path, needed: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ModelError(
-            f"{destination}: cannot be written: {error.strerror or error}; {_gigabytes(needed)} are needed, nothing "
-            "was left behind"
-        ) from None
-
-
-def _check_room(destination: Path, needed: int) -> None:
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(destination.parent).free
-    if free < needed:
-        raise ModelError(
-            f"{destination}: {_gigabytes(needed)} are needed, the disk has {_gigabytes(free)}; make room or name "
-            "another destination"
-        )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def _write_shards(folder: Path, tensors: Sequence[LazyTensor], layout: Layout, max_shard_bytes: int) -> dict[str, str]:
-    """Write the weights and, of several shards, the index; the SHA-256 of each file."""
+def _write_shards(
+    folder: Path, tensors: Sequence[LazyTensor], layout: Layout, max_shard_bytes: int
+) -> tuple[dict[str, str], list[str]]:
+    """Write the weights and, of several shards, the index; the SHA-256 of each file, and what is not finite."""
     shards = _plan_shards(tensors, max_shard_bytes)
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
@@ -138,27 +104,23 @@ def _write_shards(folder: Path, tensors: Sequence[LazyTensor], layout: Layout, m
         for name, shard in zip(names, shards, strict=True):
             with (folder / name).open("wb") as file:
                 sums[name] = _write_shard(file, shard, _FORMAT[layout], pool, flusher, broken)
-    if broken:
-        sizes = {tensor.name: prod(tensor.shape) for tensor in tensors}
-        faults = [f"{name}: {found} of {sizes[name]} numbers are NaN or infinite" for name, found in broken.items()]
-        headline = "nothing was written: the model or an adapter is broken, or its numbers are too large for their type"
-        raise ModelError(join_faults(headline, faults))
     if count > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(map(_nbytes, tensors))
+        total = sum(tensor.nbytes for tensor in tensors)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return sums
+    sizes = {tensor.name: prod(tensor.shape) for tensor in tensors}
+    return sums, [f"{name}: {found} of {sizes[name]} numbers are NaN or infinite" for name, found in broken.items()]
 
 
 def _plan_shards(tensors: Sequence[LazyTensor], max_shard_bytes: int) -> list[list[LazyTensor]]:
     shards: list[list[LazyTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        if shards[-1] and size + _nbytes(tensor) > max_shard_bytes:
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += _nbytes(tensor)
+        size += tensor.nbytes
     return shards
 
 
@@ -171,93 +133,19 @@ def _write_shard(
     broken: Counter[str],
 ) -> str:
     """Write one file while other threads make its next slabs; its SHA-256."""
-    header = _header(tensors, form)
-    digest = hashlib.sha256(header)
-    file.write(header)
-    unflushed = 0
-    flush: Future[None] | None = None
-    for slab, data, count in _made(tensors, pool):
+    hashed = HashedFile(file, flusher)
+    hashed.write(header_bytes(tensors, {"format": form}))
+    for slab, (data, count) in made(slabs(tensors), _make, pool):
         if count:
             broken[slab.tensor.name] += count
-        digest.update(data.data)
-        file.write(data.data)
-        unflushed += slab.nbytes
-        if unflushed >= _FLUSH and (flush is None or flush.done()):
-            file.flush()
-            # the disk works while the next slabs are made, not after the last
-            flush, unflushed = flusher.submit(os.fsync, file.fileno()), 0
-    if flush is not None:
-        flush.result()
-    return digest.hexdigest()
+        hashed.write(data.data)
+    return hashed.finish()
 
 
-def _header(tensors: list[LazyTensor], form: str) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": form}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + _nbytes(tensor)
-        code = DTYPE_CODES[tensor.dtype]
-        header[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    encoded += b" " * (-len(encoded) % 8)
-    return len(encoded).to_bytes(8, "little") + encoded
-
-
-def _made(tensors: list[LazyTensor], pool: ThreadPoolExecutor) -> Iterator[tuple[_Slab, Array, int]]:
-    """(slab, its bytes, how many numbers of it are not finite), in order, a bounded number of bytes ahead."""
-    waiting: deque[tuple[_Slab, Future[tuple[Array, int]]]] = deque()
-    ahead = 0
-    try:
-        for slab in _slabs(tensors):
-            while waiting and ahead + slab.nbytes > _AHEAD:
-                first, future = waiting.popleft()
-                yield (first, *future.result())
-                ahead -= first.nbytes
-            waiting.append((slab, pool.submit(_make, slab)))
-            ahead += slab.nbytes
-        while waiting:
-            first, future = waiting.popleft()
-            yield (first, *future.result())
-    finally:
-        for _, future in waiting:
-            future.cancel()
-
-
-def _slabs(tensors: list[LazyTensor]) -> Iterator[_Slab]:
-    for tensor in tensors:
-        nbytes = _nbytes(tensor)
-        if tensor.rows is None or not tensor.shape or not nbytes:
-            yield _Slab(tensor, 0, tensor.shape[0] if tensor.shape else 1, nbytes)
-            continue
-        row = nbytes // tensor.shape[0]
-        step = max(1, _SLAB // row)
-        for start in range(0, tensor.shape[0], step):
-            stop = min(start + step, tensor.shape[0])
-            yield _Slab(tensor, start, stop, (stop - start) * row)
-
-
-def _make(slab: _Slab) -> tuple[Array, int]:
+def _make(slab: Slab) -> tuple[Array, int]:
     """The bytes of a slab, and how many of its numbers are not finite."""
-    tensor = slab.tensor
-    whole = tensor.rows is None or slab.nbytes == _nbytes(tensor)
-    array = tensor.read() if whole else read_rows(tensor, slab.start, slab.stop)
-    rows = tensor.shape[:1] if whole else (slab.stop - slab.start,)
-    assert array.dtype == tensor.dtype and array.shape == (*rows, *tensor.shape[1:]), tensor.name
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return flat.view(np.uint8), _count_broken(flat)
-
-
-def _count_broken(flat: Array) -> int:
-    """How many numbers are NaN or infinite."""
-    mask = _EXPONENTS.get(flat.dtype.name)
-    if mask is not None:
-        # far quicker than isfinite of 16-bit floats
-        bits = flat.view(np.uint16) & np.uint16(mask)
-        return int(np.count_nonzero(bits == mask))
-    if flat.dtype.kind != "f":
-        return 0
-    return flat.size - int(np.count_nonzero(np.isfinite(flat)))
+    flat = read_slab(slab)
+    return flat.view(np.uint8), count_broken(flat)
 
 
 def _copy_files(source: Path, folder: Path, template: Path | None) -> None:
