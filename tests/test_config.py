@@ -9,9 +9,12 @@ import pytest
 import yaml
 from commands import CHECKOUT
 
+from macft.config import mlx_lm
 from macft.config.load import dump_yaml, load_settings
+from macft.config.names import ALIASES, NO_EFFECT, REFUSED
 from macft.config.reference import configuration_page
-from macft.config.settings import ALIASES, IGNORED_KEYS, Settings
+from macft.config.settings import Settings
+from macft.config.translate import TRANSLATIONS
 from macft.errors import ConfigError
 
 REQUIRED = ["model_name_or_path=m", "dataset=d.jsonl", "output_dir=o"]
@@ -61,13 +64,13 @@ def test_all_faults_come_in_one_message(tmp_path):
     text = "model_name_or_path: m\nlora_rnk: 4\nlora_rank: many\nlearning_rate: .nan\nsave_strategy: never\n"
     assert refusal(tmp_path, text, "seed=x").split("\n") == [
         "DIR/run.yaml: 7 faults in the configuration",
-        "  lora_rnk (DIR/run.yaml): unknown key; did you mean lora_rank?",
-        "  lora_rank (DIR/run.yaml): found 'many', wanted a whole number",
-        "  dataset: missing; Files (`.jsonl`, `.json`) separated by commas, or names inside `dataset_dir`.",
-        "  learning_rate (DIR/run.yaml): found nan, wanted a finite number",
+        "  lora_rnk (line 2): unknown key; did you mean lora_rank?",
+        "  lora_rank (line 3): found 'many', wanted a whole number",
+        "  dataset: missing; Files, or names from `dataset_dir` and its `dataset_info.json`, separated by commas.",
+        "  learning_rate (line 4): found nan, wanted a finite number",
         "  seed (command line): found 'x', wanted a whole number",
         "  output_dir: missing; The run folder.",
-        "  save_strategy (DIR/run.yaml): found 'never', wanted 'no', 'steps' or 'epoch'",
+        "  save_strategy (line 5): found 'never', wanted 'no', 'steps' or 'epoch'",
     ]
 
 
@@ -84,11 +87,17 @@ def test_all_faults_come_in_one_message(tmp_path):
         ("learning_rate=0", "found 0, wanted greater than 0"),
         ("bf16=maybe", "found 'maybe', wanted true or false"),
         ("quantization_bit=5", "found 5, wanted 4 or 8"),
-        ("stage=kto", "found 'kto', wanted 'sft', 'dpo' or 'foodpo'"),
+        ("stage=sfp", "found 'sfp', wanted 'pt', 'sft', 'dpo' or 'foodpo'"),
         ("template=[a]", "found ['a'], wanted text (a number or a date in quotes)"),
         ("resume_from_checkpoint=[]", "found [], wanted true, false or the path of a checkpoint"),
         ("warmup_ratio=2", "found 2, wanted less than or equal to 1"),
         ("disable_gradient_checkpointing=maybe", "found 'maybe', wanted true or false"),
+        ("model_overrides=48", "found 48, wanted keys with values, such as {name: 1}"),
+        ("lr_scheduler_kwargs={power: x}", "found 'x', wanted a number"),
+        ("interleave_probs=[a, 1]", "found 'a', wanted a number"),
+        ("interleave_probs=0.5", "found 0.5, wanted numbers separated by commas"),
+        ("save_steps=0.1", "found 0.1, wanted a whole number of steps, not a share of them"),
+        ("preprocessing_num_workers=0", "found 0, wanted greater than or equal to 1"),
     ],
 )
 def test_a_wrong_value_is_shown_with_what_was_wanted(override, message):
@@ -174,6 +183,9 @@ def test_an_override_that_is_none_is_refused(arguments, message):
 
 def test_a_float_without_a_dot_is_a_number(tmp_path):
     assert yaml.safe_load("1e-4") == "1e-4", "PyYAML reads text here: that is why this is tested"
+    assert load("train_from_scratch=true", "finetuning_type=full", "model_overrides={eps: 1e-6}").model_overrides == {
+        "eps": 1e-6
+    }
     assert load("learning_rate=1e-4").learning_rate == 1e-4
     assert from_file(tmp_path, f"{YAML}learning_rate: 1e-4\n").learning_rate == 1e-4
 
@@ -197,32 +209,11 @@ def test_lists_are_joined():
     assert (settings.lora_target, settings.report_to, settings.dataset) == ("q_proj,v_proj", "wandb", "a.jsonl,b.json")
 
 
-def test_other_names_set_the_same_key():
-    of_trl = {"beta": "pref_beta", "loss_type": "pref_loss", "label_smoothing": "dpo_label_smoothing"}
-    names = {"evaluation_strategy": "eval_strategy", "train_dataset": "dataset", "max_length": "cutoff_len"}
-    assert names | of_trl == ALIASES
-    assert load("evaluation_strategy=epoch", "val_size=0.1").eval_strategy == "epoch"
-    assert load("max_length=77").cutoff_len == 77
-    without_dataset = ["model_name_or_path=m", "output_dir=o", "train_dataset=x.json"]
-    assert load_settings(None, without_dataset).dataset == "x.json"
-    assert load("disable_gradient_checkpointing=false").gradient_checkpointing is True
-    assert load("disable_gradient_checkpointing=true").gradient_checkpointing is False
-
-
 @pytest.mark.parametrize("order", [("max_length", "cutoff_len"), ("cutoff_len", "max_length")])
 def test_two_names_of_one_key_are_refused(order):
     first, second = order
     message = f"{second} (command line): means the same as {first}; keep one"
     assert fault(f"{first}=8", f"{second}=9") == message
-
-
-def test_keys_without_effect_are_said_once(warnings):
-    load("trust_remote_code=true", "overwrite_cache=true")
-    assert [record.getMessage() for record in warnings.records] == [
-        "no effect here: trust_remote_code (code from a model repository is never run); "
-        "overwrite_cache (tokenized data is not cached)"
-    ]
-    assert not set(IGNORED_KEYS) & set(Settings.model_fields)
 
 
 def test_keys_that_this_run_does_not_look_at_are_said_once(warnings):
@@ -345,6 +336,17 @@ LLAMA_FACTORY = {
     "metric_for_best_model": None,
     "greater_is_better": None,
     "early_stopping_steps": None,
+    "train_from_scratch": False,
+    "mix_strategy": "concat",
+    "interleave_probs": None,
+    "default_system": None,
+    "enable_thinking": True,
+    "packing": None,
+    "streaming": False,
+    "buffer_size": 16384,
+    "overwrite_cache": False,
+    "preprocessing_num_workers": None,
+    "disable_shuffling": False,
 }
 # key -> (macft's default, LLaMA-Factory's, words of the description that say so)
 OTHER_DEFAULTS = {
@@ -360,7 +362,8 @@ OTHER_DEFAULTS = {
 
 def test_defaults_are_llama_factorys_or_say_that_they_are_not():
     own = {"backend": "auto", "pref_beta_scale": 0.5, "foodpo_perplexity": "reference"}
-    own |= {"foodpo_beta_min": None, "foodpo_beta_max": None}
+    own |= {"foodpo_beta_min": None, "foodpo_beta_max": None, "tokenizer_name_or_path": None, "hub": "hf"}
+    own |= {"model_overrides": {}, "lr_scheduler_kwargs": {}}
     defaults = {key: f.default for key, f in Settings.model_fields.items() if not f.is_required()}
     expected = LLAMA_FACTORY | own | {key: ours for key, (ours, _, _) in OTHER_DEFAULTS.items()}
     assert defaults == expected
@@ -381,7 +384,8 @@ def test_shipped_configurations_load_without_a_warning(path, warnings, monkeypat
 def test_the_page_of_keys_is_up_to_date():
     page = (CHECKOUT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == configuration_page(), "run: python -m macft.config.reference > docs/configuration.md"
-    assert all(f"| `{key}` |" in page for key in [*Settings.model_fields, *ALIASES, *IGNORED_KEYS])
+    assert all(f"| `{key}` |" in page for key in [*Settings.model_fields, *ALIASES, *NO_EFFECT, *REFUSED])
+    assert all(f"| `{key}` |" in page for key in [*TRANSLATIONS, *mlx_lm.TABLE])
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from transformers import TrainingArguments, get_scheduler
 
+from macft.config.settings import SCHEDULE_OPTIONS, Settings
+from macft.training.schedule import COURSES as COURSES_OF_SCHEDULE
 from macft.training.schedule import Schedule, warmup_steps
 
 TOTAL = 23
 
 
-def reference(kind: str, warmup: int, total: int = TOTAL, peak: float = 3e-4) -> list[float]:
+def reference(
+    kind: str, warmup: int, options: dict[str, float] | None = None, total: int = TOTAL, peak: float = 3e-4
+) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
-    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    scheduler = get_scheduler(kind, optimizer, warmup, total, options or {})
     rates = []
     for _ in range(total):
         rates.append(scheduler.get_last_lr()[0])
@@ -31,6 +36,37 @@ def test_every_rate_equals_transformers(kind, warmup):
     ours = Schedule(kind, 3e-4, TOTAL, warmup)
     # both compute in double precision; only the order of the products differs
     assert [ours.lr(step) for step in range(TOTAL)] == pytest.approx(reference(kind, warmup), rel=1e-14, abs=1e-20)
+
+
+COURSES = [
+    ("cosine", {"num_cycles": 1.5}),
+    ("cosine_with_restarts", {}),
+    ("cosine_with_restarts", {"num_cycles": 3}),
+    ("cosine_with_min_lr", {"min_lr": 1e-5}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.1, "num_cycles": 0.75}),
+    ("polynomial", {}),
+    ("polynomial", {"power": 2.0, "lr_end": 1e-5}),
+    ("inverse_sqrt", {}),
+    ("inverse_sqrt", {"timescale": 5}),
+]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize(("kind", "options"), COURSES, ids=str)
+def test_every_rate_of_a_course_with_options_equals_transformers(kind, options, warmup):
+    ours = Schedule(kind, 3e-4, TOTAL, warmup, options)
+    # the least rate is a factor there and a sum here: 1e-13 of the peak
+    assert [ours.lr(step) for step in range(TOTAL)] == pytest.approx(
+        reference(kind, warmup, options), rel=1e-12, abs=3e-17
+    )
+
+
+@pytest.mark.parametrize(("kind", "options"), [("cosine", {}), *COURSES])
+def test_every_course_and_option_can_be_set(kind, options):
+    assert set(options) <= SCHEDULE_OPTIONS[kind]
+    assert set(COURSES_OF_SCHEDULE) == set(get_args(Settings.model_fields["lr_scheduler_type"].annotation))
 
 
 @pytest.mark.torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 from typing import NamedTuple
 
-from macft.config.settings import Settings
+from macft.config.settings import OF_AVERAGES, SCHEDULE_OPTIONS, WITHOUT_REFERENCE, Settings
 
 
 class Check(NamedTuple):
@@ -18,8 +18,17 @@ class Check(NamedTuple):
 
 def contradictions(settings: Settings, unsound: Set[str] = frozenset()) -> list[str]:
     """One line a contradiction; what looks at a key of `unsound`, whose value is not known, is left out."""
-    checks = (*_run_checks(settings), *_method_checks(settings), *_preference_checks(settings))
-    found = (check for check in (*checks, *_evaluation_checks(settings)) if check.is_wrong)
+    checks = (
+        *_run_checks(settings),
+        *_schedule_checks(settings),
+        *_start_checks(settings),
+        *_method_checks(settings),
+        *_data_checks(settings),
+        *_stream_checks(settings),
+        *_preference_checks(settings),
+        *_evaluation_checks(settings),
+    )
+    found = (check for check in checks if check.is_wrong)
     return [check.text for check in found if unsound.isdisjoint(check.keys.split())]
 
 
@@ -31,14 +40,62 @@ def _run_checks(settings: Settings) -> Iterator[Check]:
         "overwrite_output_dir and resume_from_checkpoint are both set; keep one",
     )
     yield Check(
-        "lr_scheduler_type warmup_ratio warmup_steps",
-        settings.lr_scheduler_type == "constant" and (settings.warmup_ratio > 0 or settings.warmup_steps > 0),
-        "lr_scheduler_type constant has no warmup; write constant_with_warmup, or remove warmup_ratio and warmup_steps",
-    )
-    yield Check(
         "max_steps",
         settings.max_steps == 0 or settings.max_steps < -1,
         f"max_steps {settings.max_steps}: wanted -1 or above 0",
+    )
+
+
+def _schedule_checks(settings: Settings) -> Iterator[Check]:
+    kind, options = settings.lr_scheduler_type, settings.lr_scheduler_kwargs
+    yield Check(
+        "lr_scheduler_type warmup_ratio warmup_steps",
+        kind == "constant" and (settings.warmup_ratio > 0 or settings.warmup_steps > 0),
+        "lr_scheduler_type constant has no warmup; write constant_with_warmup, or remove warmup_ratio and warmup_steps",
+    )
+    allowed = SCHEDULE_OPTIONS.get(kind, frozenset())
+    unknown, known = ", ".join(sorted(set(options) - allowed)), ", ".join(sorted(allowed)) or "none"
+    yield Check(
+        "lr_scheduler_type lr_scheduler_kwargs",
+        unknown,
+        f"lr_scheduler_kwargs: lr_scheduler_type {kind} has no {unknown}; it has {known}",
+    )
+    yield Check(
+        "lr_scheduler_type lr_scheduler_kwargs",
+        kind == "cosine_with_min_lr" and ("min_lr" in options) == ("min_lr_rate" in options),
+        "lr_scheduler_type cosine_with_min_lr needs either min_lr or min_lr_rate in lr_scheduler_kwargs",
+    )
+    for name in ("num_cycles", "timescale", "power", "min_lr", "min_lr_rate", "lr_end"):
+        may_be_zero = name in ("min_lr", "min_lr_rate", "lr_end")
+        value = options.get(name, 1.0)
+        yield Check(
+            "lr_scheduler_kwargs",
+            value < 0 or (value == 0 and not may_be_zero),
+            f"lr_scheduler_kwargs: {name} {value:g}, wanted {'0 or above' if may_be_zero else 'above 0'}",
+        )
+    end = options.get("lr_end", 1e-7) if kind == "polynomial" else options.get("min_lr", 0.0)
+    yield Check(
+        "lr_scheduler_type lr_scheduler_kwargs learning_rate",
+        end >= settings.learning_rate,
+        f"learning_rate {settings.learning_rate:g} cannot fall to {end:g}; set a smaller lr_end or min_lr",
+    )
+
+
+def _start_checks(settings: Settings) -> Iterator[Check]:
+    yield Check(
+        "model_overrides train_from_scratch",
+        settings.model_overrides and not settings.train_from_scratch,
+        "model_overrides needs train_from_scratch: weights that are there fit their own config.json",
+    )
+    yield Check(
+        "train_from_scratch finetuning_type",
+        settings.train_from_scratch and settings.finetuning_type == "lora",
+        "train_from_scratch needs finetuning_type full: an adapter on random weights is of no use",
+    )
+    yield Check(
+        "train_from_scratch stage pref_loss",
+        settings.train_from_scratch and settings.has_reference,
+        f"train_from_scratch has no model to be the reference of stage {settings.stage}; start with stage pt",
     )
 
 
@@ -77,12 +134,64 @@ def _method_checks(settings: Settings) -> Iterator[Check]:
         settings.train_on_prompt and settings.mask_history,
         "train_on_prompt and mask_history exclude each other",
     )
+    whole = "trains on every token" if settings.stage == "pt" else "trains on the two answers alone"
     for key, is_set in (("train_on_prompt", settings.train_on_prompt), ("mask_history", settings.mask_history)):
         yield Check(
             f"stage {key}",
-            settings.is_preference and is_set,
-            f"{key} is for stage sft; stage {settings.stage} trains on the two answers alone: remove it",
+            settings.stage != "sft" and is_set,
+            f"{key} is for stage sft; stage {settings.stage} {whole}: remove it",
         )
+
+
+def _data_checks(settings: Settings) -> Iterator[Check]:
+    yield Check(
+        "stage packing",
+        settings.is_preference and settings.packing,
+        f"packing is for stages pt and sft; stage {settings.stage} compares the two answers of a pair: remove it",
+    )
+    probabilities = settings.interleave_probs
+    yield Check(
+        "interleave_probs mix_strategy",
+        probabilities is not None and settings.mix_strategy == "concat",
+        "interleave_probs needs mix_strategy interleave_under or interleave_over",
+    )
+    probabilities = probabilities or []
+    yield Check(
+        "interleave_probs",
+        settings.interleave_probs is not None
+        and (min(probabilities, default=-1) < 0 or abs(sum(probabilities) - 1) > 1e-6),
+        f"interleave_probs {', '.join(f'{p:g}' for p in probabilities)}: wanted shares that add up to 1",
+    )
+    for key, names in (("dataset", settings.dataset), ("eval_dataset", settings.eval_dataset)):
+        count = len((names or "").split(","))
+        yield Check(
+            f"interleave_probs mix_strategy {key}",
+            settings.mix_strategy != "concat" and probabilities and names is not None and count != len(probabilities),
+            f"interleave_probs: found {len(probabilities)}, wanted {count}, one for each data set of {key}",
+        )
+
+
+def _stream_checks(settings: Settings) -> Iterator[Check]:
+    if not settings.streaming:
+        return
+    yield Check(
+        "streaming stage",
+        settings.is_preference,
+        f"streaming is for stages pt and sft; stage {settings.stage} looks at all pairs before the first step",
+    )
+    yield Check("streaming max_steps", settings.max_steps <= 0, "streaming has no known end; set max_steps")
+    yield Check(
+        "streaming max_samples",
+        settings.max_samples is not None,
+        "streaming and max_samples exclude each other; set max_steps alone",
+    )
+    yield Check(
+        "streaming val_size",
+        0 < settings.val_size < 1,
+        f"val_size {settings.val_size:g} is a share, and of a stream no share is known; write a count",
+    )
+    for key, value in (("save_strategy", settings.save_strategy), ("eval_strategy", settings.eval_strategy)):
+        yield Check(f"streaming {key}", value == "epoch", f"streaming has no epochs; set {key} to steps")
 
 
 def _preference_checks(settings: Settings) -> Iterator[Check]:
@@ -99,14 +208,14 @@ def _preference_checks(settings: Settings) -> Iterator[Check]:
     )
     yield Check(
         "stage pref_loss ld_alpha",
-        settings.is_preference and settings.ld_alpha is not None and loss in ("ipo", "orpo", "simpo"),
+        settings.is_preference and settings.ld_alpha is not None and loss in OF_AVERAGES,
         f"ld_alpha weighs answers of unlike length, and pref_loss {loss} takes averages; remove it",
     )
     for key, is_set in (
         ("ref_model", settings.ref_model is not None),
         ("ref_model_adapters", settings.ref_model_adapters is not None),
     ):
-        whose = f"pref_loss {loss}" if settings.is_preference else "stage sft"
+        whose = f"pref_loss {loss}" if settings.is_preference else f"stage {settings.stage}"
         yield Check(
             f"stage pref_loss {key}",
             is_set and not settings.has_reference,
@@ -121,7 +230,7 @@ def _preference_checks(settings: Settings) -> Iterator[Check]:
     asks_reference = settings.foodpo_perplexity == "reference" and settings.pref_beta_scale > 0
     yield Check(
         "stage pref_loss foodpo_perplexity pref_beta_scale",
-        is_foodpo and loss in ("orpo", "simpo") and asks_reference,
+        is_foodpo and loss in WITHOUT_REFERENCE and asks_reference,
         f"foodpo_perplexity is reference and pref_loss {loss} has none; set policy or policy_with_gradient",
     )
     low, high = settings.foodpo_beta_min, settings.foodpo_beta_max
@@ -134,7 +243,7 @@ def _preference_checks(settings: Settings) -> Iterator[Check]:
 
 def _evaluation_checks(settings: Settings) -> Iterator[Check]:
     has_data = bool(settings.eval_dataset or settings.val_size)
-    evaluates = has_data and settings.eval_strategy != "no"
+    evaluates = settings.when_to_evaluate != "no"
     yield Check(
         "eval_dataset val_size",
         settings.eval_dataset and settings.val_size,
@@ -173,8 +282,7 @@ def _evaluation_checks(settings: Settings) -> Iterator[Check]:
 
 def _best_model_checks(settings: Settings) -> Iterator[Check]:
     """A checkpoint can be the best only if it was evaluated."""
-    eval_strategy = settings.eval_strategy or "epoch"
-    eval_steps = settings.eval_steps or settings.logging_steps
+    eval_strategy, eval_steps = settings.when_to_evaluate, settings.steps_per_evaluation
     keys = "load_best_model_at_end save_strategy eval_strategy eval_dataset val_size"
     yield Check(
         keys,
@@ -193,6 +301,7 @@ def _best_model_checks(settings: Settings) -> Iterator[Check]:
 _LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target")
 _FOODPO_KEYS = ("pref_beta_scale", "foodpo_perplexity", "foodpo_beta_min", "foodpo_beta_max")
 _PREFERENCE_KEYS = ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing", "simpo_gamma", "ld_alpha")
+_CHAT_KEYS = ("template", "default_system", "enable_thinking")
 
 
 def without_effect(settings: Settings) -> list[str]:
@@ -202,7 +311,12 @@ def without_effect(settings: Settings) -> list[str]:
     owners = [
         ("finetuning_type is full", settings.finetuning_type == "full", _LORA_KEYS),
         (f"save_strategy is {settings.save_strategy}", settings.save_strategy != "steps", ("save_steps",)),
-        ("stage is sft", not settings.is_preference, _PREFERENCE_KEYS),
+        (f"stage is {settings.stage}", not settings.is_preference, _PREFERENCE_KEYS),
+        ("stage is pt", settings.stage == "pt", _CHAT_KEYS),
+        ("streaming is off", not settings.streaming, ("buffer_size",)),
+        ("disable_shuffling is set", settings.streaming and settings.disable_shuffling, ("buffer_size",)),
+        ("streaming caches nothing", settings.streaming, ("overwrite_cache",)),
+        ("dataset is one", "," not in settings.dataset, ("mix_strategy",)),
         (f"stage is {settings.stage}", settings.stage != "foodpo", _FOODPO_KEYS),
         (f"pref_beta_scale is {settings.pref_beta_scale:g}", is_plain, _FOODPO_KEYS[1:]),
         (
@@ -216,11 +330,15 @@ def without_effect(settings: Settings) -> list[str]:
 
 def doubts(settings: Settings) -> list[str]:
     """Values that are allowed and hardly meant."""
-    if settings.is_preference and settings.pref_loss == "simpo" and settings.pref_beta < 1:
+    if not settings.is_preference:
+        return []
+    if settings.pref_loss == "simpo" and settings.pref_beta < 1:
         return [
             f"pref_beta {settings.pref_beta:g} is small for pref_loss simpo: simpo_gamma {settings.simpo_gamma:g} "
             "outweighs the answers; the paper takes a pref_beta of 2 to 10"
         ]
+    if settings.pref_loss == "robust" and settings.dpo_label_smoothing == 0:
+        return ["pref_loss robust with dpo_label_smoothing 0 is sigmoid; set dpo_label_smoothing above 0"]
     return []
 
 

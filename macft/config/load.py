@@ -1,54 +1,142 @@
-"""A YAML file and `key=value` overrides in, checked `Settings` out; every fault in one message."""
+"""A YAML file and overrides in, checked `Settings` out; every fault in one message."""
 
 from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from macft.config import mlx_lm
 from macft.config.checks import contradictions, doubts, without_effect
-from macft.config.settings import ALIASES, IGNORED_KEYS, Settings
+from macft.config.names import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES, Verdict, judge
+from macft.config.settings import Settings
+from macft.config.translate import TRANSLATIONS, own_name, shown, to_own_names
+from macft.config.written import Entry, parse_overrides, read_yaml
 from macft.errors import ConfigError, join_faults
 
 logger = logging.getLogger("macft")
 
+_HUB_VARIABLE = "USE_MODELSCOPE_HUB"
+_LONGEST_VALUE = 40  # characters of a value in a message
 
-@dataclass(frozen=True)
-class Entry:
-    """A value and where the user wrote it."""
 
-    value: Any
-    origin: str
+@dataclass
+class Loaded:
+    """The settings of a run, where each was written, and what is to be said about it."""
+
+    settings: Settings
+    entries: dict[str, Entry]
+    unused: dict[str, str] = field(default_factory=dict)  # keys without effect -> why
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def load_settings(config: Path | None, overrides: Sequence[str]) -> Settings:
     """Settings of a run; raises ConfigError listing every unknown key and wrong value."""
-    written = _read_yaml(config) if config is not None else {}
-    headline = f"{config}: " if config is not None else ""
+    loaded = load(config, overrides)
+    for note in loaded.notes:
+        logger.info(note)
+    if loaded.unused:
+        logger.warning("no effect here: %s", "; ".join(f"{key} ({why})" for key, why in loaded.unused.items()))
+    for warning in loaded.warnings:
+        logger.warning(warning)
+    return loaded.settings
+
+
+def load(config: Path | None, overrides: Sequence[str]) -> Loaded:
+    """As `load_settings`, with where everything came from; logs nothing."""
+    written = read_yaml(config) if config is not None else {}
+    given = parse_overrides(overrides, own_name)
     faults: list[str] = []
+    notes: list[str] = []
+    warnings: list[str] = []
+    verdicts: dict[str, Verdict] = {}
+    if mlx_lm.is_mlx_lm(written or given):
+        # mlx-lm's own keys on the command line stand for those of the file before anything is translated
+        theirs = written | {key: entry for key, entry in given.items() if key in mlx_lm.DEFAULTS or not written}
+        translation = mlx_lm.translate(theirs)
+        written, given = translation.entries, {key: entry for key, entry in given.items() if key not in theirs}
+        faults += translation.faults
+        notes += [f"{config or 'command line'}: a configuration of mlx-lm", *translation.notes]
+        warnings += translation.warnings
+        verdicts = dict(translation.unused)
     # each source by itself, so that the command line may override a key by its other name
-    entries = _apply_aliases(written, faults) | _apply_aliases(parse_overrides(overrides), faults)
-    _drop_ignored(entries)
-    faults += [_unknown(key, entry) for key, entry in entries.items() if key not in Settings.model_fields]
-    known = {key: entry for key, entry in entries.items() if key in Settings.model_fields}
+    entries = to_own_names(written, faults) | to_own_names(given, faults)
+    _complete(entries)
+    known: dict[str, Entry] = {}
+    for key, entry in entries.items():
+        if key in Settings.model_fields:
+            known[key] = entry
+        elif (verdict := _verdict(key, entry, faults)) is not None:
+            verdicts[key] = verdict
     settings = _checked_settings(known, faults)
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        headline = f"{config}: " if config is not None else ""
         raise ConfigError(join_faults(f"{headline}{count} in the configuration", faults))
+    unused = {key: verdict.reason for key, verdict in verdicts.items()}
     if useless := without_effect(settings):
-        logger.warning("no effect here: %s", "; ".join(useless))
-    for doubt in doubts(settings):
-        logger.warning(doubt)
-    return settings
+        warnings.append(f"no effect here: {'; '.join(useless)}")
+    if "packing" in known and settings.packing and known["packing"].written != "neat_packing":
+        notes.append(
+            "packing is block-diagonal: packed examples do not see each other, as with neat_packing of LLaMA-Factory"
+        )
+    return Loaded(settings, known, unused, notes, [*warnings, *doubts(settings)])
 
 
-def _checked_settings(entries: dict[str, Entry], faults: list[str]) -> Settings:
+def overridden_keys(overrides: Sequence[str]) -> set[str]:
+    """macft's names of the keys on a command line."""
+    return set(to_own_names(parse_overrides(overrides, own_name), []))
+
+
+def _complete(entries: dict[str, Entry]) -> None:
+    """What follows from several keys, or from the environment."""
+    if (tracker := entries.pop("use_swanlab", None)) is not None:
+        report = entries.get("report_to", Entry(None, tracker.origin))
+        others = [] if report.value in (None, False, "", "none") else report.value
+        names = others if isinstance(others, list) else [others]
+        if not any("swanlab" in str(name) for name in names):
+            entries["report_to"] = Entry([*names, "swanlab"], tracker.origin, "use_swanlab")
+    loss, stage = entries.get("pref_loss"), entries.get("stage")
+    if loss is not None and loss.value == "nll" and (stage is None or stage.value in ("pt", "sft")):
+        del entries["pref_loss"]  # what these stages train on anyway
+    if "hub" not in entries and os.environ.get(_HUB_VARIABLE, "").lower() in ("1", "true", "y", "yes"):
+        entries["hub"] = Entry("modelscope", _HUB_VARIABLE)
+
+
+def _verdict(key: str, entry: Entry, faults: list[str]) -> Verdict | None:
+    """Why a key that is none of macft's has no effect; one that cannot be left out is a fault."""
+    try:
+        verdict = judge(key, entry.value)
+    except KeyError:
+        faults.append(_unknown(key, entry))
+        return None
+    if verdict is not None and verdict.is_refused:
+        value = shown(entry.value)
+        what = f": {value}" if len(value) <= _LONGEST_VALUE else ""
+        faults.append(f"{key} ({entry.origin}){what} is not supported; {verdict.reason}")
+        return None
+    return verdict
+
+
+def _unknown(key: str, entry: Entry) -> str:
+    if key in mlx_lm.TABLE or key in mlx_lm.DEFAULTS:
+        own, _ = mlx_lm.TABLE.get(key, ("none", ""))
+        hint = f" here; write {own}" if own != "none" else " here; remove it"
+        return f"{key} ({entry.origin}): a key of mlx-lm, unknown{hint}"
+    near = difflib.get_close_matches(key, [*Settings.model_fields, *ALIASES, *TRANSLATIONS, *NO_EFFECT, *REFUSED], n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; see docs/configuration.md"
+    return f"{key} ({entry.origin}): unknown key{hint}"
+
+
+def _checked_settings(entries: Mapping[str, Entry], faults: list[str]) -> Settings:
     """The settings, whose unsound keys have their defaults; the faults are added to `faults`."""
     values = {key: entry.value for key, entry in entries.items()}
     unsound: set[str] = set()
@@ -65,126 +153,6 @@ def _checked_settings(entries: dict[str, Entry], faults: list[str]) -> Settings:
     return settings
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Entry]:
-    """`key=value`, `--key value` and `--key=value` to entries; values are read as YAML."""
-    entries: dict[str, Entry] = {}
-
-    def add(key: str, text: str) -> None:
-        if key in entries:
-            raise ConfigError(f"{key} is there twice on the command line; keep one")
-        entries[key] = Entry(_override_value(key, text), "command line")
-
-    waiting: str | None = None
-    for argument in arguments:
-        if waiting is not None and not argument.startswith("--"):
-            add(waiting, argument)
-            waiting = None
-        elif waiting is not None:
-            break
-        elif "=" in argument:
-            key, _, text = argument.partition("=")
-            add(_key(key), text)
-        elif argument.startswith("--"):
-            waiting = _key(argument)
-        else:
-            hint = "; a configuration file comes first" if argument.endswith((".yaml", ".yml")) else ""
-            raise ConfigError(f"{argument!r} is not an override; write key=value or --key value{hint}")
-    if waiting is not None:
-        raise ConfigError(f"--{waiting} has no value; write --{waiting} VALUE")
-    return entries
-
-
-def _key(text: str) -> str:
-    return text.removeprefix("--").replace("-", "_")
-
-
-def _override_value(key: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: an impossible date
-        return text
-    field = Settings.model_fields.get(ALIASES.get(key, key))
-    takes_text = field is not None and field.annotation in (str, str | None)
-    is_number_or_comment = not isinstance(value, str | list | bool) and text not in ("", "null", "~")
-    return text if takes_text and is_number_or_comment else value
-
-
-def _read_yaml(path: Path) -> dict[str, Entry]:
-    if path.is_dir():
-        raise ConfigError(f"{path}: a folder, wanted a YAML file{_yaml_files_in(path)}")
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file{_yaml_files_in(path.parent)}")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError(f"{path}{where}: {problem}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: a value is not what it looks like ({error}); put it in quotes") from None
-    if not isinstance(content, dict):
-        found = "nothing" if content is None else f"a {type(content).__name__}"
-        raise ConfigError(f"{path}: found {found}, wanted keys such as model_name_or_path: ...")
-    return {str(key): Entry(value, str(path)) for key, value in content.items()}
-
-
-def _yaml_files_in(folder: Path) -> str:
-    names = sorted(str(p) for p in folder.glob("*.y*ml")) if folder.is_dir() else []
-    return f"; {folder} holds {', '.join(names[:5])}" if names else ""
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets a later key win in silence; here a key written twice is a fault."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen:
-                problem = f"the key {key} is there twice; keep one"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _apply_aliases(entries: dict[str, Entry], faults: list[str]) -> dict[str, Entry]:
-    """The entries of one source under macft's names."""
-    result: dict[str, Entry] = {}
-    for key, entry in entries.items():
-        name = ALIASES.get(key, key)
-        if key == "disable_gradient_checkpointing":
-            if not isinstance(entry.value, bool):
-                faults.append(f"{key} ({entry.origin}): found {_shown(entry.value)}, wanted true or false")
-                continue
-            name, entry = "gradient_checkpointing", Entry(not entry.value, entry.origin)
-        if name in result:
-            first = next(other for other in entries if other != key and _name_of(other) == name)
-            faults.append(f"{key} ({entry.origin}): means the same as {first}; keep one")
-        result[name] = entry
-    return result
-
-
-def _name_of(key: str) -> str:
-    return "gradient_checkpointing" if key == "disable_gradient_checkpointing" else ALIASES.get(key, key)
-
-
-def _drop_ignored(entries: dict[str, Entry]) -> None:
-    ignored = [key for key in entries if key in IGNORED_KEYS]
-    for key in ignored:
-        del entries[key]
-    if ignored:
-        logger.warning("no effect here: %s", "; ".join(f"{key} ({IGNORED_KEYS[key]})" for key in ignored))
-
-
-def _unknown(key: str, entry: Entry) -> str:
-    near = difflib.get_close_matches(key, [*Settings.model_fields, *ALIASES], n=1)
-    hint = f"; did you mean {near[0]}?" if near else "; see docs/configuration.md"
-    return f"{key} ({entry.origin}): unknown key{hint}"
-
-
 # kinds of pydantic errors -> what is wanted, in a user's words
 _WANTED = {
     "int_type": "a whole number",
@@ -196,24 +164,27 @@ _WANTED = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "string_type": "text (a number or a date in quotes)",
+    "dict_type": "keys with values, such as {name: 1}",
+    "list_type": "numbers separated by commas",
 }
+_COUNTS = ("logging_steps", "save_steps", "eval_steps")
 
 
-def _describe(detail: Any, entries: dict[str, Entry]) -> str:
+def _describe(detail: Any, entries: Mapping[str, Entry]) -> str:
     key = str(detail["loc"][0])
     if detail["type"] == "missing":
         return f"{key}: missing; {Settings.model_fields[key].description}"
+    entry = entries[key]
+    place = f"{entry.written or key} ({entry.origin})"
+    reason = REFUSED_VALUES.get((key, entry.value)) if isinstance(entry.value, str) else None
+    if reason is not None:
+        return f"{place}: {entry.value} is not supported; {reason}"
     wanted = _WANTED.get(detail["type"]) or str(detail["msg"]).removeprefix("Input should be ")
     if key == "resume_from_checkpoint":
         wanted = "true, false or the path of a checkpoint"
-    return f"{key} ({entries[key].origin}): found {_shown(detail['input'])}, wanted {wanted}"
-
-
-def _shown(value: Any) -> str:
-    """A value as YAML writes it."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return repr(value) if isinstance(value, str | int | float | list | dict) else str(value)
+    if key in _COUNTS and isinstance(entry.value, float) and 0 < entry.value < 1:
+        wanted = "a whole number of steps, not a share of them"
+    return f"{place}: found {shown(detail['input'])}, wanted {wanted}"
 
 
 def dump_yaml(settings: Settings) -> str:

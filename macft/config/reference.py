@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
+from macft.config import mlx_lm
 from macft.config import settings as module
-from macft.config.settings import ALIASES, IGNORED_KEYS, Settings
+from macft.config.names import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES
+from macft.config.settings import Settings
+from macft.config.translate import TRANSLATIONS
 
 
 def configuration_page() -> str:
@@ -16,8 +20,10 @@ def configuration_page() -> str:
         "# Configuration",
         "",
         "This page is generated from the code (`python -m macft.config.reference`).",
-        "A run is one YAML file; `key=value` or `--key value` on the command line overrides it.",
-        "Names and defaults are LLaMA-Factory's; where a default differs, the row says so.",
+        "A run is one YAML file. `key=value`, `--key value`, `--key=value` or a bare `--key` (true) on the command",
+        "line override it. `macft config explain FILE` prints every value of a run and where it came from.",
+        "Names and defaults are LLaMA-Factory's; where a default differs, the row says so. Files of LLaMA-Factory, and",
+        "[LoRA files of mlx-lm](#files-of-mlx-lm), run as they are. A key that is not on this page is an error.",
     ]
     for section, keys in _sections():
         parts += [
@@ -28,20 +34,37 @@ def configuration_page() -> str:
             "| --- | --- | --- | --- |",
         ]
         parts += [_row(key) for key in keys]
-    parts += ["", "## Other names", "", "| written | means |", "| --- | --- |"]
-    parts += [f"| `{old}` | `{new}` |" for old, new in ALIASES.items()]
-    parts += ["| `disable_gradient_checkpointing` | the opposite of `gradient_checkpointing` |"]
+    meanings = {old: f"`{new}`" for old, new in ALIASES.items()}
+    meanings |= {old: translation.meaning for old, translation in TRANSLATIONS.items()}
+    parts += _table("Other names", "Of transformers, TRL, ms-swift and older releases.", ("written", "means"), meanings)
+    parts += _table(
+        "Accepted without effect",
+        "Said once in a warning, unless the value asks for nothing (`false`, `0`, `null`).",
+        ("key", "why"),
+        NO_EFFECT,
+    )
+    parts += _table(
+        "Refused",
+        "What changes the result and is not done here is an error, unless the value asks for nothing.",
+        ("key", "why"),
+        REFUSED | {f"{key}: {value}": why for (key, value), why in REFUSED_VALUES.items()},
+    )
+    parts += ["", "## Files of mlx-lm", ""]
     parts += [
+        "Recognised by their keys; what they leave out has mlx-lm's default. Differences are said at the start.",
         "",
-        "## Accepted without effect",
-        "",
-        "Said once in a warning.",
-        "",
-        "| key | why |",
-        "| --- | --- |",
     ]
-    parts += [f"| `{key}` | {reason} |" for key, reason in IGNORED_KEYS.items()]
+    parts += ["| mlx-lm | here | difference |", "| --- | --- | --- |"]
+    parts += [
+        f"| `{key}` | {', '.join(f'`{name}`' for name in own.split(', ')) if own != 'none' else 'none'} | {said} |"
+        for key, (own, said) in mlx_lm.TABLE.items()
+    ]
     return "\n".join(parts) + "\n"
+
+
+def _table(title: str, text: str, columns: tuple[str, str], rows: Mapping[str, str]) -> list[str]:
+    lines = ["", f"## {title}", "", text, "", f"| {columns[0]} | {columns[1]} |", "| --- | --- |"]
+    return lines + [f"| `{key}` | {value} |" for key, value in rows.items()]
 
 
 def _sections() -> list[tuple[str, list[str]]]:
@@ -69,6 +92,8 @@ def _yaml(value: Any) -> str:
 def _type(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) in (list, dict):
+        return "numbers" if get_origin(annotation) is list else "keys and values"
     parts = [part for part in get_args(annotation) if part is not type(None)]
     return " or ".join(map(_type, parts)) if parts else annotation.__name__
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+# Values of `pref_loss`: what compares with no reference, and what takes averages over an answer's tokens.
+WITHOUT_REFERENCE = frozenset({"orpo", "simpo"})
+OF_AVERAGES = frozenset({"ipo", "orpo", "simpo"})
+
+# Values of `lr_scheduler_type` with options -> what `lr_scheduler_kwargs` may hold.
+SCHEDULE_OPTIONS = {
+    "cosine": frozenset({"num_cycles"}),
+    "cosine_with_restarts": frozenset({"num_cycles"}),
+    "cosine_with_min_lr": frozenset({"min_lr", "min_lr_rate", "num_cycles"}),
+    "polynomial": frozenset({"lr_end", "power"}),
+    "inverse_sqrt": frozenset({"timescale"}),
+}
 
 
 class Settings(BaseModel):
@@ -23,6 +36,20 @@ class Settings(BaseModel):
     create_new_adapter: bool = Field(
         False, description="`adapter_name_or_path` becomes part of the base, and a fresh adapter is trained on it."
     )
+    tokenizer_name_or_path: str | None = Field(
+        None, description="A folder or hub id whose tokenizer and template are taken. Default: the model's own."
+    )
+    hub: Literal["hf", "modelscope"] = Field(
+        "hf",
+        description="Where names of models and data sets are looked up that are no local files. The environment "
+        "variable `USE_MODELSCOPE_HUB=1` sets it too.",
+    )
+    train_from_scratch: bool = Field(
+        False, description="Start from random weights; of `model_name_or_path` its configuration is taken."
+    )
+    model_overrides: dict[str, Any] = Field(
+        {}, description="Entries of `config.json` to replace (`{num_hidden_layers: 48}`), for `train_from_scratch`."
+    )
     backend: Literal["auto", "mlx", "torch"] = Field(
         "auto",
         description="Training engine. `auto`: MLX on a Mac, PyTorch with CUDA, else MLX if its BLAS is fast.",
@@ -37,10 +64,10 @@ class Settings(BaseModel):
     )
 
     # ---- method
-    stage: Literal["sft", "dpo", "foodpo"] = Field(
+    stage: Literal["pt", "sft", "dpo", "foodpo"] = Field(
         "sft",
-        description="`sft`: supervised fine-tuning; `dpo`: preference pairs; `foodpo`: DPO whose beta grows with "
-        "the difficulty of the prompt.",
+        description="`pt`: pre-training on texts; `sft`: supervised fine-tuning; `dpo`: preference pairs; "
+        "`foodpo`: DPO whose beta grows with the difficulty of the prompt.",
     )
     finetuning_type: Literal["lora", "full"] = Field("lora", description="`lora`, or `full`: every parameter.")
     lora_rank: int = Field(8, ge=1, description="Width of the adapter.")
@@ -95,19 +122,48 @@ class Settings(BaseModel):
     )
 
     # ---- data
-    dataset: str = Field(description="Files (`.jsonl`, `.json`) separated by commas, or names inside `dataset_dir`.")
+    dataset: str = Field(
+        description="Files, or names from `dataset_dir` and its `dataset_info.json`, separated by commas."
+    )
     eval_dataset: str | None = Field(None, description="As `dataset`; what `eval_loss` is computed on.")
     dataset_dir: str = Field("data", description="Folder where names in `dataset` are looked up.")
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = Field(
+        "concat",
+        description="Several data sets: one after the other, or drawn in turn until the first (`interleave_under`) "
+        "or the last (`interleave_over`) is used up.",
+    )
+    interleave_probs: list[float] | None = Field(
+        None, description="With what probability each data set is drawn from (`0.7,0.3`). Default: all alike."
+    )
     template: str | None = Field(
         None,
-        description="A Jinja chat template file, or `empty`: the texts alone, answers closed by the end token. "
-        "Default: the model's own.",
+        description="LLaMA-Factory's name of a template (`qwen3_nothink`, `llama3`), a Jinja chat template file, or "
+        "`empty`: the texts alone, answers closed by the end token. Default: the model's own.",
+    )
+    default_system: str | None = Field(
+        None, description="System prompt of rows that have none. Default: what the template says."
+    )
+    enable_thinking: bool = Field(
+        True, description="Whether the templates of reasoning models are rendered in their thinking form."
     )
     cutoff_len: int = Field(2048, ge=2, description="Longest example in tokens; what is longer loses user text.")
     max_samples: int | None = Field(None, ge=1, description="Take only the first examples of each data set.")
     val_size: float = Field(0.0, ge=0, description="Held out for evaluation: a share below 1, else a count.")
+    packing: bool | None = Field(
+        None,
+        description="Fill rows of `cutoff_len` with several examples, which do not see each other. Default: yes for "
+        "`pt`, else no.",
+    )
     train_on_prompt: bool = Field(False, description="Train on every token, not on the answers alone (`sft`).")
     mask_history: bool = Field(False, description="Train on the last answer of a conversation only (`sft`).")
+    streaming: bool = Field(
+        False, description="Read the data while training and keep nothing of it on disk; needs `max_steps`."
+    )
+    buffer_size: int = Field(16384, ge=1, description="Of how many examples a stream is shuffled at a time.")
+    overwrite_cache: bool = Field(False, description="Tokenize anew what an earlier run has left tokenized.")
+    preprocessing_num_workers: int | None = Field(
+        None, ge=1, description="Processes that tokenize. Default: one a core."
+    )
 
     # ---- training
     per_device_train_batch_size: int = Field(8, ge=1, description="Examples in one forward pass.")
@@ -115,8 +171,20 @@ class Settings(BaseModel):
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the data.")
     max_steps: int = Field(-1, description="Optimizer steps; above 0 it overrides `num_train_epochs`.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="Course of the learning rate after the warmup."
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "constant",
+        "constant_with_warmup",
+    ] = Field("linear", description="Course of the learning rate after the warmup.")
+    lr_scheduler_kwargs: dict[str, float] = Field(
+        {},
+        description="Options of that course: `num_cycles` (cosine, also with restarts or min_lr), `min_lr` or "
+        "`min_lr_rate` (cosine_with_min_lr), `lr_end`, `power` (polynomial), `timescale` (inverse_sqrt).",
     )
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="Share of all steps in which the rate rises from 0.")
     warmup_steps: int = Field(0, ge=0, description="The same as a count; above 0 it overrides `warmup_ratio`.")
@@ -133,6 +201,9 @@ class Settings(BaseModel):
     group_by_length: bool = Field(
         True,
         description="Examples of like length share a step: less padding. LLaMA-Factory's default is off.",
+    )
+    disable_shuffling: bool = Field(
+        False, description="Take the examples in the order of the files, whatever `group_by_length` says."
     )
     seed: int = Field(42, ge=0, description="Seed of the adapter's start, of the data order and of dropout.")
     data_seed: int | None = Field(None, ge=0, description="A seed of its own for the data order.")
@@ -176,6 +247,16 @@ class Settings(BaseModel):
     def _join_lists(cls, value: object) -> object:
         return ",".join(map(str, value)) if isinstance(value, list) else value
 
+    @field_validator("interleave_probs", mode="before")
+    @classmethod
+    def _split_numbers(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("model_overrides", "lr_scheduler_kwargs", mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: object) -> object:
+        return {} if value is None else value
+
     @field_validator("resume_from_checkpoint", "report_to", "eval_strategy", "save_strategy", mode="before")
     @classmethod
     def _yaml_nulls(cls, value: object, info: ValidationInfo) -> object:
@@ -192,19 +273,29 @@ class Settings(BaseModel):
     def _numbers_are_no_booleans(cls, value: object, info: ValidationInfo) -> object:
         # Python counts true as 1
         annotation = str(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and ("int" in annotation or "float" in annotation):
+        if isinstance(value, bool) and ("int" in annotation or "float" in annotation) and "dict" not in annotation:
             raise PydanticCustomError("float_type", "Input should be a number")
         return value
 
     @property
     def is_preference(self) -> bool:
         """Whether the examples are pairs."""
-        return self.stage != "sft"
+        return self.stage in ("dpo", "foodpo")
+
+    @property
+    def is_packed(self) -> bool:
+        """`packing`, or its default: yes for pre-training."""
+        return self.stage == "pt" if self.packing is None else self.packing
+
+    @property
+    def sorts_by_length(self) -> bool:
+        """Whether examples of like length share a step: a given order, a stream or packed rows leave no choice."""
+        return self.group_by_length and not (self.disable_shuffling or self.streaming or self.is_packed)
 
     @property
     def has_reference(self) -> bool:
         """Whether the loss compares the policy with a reference."""
-        return self.is_preference and self.pref_loss not in ("orpo", "simpo")
+        return self.is_preference and self.pref_loss not in WITHOUT_REFERENCE
 
     @property
     def names_reference(self) -> bool:
@@ -215,6 +306,19 @@ class Settings(BaseModel):
     def asks_prompts(self) -> bool:
         """Whether the strength of a pair depends on its prompt."""
         return self.stage == "foodpo" and self.pref_beta_scale > 0
+
+    @property
+    def when_to_evaluate(self) -> Literal["no", "steps", "epoch"]:
+        """`eval_strategy`, or its default: each epoch (of a stream: `eval_steps`) if there is evaluation data."""
+        if not (self.eval_dataset or self.val_size):
+            return "no"
+        # a stream has no epochs
+        return self.eval_strategy or ("steps" if self.streaming else "epoch")
+
+    @property
+    def steps_per_evaluation(self) -> int:
+        """`eval_steps`, or its default."""
+        return self.eval_steps or self.logging_steps
 
     @property
     def alpha(self) -> float:
@@ -229,35 +333,3 @@ class Settings(BaseModel):
         if self.bf16 is None:
             return "auto"
         return "bfloat16" if self.bf16 else "float32"
-
-
-# Keys of LLaMA-Factory that change nothing here -> why.
-IGNORED_KEYS = {
-    "do_train": "training is what `macft train` does",
-    "trust_remote_code": "code from a model repository is never run",
-    "overwrite_cache": "tokenized data is not cached",
-    "preprocessing_num_workers": "tokenizing uses all cores by itself",
-    "preprocessing_batch_size": "tokenizing needs no such setting",
-    "dataloader_num_workers": "batches are made in the training process",
-    "ddp_timeout": "one process trains",
-    "use_fast_tokenizer": "the fast tokenizer is the only one",
-    "flash_attn": "the engine's own fast attention is used",
-    "low_cpu_mem_usage": "nothing to switch",
-    "use_mps_device": "the device is found by itself",
-    "save_safetensors": "safetensors is the only format",
-    "include_num_input_tokens_seen": "tokens are always counted",
-    "optim": "AdamW is the only optimizer",
-    "tf32": "float32 products stay float32",
-    "precompute_ref_log_probs": "the reference is computed once, before the first step",
-    "remove_unused_columns": "columns without a use are not read",
-}
-
-# Other names of keys -> macft's.
-ALIASES = {
-    "evaluation_strategy": "eval_strategy",
-    "train_dataset": "dataset",
-    "max_length": "cutoff_len",
-    "beta": "pref_beta",
-    "loss_type": "pref_loss",
-    "label_smoothing": "dpo_label_smoothing",
-}
