@@ -39,11 +39,16 @@ def settings(model: Path) -> dict[str, object]:
 
 def refused(folder: Path, *overrides: str, code: int = 1) -> str:
     """The message of a run that must not begin, after checking how it ended."""
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before = written(folder)
     result = macft("train", folder / "run.yaml", *overrides)
-    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert after == before, "something was written"
+    assert written(folder) == before, "something was written"
     return message_of(result, code)
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """Every file but those of the cache, with its date."""
+    found = [path for path in folder.rglob("*") if "cache" not in path.relative_to(folder).parts]
+    return {path: path.stat().st_mtime_ns for path in found}
 
 
 def message_of(result: Result, code: int) -> str:
@@ -181,8 +186,8 @@ def test_a_row_with_nothing_to_train_on_is_counted_and_left_out(folder):
     write_rows(folder / "some.jsonl", [("user", "hello")], [("user", "who"), ("assistant", "Paris")])
     result = macft("train", folder / "run.yaml", "dataset=some.jsonl")
     assert result.code == 0, result.err
-    assert "warning: 1 of 2 examples have nothing to train on and are left out\n" in result.err
-    assert "data: 1 examples, " in result.err
+    assert "warning: 1 of 2 examples have nothing to train on and are left out (first: some.jsonl:1)\n" in result.err
+    assert "data: 1 example, " in result.err
 
 
 def test_a_long_row_is_shortened_in_its_user_text_and_counted(folder):
@@ -193,7 +198,7 @@ def test_a_long_row_is_shortened_in_its_user_text_and_counted(folder):
     text = "".join(piece["text"] for piece in row["pieces"])
     assert text.startswith("<|im_start|>user\n") and text.endswith("assistant\nParis is the capital.<|im_end|>\n")
     result = macft("train", folder / "run.yaml", "dataset=long.jsonl", "cutoff_len=30")
-    assert "warning: 1 of 1 examples lost user text to fit cutoff_len 30\n" in result.err
+    assert "warning: 1 of 1 examples lost user text to fit cutoff_len 30 (first: long.jsonl:1)\n" in result.err
 
 
 def test_an_occupied_output_folder(folder):

@@ -13,7 +13,6 @@ import pytest
 from macft.data.dataset import holds_pairs, read_examples, read_pairs, split_examples
 from macft.data.formats import to_examples
 from macft.data.pairs import PairExample, to_pairs
-from macft.data.sources import Row
 from macft.errors import DataError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -26,15 +25,27 @@ def said(*contents: str, start: str = "user") -> list[dict[str, str]]:
     return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test writes its rows into a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def write(*rows: dict[str, Any]) -> Path:
+    path = Path("p.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def pair(**row: Any) -> PairExample:
-    [found] = to_pairs(Path("p.jsonl"), [Row(1, row)])
+    [found] = to_pairs(write(row))
     return found
 
 
 def faults(*rows: dict[str, Any]) -> list[str]:
     """The listed faults of these rows of one file."""
     with pytest.raises(DataError) as error:
-        to_pairs(Path("p.jsonl"), [Row(i, row) for i, row in enumerate(rows, 1)])
+        list(to_pairs(write(*rows)))
     headline, *listed = str(error.value).split("\n")
     assert headline.startswith(f"p.jsonl: {len(listed)} fault")
     return [line.strip() for line in listed]
@@ -155,7 +166,7 @@ def test_faults_of_preference_rows_are_all_named() -> None:
         "line 9: the prompt ends in an assistant message, wanted a user message",
         'line 10: "chosen": ends in a user message, wanted an assistant message',
         'line 10: "rejected": the answer is empty',
-        'line 11: "tools": tool definitions are not supported; remove them',
+        'line 11: "tools": tool definitions are not supported in preference pairs; remove them',
         'line 11: "chosen": half a character (\\ud83d) at position 0',
     ]
 
@@ -166,20 +177,25 @@ def test_faults_of_sharegpt_rows_are_all_named() -> None:
     assert faults(
         {"conversations": asked, "chosen": good},
         {"conversations": [{"from": "observation", "value": "q"}], "chosen": good, "rejected": good},
-        {"conversations": [{"role": "user", "content": "q"}], "chosen": good, "rejected": "b"},
+        {"conversations": [{"speaker": "user", "text": "q"}], "chosen": good, "rejected": "b"},
         {"conversations": [{"from": "system", "value": "t"}, *asked], "system": "s", "chosen": good, "rejected": good},
         {"conversations": [*asked, good], "chosen": {"from": "human", "value": "a"}, "rejected": good},
         {"conversations": [], "chosen": good, "rejected": good, "tools": "[]"},
+        {"conversations": asked, "chosen": good, "rejected": good, "tools": '[{"name": "f"}]'},
+        {"conversations": asked, "chosen": {"from": "human", "value": "a"}, "rejected": good},
+        {"conversations": [*asked, *asked, good], "chosen": good, "rejected": good},
     ) == [
         'line 1: no "rejected"; a pair needs conversations, chosen and rejected, found conversations, chosen',
-        'line 2: "conversations"[0] "from": found \'observation\', wanted one of human, gpt, system',
-        'line 3: "conversations"[0]: no "from"; found the keys role, content',
-        'line 3: "conversations"[0]: no "value"; found the keys role, content',
+        "line 2: tool calls are not supported in preference pairs; write them into the content",
+        'line 3: "conversations"[0]: no "from"; found the keys speaker, text',
+        'line 3: "conversations"[0]: no "value"; found the keys speaker, text',
         'line 3: "rejected": found a string, wanted an object with from and value',
         'line 4: "system": "conversations" hold a system message too; keep one of the two',
-        "line 5: the prompt ends in an assistant message, wanted a user message",
-        'line 5: "chosen": ends in a user message, wanted an assistant message',
-        'line 6: "tools": tool definitions are not supported; remove them',
+        'line 5: "conversations": an even number of turns (2), the last must be human or observation',
+        'line 6: "conversations": the list is empty, wanted at least one question',
+        'line 7: "tools": tool definitions are not supported in preference pairs; remove them',
+        'line 8: "chosen": ends in a user message, wanted an assistant message',
+        'line 9: "conversations"[1] "from": found human, wanted gpt or function_call: questions and answers take turns',
     ]
 
 
@@ -228,7 +244,7 @@ def test_rows_that_hold_both_serve_both_stages(tmp_path: Path) -> None:
 def test_placeholders_and_unused_keys_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     row = {"prompt": "q", "chosen": [{**GOOD[0], "score": 1}], "rejected": "I am {{name}}", "id": 7}
     with caplog.at_level(logging.INFO, logger="macft"):
-        to_pairs(Path("p.jsonl"), [Row(i, row) for i in (1, 2)])
+        list(to_pairs(write(row, row)))
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0] == "p.jsonl: 2 preference rows"
     assert messages[1].startswith(
@@ -293,8 +309,8 @@ def test_every_pair_in_the_documents_says_the_same() -> None:
     blocks = re.findall(r"^```json\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
     rows = [json.loads(line) for block in blocks for line in block.splitlines()]
     pairs = [pair(**row) for row in rows if "chosen" in row]
-    assert len(pairs) == 6 and len(rows) == 8
+    assert len(pairs) == 6
     for found in pairs:
         assert [m["content"] for m in found.messages] == ["Who are you?", "I am Mica.", "Nobody."]
-    examples = to_examples(Path("docs"), [Row(1, rows[0])]) + to_examples(Path("docs"), [Row(2, rows[1])])
-    assert [len(example.messages) for example in examples] == [2, 2]
+    examples = [next(to_examples(write(row))) for row in rows if "chosen" not in row and "text" not in row]
+    assert [len(example.messages) for example in examples] == [2, 2, 2, 2, 3, 4]

@@ -131,7 +131,8 @@ def test_a_pair_shows_the_prompt_once_and_both_answers_in_marks(tokenizer: Token
 
 def test_what_happened_to_the_pair_is_said(tokenizer: Tokenizer) -> None:
     system = PairExample(tuple(chat("one two", system="three")), PAIR.chosen, PAIR.rejected, "p.jsonl:3")
-    assert "0 straddling, user text shortened," in shown_pair(tokenizer, system, 22)
+    assert "0 straddling, user text shortened," in shown_pair(tokenizer, system, 23)
+    assert "0 straddling, user text emptied," in shown_pair(tokenizer, system, 22)
     assert "0 straddling, user text emptied and an answer cut," in shown_pair(tokenizer, system, 20)
     assert "left out of training: cutoff_len leaves no answer on one side," in shown_pair(tokenizer, system, 10)
     raw = load_template(Path(), {"eos_token": "</s>"}, "empty")
@@ -168,3 +169,88 @@ def test_a_file_is_shown_by_what_it_holds_and_a_config_by_its_stage(
     for source, overrides in ((str(config), ()), (str(data), ("stage=sft",))):
         with pytest.raises(DataError, match="these are preference pairs; set stage: dpo"):
             preview_source(source, overrides, 0, str(model), as_json=True)
+
+
+# --- whatever a data set holds
+
+
+def shown_source(capsys: pytest.CaptureFixture[str], source: object, *overrides: str, row: int = 0, **keys: Any) -> Any:
+    capsys.readouterr()
+    preview_source(str(source), overrides, row, **keys, as_json=True)
+    return json.loads(capsys.readouterr().out)
+
+
+def write_lines(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("names") / "model"))
+
+
+def test_a_name_in_dataset_info_is_shown_by_its_entry(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(tmp_path / "rows.jsonl", {"q": "a", "r": "b", "worse": "c"})
+    columns = {"query": "q", "response": "r"}
+    info = {
+        "chat": {"file_name": "rows.jsonl", "columns": columns},
+        "pairs": {
+            "file_name": "rows.jsonl",
+            "ranking": True,
+            "columns": {"query": "q", "chosen": "r", "rejected": "worse"},
+        },
+        "texts": {"file_name": "rows.jsonl", "columns": {"prompt": "q"}},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    place = f"dataset_dir={tmp_path}"
+    value = shown_source(capsys, "chat", place, model=model)
+    assert [piece["text"] for piece in value["pieces"] if piece["trained"]] == ["b<|im_end|>\n"]
+    value = shown_source(capsys, "pairs", place, model=model)
+    assert value["rejected"]["pieces"] == [{"text": "c<|im_end|>\n", "trained": True}]
+    assert shown_source(capsys, "texts", place, model=model)["rows"] == 1
+
+
+def test_texts_are_shown_with_the_token_that_ends_them(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lines(tmp_path / "t.jsonl", {"text": "a\x1bb"}, {"text": "hello </s>"})
+    preview_source(str(path), ("cutoff_len=2",), 0, model, as_json=False)
+    end = load_tokenizer(Path(model)).special_map["eos_token"]
+    assert capsys.readouterr().out == (
+        f"a⟦<U+001B>b{end}⟧\n"
+        f"{path}:1: 4 tokens, 3 trained, 2 rows of cutoff_len 2, special tokens inside content: none\n"
+    )
+    value = shown_source(capsys, path, row=1, model=model)
+    assert value["special_in_content"] == ["</s>"] and value["loss_mask"][0] is False
+    (tmp_path / "t.txt").write_text("one\ntwo\n")
+    assert shown_source(capsys, tmp_path / "t.txt", row=1, model=model)["pieces"][-1]["text"] == f"wo{end}"
+
+
+def test_tools_and_their_calls_are_shown_as_the_template_writes_them(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [("human", "time?"), ("function_call", '{"name": "clock", "arguments": {}}'), ("observation", "12")]
+    row = {
+        "conversations": [{"from": role, "value": text} for role, text in (*turns, ("gpt", "noon"))],
+        "tools": json.dumps([{"name": "clock", "description": "the time"}]),
+    }
+    path = write_lines(tmp_path / "d.jsonl", row)
+    value = shown_source(capsys, path, "template=qwen", model=model)
+    text = "".join(piece["text"] for piece in value["pieces"])
+    assert '"name": "clock", "description": "the time"' in text and "<tool_response>\n12\n" in text
+    trained = [piece["text"] for piece in value["pieces"] if piece["trained"]]
+    assert len(trained) == 2 and trained[0].startswith('<tool_call>\n{"name": "clock"') and "noon" in trained[1]
+
+
+def test_a_row_is_shown_though_a_later_one_is_faulty(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lines(tmp_path / "d.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a"})
+    assert shown_source(capsys, path, model=model)["source"] == f"{path}:1"
+    with pytest.raises(DataError, match='line 2: no "output"'):
+        shown_source(capsys, path, row=1, model=model)
+    with pytest.raises(UsageError, match="row 4: there are 1 rows, wanted 0 to 0"):
+        shown_source(capsys, write_lines(tmp_path / "one.jsonl", {"text": "a"}), row=4, model=model)

@@ -34,7 +34,7 @@ def row_faults(tmp_path: Path, *rows: dict[str, Any]) -> list[str]:
     """The listed faults of a JSONL file of these rows."""
     path = written(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError) as error:
-        to_examples(path, read_rows(path))
+        list(to_examples(path))
     headline, *faults = str(error.value).split("\n")
     assert str(path) in headline and str(len(faults)) in headline
     return [line.strip() for line in faults]
@@ -80,13 +80,10 @@ def test_every_bad_line_is_named_at_once(tmp_path: Path) -> None:
         ('[{"a": 1}, 5,\n null]', "line 2: found null, wanted an object"),
         ('[{"a": 1}', "line 1: column 10: the file ends here, wanted ',' or ']'"),
         ('[{"a": 1}]\n]', "line 2: column 1: found ']' after the list"),
-        (
-            '{"a": 1}\n{"a": 2}',
-            "wanted a list of objects; one object a line belongs in a .jsonl file",
-        ),
-        ("[]", "the list is empty"),
-        (" \n", "the file is empty"),
-        ("", "the file is empty"),
+        ('{\n"a": 1}', "wanted a list of objects; one object a line belongs in a .jsonl file"),
+        ("[]", "the file holds no rows"),
+        (" \n", "the file holds no rows"),
+        ("", "the file holds no rows"),
     ],
 )
 def test_a_bad_json_file_is_placed(tmp_path: Path, content: str, expected: str) -> None:
@@ -106,16 +103,26 @@ def test_absurd_json_is_a_fault_not_a_crash(tmp_path: Path) -> None:
 
 def test_other_encodings_are_placed_by_byte(tmp_path: Path) -> None:
     gbk = fault(written(tmp_path / "a.jsonl", b'{"a": "' + "你".encode("gbk") + b'"}'))
-    assert gbk.endswith("not UTF-8: byte 0xc4 at offset 7; save the file as UTF-8")
-    utf16 = fault(written(tmp_path / "b.jsonl", '{"a": 1}'.encode("utf-16")))
-    assert "byte 0xff at offset 0" in utf16
+    assert gbk.split("\n") == [
+        f"{tmp_path / 'a.jsonl'}: 1 fault",
+        "  line 1: not UTF-8 (byte 0xc4 at byte 8 of the line); it looks like GBK: save the file as UTF-8",
+    ]
+    rows = b'\xef\xbb\xbf[{"a": 1},\n {"a": "' + "é".encode("latin-1") + b'"}]'
+    assert fault(written(tmp_path / "b.json", rows)) == (
+        f"{tmp_path / 'b.json'}: line 2: not UTF-8 (byte 0xe9 at byte 9 of the line); save the file as UTF-8"
+    )
+    for name in ("c.jsonl", "c.json", "c.csv", "c.txt"):
+        utf16 = fault(written(tmp_path / name, '{"a": 1}'.encode("utf-16")))
+        assert utf16 == f"{tmp_path / name}: UTF-16, not UTF-8; save the file as UTF-8"
 
 
 def test_a_missing_file_offers_the_nearest(tmp_path: Path) -> None:
     written(tmp_path / "train.jsonl", "{}")
     assert fault(tmp_path / "trian.jsonl").endswith(f"did you mean {tmp_path / 'train.jsonl'}?")
     assert fault(tmp_path / "folder" / "x.json").endswith("no such file")
-    assert "ends in '.csv', wanted .jsonl or .json" in fault(tmp_path / "a.csv")
+    assert fault(tmp_path / "a.xlsx").endswith(
+        "ends in '.xlsx', wanted .jsonl, .json, .parquet, .arrow, .csv or .txt, or one with .gz"
+    )
 
 
 # --- formats
@@ -123,12 +130,14 @@ def test_a_missing_file_offers_the_nearest(tmp_path: Path) -> None:
 
 def test_messages_rows_become_their_messages(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    examples = to_examples(path, [Row(3, GOOD), Row(5, {"messages": [{"role": "user", "content": ""}]})])
+    rows = [GOOD, {"messages": [{"role": "user", "content": ""}]}]
+    written(path, "\n\n" + "\n\n".join(map(json.dumps, rows)))
+    examples = list(to_examples(path))
     assert examples[0] == Example(tuple(GOOD["messages"]), f"{path}:3")
     assert examples[1].messages == ({"role": "user", "content": ""},)
 
 
-def test_alpaca_rows_become_turns() -> None:
+def test_alpaca_rows_become_turns(tmp_path: Path) -> None:
     row = {
         "instruction": "translate",
         "input": "cat",
@@ -138,8 +147,8 @@ def test_alpaca_rows_become_turns() -> None:
     }
     bare = {"instruction": "hi", "input": "", "output": "", "system": None, "history": None}
     only_input = {"instruction": "", "input": "x", "output": "y"}
-    rows = [Row(i, value) for i, value in enumerate((row, bare, only_input))]
-    got = [[(m["role"], m["content"]) for m in e.messages] for e in to_examples(Path("a.json"), rows)]
+    path = written(tmp_path / "a.json", json.dumps([row, bare, only_input]))
+    got = [[(m["role"], m["content"]) for m in e.messages] for e in to_examples(path)]
     assert got == [
         [
             *[("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "")],
@@ -172,8 +181,8 @@ def test_faults_of_messages_rows_are_all_named(tmp_path: Path) -> None:
         'line 6: "messages"[0] "content": found null, wanted a string',
         'line 6: "messages"[1] "role": found a number, wanted one of system, user, assistant, tool',
         'line 6: "messages"[1] "content": found a list, wanted a string',
-        'line 7: "tools": tool definitions are not supported; remove them',
-        'line 7: "messages"[0] "tool_calls": tool calls are not supported; write them into the content',
+        'line 7: "tools"[0]: found the keys none, wanted an object with a name',
+        'line 7: "messages"[0] "tool_calls"[0]: found a number, wanted an object with name and arguments',
         'line 8: "messages"[0] "content": half a character (\\ud83d) at position 0',
     ]
 
@@ -198,29 +207,35 @@ def test_faults_of_alpaca_rows_are_all_named(tmp_path: Path) -> None:
     ]
 
 
-def test_an_unknown_format_names_what_is_accepted() -> None:
+def test_an_unknown_format_names_what_is_accepted(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", '\n{"dialog": [], "id": 1}')
     with pytest.raises(DataError) as error:
-        to_examples(Path("a.json"), [Row(2, {"conversations": [], "id": 1})])
+        list(to_examples(path))
     assert str(error.value) == (
-        "a.json: line 2: found the keys conversations, id; wanted messages, or instruction/input/output (alpaca); "
-        "ShareGPT rows are not read yet: write them as messages"
+        f"{path}: line 2: found the keys dialog, id; wanted messages, conversations (ShareGPT), "
+        "instruction/input/output (alpaca), prompt and completion, query and response, or keys that "
+        "dataset_info.json maps"
     )
 
 
-def test_format_and_oddities_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_format_and_oddities_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     alpaca = {"instruction": "I am {{name}}", "output": "by {{author}}", "id": 1}
+    path = written(tmp_path / "a.jsonl", (json.dumps(alpaca) + "\n") * 3)
     with caplog.at_level(logging.INFO, logger="macft"):
-        to_examples(Path("a.json"), [Row(i, alpaca) for i in range(1, 4)])
+        list(to_examples(path))
     said = [record.getMessage() for record in caplog.records]
-    assert said[0] == "a.json: 3 alpaca rows"
-    assert said[1].startswith("a.json: 3 of 3 rows hold the placeholders {{name}} or {{author}} (first: a.json:1)")
-    assert said[2:] == ["a.json: keys that are not used: id"]
+    assert said[0] == f"{path}: 3 alpaca rows"
+    assert said[1].startswith(
+        f"{path}: 3 of 3 rows hold the placeholders {{{{name}}}} or {{{{author}}}} (first: {path}:1)"
+    )
+    assert said[2:] == [f"{path}: keys that are not used: id"]
 
 
-def test_unused_keys_inside_messages_are_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_unused_keys_inside_messages_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     row = {"messages": [{"role": "assistant", "content": "a", "weight": 0}], "tools": None}
-    to_examples(Path("a.json"), [Row(1, row)])
-    assert caplog.messages == ["a.json: keys that are not used: messages[].weight"]
+    path = written(tmp_path / "a.jsonl", json.dumps(row))
+    list(to_examples(path))
+    assert caplog.messages == [f"{path}: keys that are not used: messages[].weight"]
 
 
 # --- dataset
@@ -274,5 +289,3 @@ def test_public_alpaca_files_are_read() -> None:
     assert len(examples) == 1091
     assert examples[1000].source == f"{DATA / 'identity.json'}:2"
     assert [m["role"] for m in examples[1000].messages] == ["user", "assistant"]
-    with pytest.raises(DataError, match="found the keys conversations, tools; wanted messages"):
-        read_examples("glaive_toolcall_zh_demo", str(DATA), None)

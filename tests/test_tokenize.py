@@ -17,7 +17,7 @@ from tiny_tokenizer import CHATML_GENERATION, TEMPLATES, write_tiny_model
 from macft.data.dataset import read_examples
 from macft.data.formats import Example
 from macft.data.template import load_template
-from macft.data.tokenize import TokenizedExample, fit_examples, tokenize_examples
+from macft.data.tokenize import TokenizedExample, encode_examples, fit_examples, tokenize_examples
 from macft.data.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import DataError
 
@@ -169,7 +169,7 @@ def test_rows_without_an_answer_are_counted_and_left_out(
     kept, report = tokenize_examples([example("q"), example("q", "a")], tokenizer, CHATML, cutoff_len=99)
     assert (report.examples, report.kept, report.without_target, len(kept)) == (2, 1, 1, 1)
     assert report.tokens == len(kept[0].tokens) and report.trained_tokens == kept[0].loss_mask.sum() == 3
-    assert caplog.messages == ["1 of 2 examples have nothing to train on and are left out"]
+    assert caplog.messages == ["1 of 2 examples have nothing to train on and are left out (first: chat.jsonl:7)"]
 
 
 def test_nothing_left_is_an_error(tokenizer: Tokenizer) -> None:
@@ -310,3 +310,61 @@ def test_shortening_takes_user_text_alone(
         assert left == [""] * len(turns) and len(fitted.encoded.ids) == cutoff
     elif any(left):
         assert len(fitted.encoded.ids) > cutoff - 6
+
+
+TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=30) | st.sampled_from(
+    ["", "  ", "e\u0301u\u0308", "👩‍👩‍👧 a", "</s>one</s>", "\u1112\u1161\u11ab", "ﬁ ½ ①", "a\r\n\u200b b", "\u2581x"]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=3))
+def test_borders_are_placed_as_the_places_of_all_tokens_say(
+    tokenizer: Tokenizer, others: list[Tokenizer], texts: list[str]
+) -> None:
+    borders = [list(range(len(text) + 1)) for text in texts]
+    for each in [tokenizer, *others]:
+        for text, placed, wanted in zip(texts, each.place_batch(texts, borders), borders, strict=True):
+            encoded = each.encode(text)
+            assert placed.ids == encoded.ids
+            assert placed.borders == [encoded.token_after(border) for border in wanted]
+
+
+@pytest.fixture(scope="module")
+def others() -> list[Tokenizer]:
+    """Tokenizers that compose letters, drop blanks, and mark words: characters with no token, or with several."""
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    pieces = [*"abcdefghijklmnopqrstuvwxyz▁é", "<unk>"]
+    words = tokenizers.Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    words.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.StripAccents()])
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    marked = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    marked.normalizer = normalizers.NFC()
+    marked.pre_tokenizer = pre_tokenizers.Metaspace()
+    found = [Tokenizer(core, special_map={}, eos_ids=frozenset(), files={}) for core in (words, marked)]
+    return [*found, load_tokenizer(QWEN)] if QWEN.is_dir() else found
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    turns=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3),
+    cutoff=st.integers(4, 120),
+    keys=st.sampled_from([{}, {"train_on_prompt": True}, {"mask_history": True}]),
+)
+def test_many_rows_are_masked_as_each_alone(
+    tokenizer: Tokenizer, turns: list[tuple[str, str]], cutoff: int, keys: dict[str, bool]
+) -> None:
+    rows = [example(*turn) for turn in turns] + [example(*(text for turn in turns for text in turn))]
+    table = encode_examples(rows, tokenizer, CHATML, cutoff_len=cutoff, **keys)
+    slow = list(fit_examples(rows, tokenizer, CHATML, cutoff_len=cutoff, **keys))
+    for i, fitted in enumerate(slow):
+        is_kept = bool(fitted.loss_mask.any())
+        assert (table.columns["obstacle"][i] == 0) == is_kept
+        if is_kept:
+            assert table.row(i).tokens.tolist() == fitted.encoded.ids
+            assert table.row(i).loss_mask.tolist() == fitted.loss_mask.tolist()
+            assert table.columns["straddling"][i] == fitted.straddling
+        flags = (fitted.shortened, fitted.emptied, fitted.answer_cut)
+        assert table.columns["flags"][i] == sum(flag << bit for bit, flag in enumerate(flags))

@@ -202,8 +202,10 @@ def test_one_cut_of_the_prompt_serves_both_rows(tokenizer: Tokenizer, caplog: py
         *("five<|im_end|>\n", "five six seven<|im_end|>\n"),
     )
     assert len(tokenized.rejected.tokens) == len(full.rejected.tokens) - 2
-    assert (report.shortened, report.answer_cut, report.dropped) == (1, 0, 0)
-    assert caplog.messages == [f"1 of 1 pairs lost user text to fit cutoff_len {len(tokenized.rejected.tokens)}"]
+    assert (report.shortened, report.answer_cut, report.without_target) == (1, 0, 0)
+    assert caplog.messages == [
+        f"1 of 1 pairs lost user text to fit cutoff_len {len(tokenized.rejected.tokens)} (first: {example.source})"
+    ]
 
 
 def test_a_longer_answer_alone_loses_its_end(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
@@ -214,8 +216,12 @@ def test_a_longer_answer_alone_loses_its_end(tokenizer: Tokenizer, caplog: pytes
     check(tokenized)
     assert tokenized.chosen.tokens.tolist() == emptied.chosen.tokens.tolist()
     assert tokenized.rejected.tokens.tolist() == emptied.rejected.tokens[:cutoff].tolist()
-    assert (report.kept, report.shortened, report.answer_cut) == (1, 1, 1)
-    assert caplog.messages[1] == f"1 of 1 pairs lost the end of an answer to fit cutoff_len {cutoff}"
+    assert (report.kept, report.shortened, report.emptied, report.answer_cut) == (1, 1, 1, 1)
+    first = f"(first: {example.source})"
+    assert caplog.messages == [
+        f"1 of 1 pairs lost user text to fit cutoff_len {cutoff}, 1 of them all of it {first}",
+        f"1 of 1 pairs lost the end of an answer to fit cutoff_len {cutoff} {first}",
+    ]
 
 
 def test_a_pair_that_loses_an_answer_is_dropped_and_counted(
@@ -225,9 +231,13 @@ def test_a_pair_that_loses_an_answer_is_dropped_and_counted(
     kept, report = tokenize_pairs(
         [lost, pair("q", chosen="a", rejected="b")], tokenizer, CHATML_TEMPLATE, cutoff_len=12
     )
-    assert len(kept) == 1 and report == PairReport(examples=2, kept=1, dropped=1, tokens=2 * 12, trained_tokens=2 * 3)
-    assert caplog.messages == ["1 of 2 pairs are left out: cutoff_len 12 leaves no answer on one side"]
-    with pytest.raises(DataError, match="none of the 1 pairs has an answer token on both sides: cutoff_len 12"):
+    assert len(kept) == 1 and report == PairReport(
+        examples=2, kept=1, without_target=1, tokens=2 * 12, trained_tokens=2 * 3
+    )
+    assert caplog.messages == [
+        f"1 of 2 pairs are left out: cutoff_len 12 leaves no answer on one side (first: {lost.source})"
+    ]
+    with pytest.raises(DataError, match="none of the 1 pair can be trained on: cutoff_len 12 leaves 1 without an ans"):
         tokenize_pairs([lost], tokenizer, CHATML_TEMPLATE, cutoff_len=12)
 
 
@@ -237,7 +247,7 @@ def test_a_pair_that_loses_its_whole_prompt_is_dropped(tokenizer: Tokenizer) -> 
         pair("one", chosen=" two", rejected=" six"),
     ]
     kept, report = tokenize_pairs(given, tokenizer, EMPTY, cutoff_len=4)
-    assert (len(kept), report.dropped) == (1, 1)
+    assert (len(kept), report.without_target) == (1, 1)
 
 
 # --- properties of random pairs
@@ -265,7 +275,7 @@ def test_the_prompt_is_shared_and_all_else_is_trained(
     check(tokenized)
     for row, side in ((tokenized.chosen, example.chosen), (tokenized.rejected, example.rejected)):
         assert row.tokens.tolist() == tokenizer.encode(template.render([*example.prompt, *side])).ids
-    assert report.shortened == report.answer_cut == report.dropped == 0
+    assert report.shortened == report.answer_cut == report.without_target == 0
 
 
 @settings(max_examples=150, deadline=None)
@@ -293,7 +303,7 @@ def test_shortening_takes_the_same_user_text_from_both_rows(
     assert all(question.endswith(rest) for question, rest in zip(turns[::2], left[0], strict=True))
     if fitted.answer_cut:
         assert set(left[0]) == {""}
-    if not fitted.is_lost:
+    if fitted.obstacle is None:
         check(one(tokenizer, example, cutoff_len=cutoff)[0])
 
 

@@ -5,14 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from macft.data.tokenize import TokenizedExample
-from macft.data.tokenize_pairs import TokenizedPair
+from macft.data.packing import PackedExample
+from macft.data.rows import TokenizedExample, TokenizedPair
+
+# What a row of a batch is made of; of a pair, two rows.
+Row = TokenizedExample | TokenizedPair | PackedExample
 
 Array = TypeVar("Array")
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """Rows whose lengths are known before they are read."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [rows]: tokens of each, of a pair those of the longer side."""
+
 
 # Sorting whole stretches of this many steps keeps padding low and the order random.
 STEPS_PER_SORTED_STRETCH = 50
@@ -25,6 +38,8 @@ class Batch(Generic[Array]):
     tokens: Array  # int32 [rows, T], right-padded with 0
     loss_mask: Array  # bool [rows, T]; True where the token is a training target
     lengths: Array  # int32 [rows], real tokens per row
+    # Packed rows alone have it: 1, 2, ... where each of a row's examples stands, 0 at the padding.
+    segment_ids: Array | None = None  # int32 [rows, T]
     # Pairs alone have the rest. Rows 0..P-1 are chosen, rows P..2P-1 rejected.
     prompt_mask: Array | None = None  # bool [rows, T]; True at the prompt tokens but the first, of chosen rows
     reference_logps: Array | None = None  # float32 [rows]; what the reference gives the answers
@@ -44,12 +59,42 @@ class Batch(Generic[Array]):
 NumpyBatch = Batch[np.ndarray]
 
 
-def collate(examples: Sequence[TokenizedExample] | Sequence[TokenizedPair]) -> NumpyBatch:
-    """Stack examples, or pairs, into one right-padded batch; padding is never a target."""
+def collate(examples: Sequence[Row]) -> NumpyBatch:
+    """Stack examples, packed rows, or pairs into one right-padded batch; padding is never a target."""
     pairs = [example for example in examples if isinstance(example, TokenizedPair)]
     if pairs:
         return _collate_pairs(pairs)
+    packed = [example for example in examples if isinstance(example, PackedExample)]
+    if packed:
+        return _collate_packed(packed)
     return _stack([example for example in examples if isinstance(example, TokenizedExample)])
+
+
+def _collate_packed(rows: Sequence[PackedExample]) -> NumpyBatch:
+    joined = [TokenizedExample(*(np.concatenate(column) for column in _columns(row))) for row in rows]
+    batch = _stack(joined)
+    segment_ids = np.zeros(batch.tokens.shape, dtype=np.int32)
+    for i, row in enumerate(rows):
+        lengths = [len(part.tokens) for part in row.parts]
+        segment_ids[i, : sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    # what stands before the first token of an example is no part of it, and says nothing about it
+    begins = np.diff(segment_ids, axis=1, prepend=0) != 0
+    return replace(batch, loss_mask=batch.loss_mask & ~begins, segment_ids=segment_ids)
+
+
+def _columns(row: PackedExample) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return [part.tokens for part in row.parts], [part.loss_mask for part in row.parts]
+
+
+def unpack(batch: NumpyBatch) -> NumpyBatch:
+    """The examples of packed rows, one a row, in the order in which they stand, but for those of one token."""
+    assert batch.segment_ids is not None, "the rows are not packed"
+    parts = []
+    for tokens, mask, segments in zip(batch.tokens, batch.loss_mask, batch.segment_ids, strict=True):
+        for segment in range(1, int(segments.max()) + 1):
+            parts.append(TokenizedExample(tokens[segments == segment], mask[segments == segment]))
+    # a model that reads all tokens but the last would read nothing of a single one
+    return _stack([part for part in parts if len(part.tokens) > 1])
 
 
 def _stack(rows: Sequence[TokenizedExample]) -> NumpyBatch:
@@ -70,6 +115,7 @@ def _collate_pairs(pairs: Sequence[TokenizedPair]) -> NumpyBatch:
         prompt_mask[i, 1 : pair.prompt_length] = True
     batch = replace(batch, prompt_mask=prompt_mask)
     references = [pair.reference for pair in pairs if pair.reference is not None]
+    assert len(references) in (0, len(pairs)), "some pairs of a batch have a reference, others none"
     if not references:
         return batch
     logps = [r.chosen_logp for r in references] + [r.rejected_logp for r in references]
@@ -80,18 +126,25 @@ def _collate_pairs(pairs: Sequence[TokenizedPair]) -> NumpyBatch:
     )
 
 
-def row_length(example: TokenizedExample | TokenizedPair) -> int:
-    """Tokens of the example, or of the longer row of a pair."""
+def row_length(example: Row) -> int:
+    """Tokens of the example, of a packed row, or of the longer row of a pair."""
     if isinstance(example, TokenizedPair):
         return max(len(example.chosen.tokens), len(example.rejected.tokens))
+    if isinstance(example, PackedExample):
+        return sum(len(part.tokens) for part in example.parts)
     return len(example.tokens)
 
 
-def in_order(
-    examples: Sequence[TokenizedExample] | Sequence[TokenizedPair], batch_size: int
-) -> Iterator[tuple[np.ndarray, NumpyBatch]]:
+def lengths_of(rows: Sequence[Row]) -> np.ndarray:
+    """int64 [rows]: `row_length` of each, without reading those that know it."""
+    if isinstance(rows, Measured):
+        return rows.lengths
+    return np.array([row_length(row) for row in rows], dtype=np.int64)
+
+
+def in_order(examples: Sequence[Row], batch_size: int) -> Iterator[tuple[np.ndarray, NumpyBatch]]:
     """Batches of neighbouring lengths that cover all examples once, each with the indices of its examples."""
-    order = np.argsort([-row_length(example) for example in examples], kind="stable")
+    order = np.argsort(-lengths_of(examples), kind="stable")
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         yield indices, collate([examples[index] for index in indices])
@@ -124,6 +177,19 @@ class Plan:
         if self.max_steps > 0:
             return self.max_steps
         return max(1, math.ceil(self.epochs * self.steps_per_epoch))
+
+    @property
+    def visited(self) -> np.ndarray:
+        """Indices of the examples that some step trains on, ascending: all, unless the plan ends before its epoch."""
+        if self.total_steps >= self.steps_per_epoch:
+            return np.arange(len(self.lengths))
+        return np.sort(np.concatenate([indices for step in self.steps() for indices in step]))
+
+    def is_due(self, strategy: Literal["no", "steps", "epoch"], every: int, step: int) -> bool:
+        """Whether something that comes each `every` steps, or each epoch and at the end, comes after `step`."""
+        if strategy == "steps":
+            return step % every == 0
+        return strategy == "epoch" and (step % self.steps_per_epoch == 0 or step == self.total_steps)
 
     def steps(self, after: int = 0) -> Iterator[list[np.ndarray]]:
         """Example indices of the micro-batches of every step from the one after `after` on."""

@@ -1,32 +1,23 @@
-"""Rows of a data file in; conversations (`messages` or alpaca rows), checked, out."""
+"""Rows of a data file in; conversations or plain texts, checked, out."""
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from macft.data.sources import Row, kind_of
+from macft.data.convert import Reading, converted
+from macft.data.layout import SIDES, Layout, naming_of, recognise_style
+from macft.data.messages import Notes, Tools, check_alternation, check_messages, check_text, read_tools
+from macft.data.sources import Row, kind_of, place_of
 from macft.data.template import Message
-from macft.errors import DataError, join_faults
+from macft.errors import DataError
 
-logger = logging.getLogger("macft")
-
-MESSAGE_KEYS = {"role", "content", "tool_calls"}
-_ACCEPTED = "messages, or instruction/input/output (alpaca)"
-_ROW_KEYS = {
-    "messages": {"messages", "tools"},
-    "alpaca": {"instruction", "input", "output", "system", "history"},
-}
-_PLACEHOLDER = re.compile(r"\{\{(?:name|author)\}\}")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-Converted = TypeVar("Converted")
-# one row's object -> what it stands for; faults are added to the list
-Convert = Callable[[dict[str, Any], list[str]], Converted]
+_ACCEPTED = (
+    "messages, conversations (ShareGPT), instruction/input/output (alpaca), prompt and completion, "
+    "query and response, or keys that dataset_info.json maps"
+)
 
 
 class Conversation(Protocol):
@@ -43,201 +34,162 @@ class Conversation(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation; `source` says where it stands, as file:line."""
+    """One conversation, with the tools it may call; `source` says where it stands, as file:line."""
 
     messages: tuple[Message, ...]
     source: str
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True)
-class Naming:
-    """How a format writes one message: the two keys, and its role names with what they mean."""
+class Text:
+    """One text to continue pre-training on; `source` says where it stands, as file:line."""
 
-    role: str
-    content: str
-    roles: dict[str, str]
-
-
-PLAIN = Naming("role", "content", {role: role for role in ("system", "user", "assistant", "tool")})
+    text: str
+    source: str
 
 
-def to_examples(path: Path, rows: Sequence[Row], unread: Sequence[str] = ()) -> list[Example]:
-    """The rows of one file as conversations, in the format its first row shows.
-
-    `unread` are the faults of lines that are no rows. Raises DataError with these and with every
-    faulty row's line, key, what was found and what was wanted.
-    """
-    kind, converted = convert_rows(path, rows, unread, _recognise)
-    examples = [Example(tuple(messages), source) for source, messages in converted]
-    warn_of_placeholders(path, examples)
-    unused = {key for row in rows for key in row.value} - _ROW_KEYS[kind]
-    if kind == "messages":
-        inner = {key for row in rows for message in row.value["messages"] for key in message}
-        unused |= {f"messages[].{key}" for key in inner - MESSAGE_KEYS}
-    warn_of_unused_keys(path, unused)
-    return examples
+def to_examples(path: Path, layout: Layout | None = None, limit: int | None = None) -> Iterator[Example]:
+    """The conversations of one file, with the errors of `convert.converted`."""
+    return converted(path, EXAMPLES, layout, limit)
 
 
-def convert_rows(
-    path: Path,
-    rows: Sequence[Row],
-    unread: Sequence[str],
-    recognise: Callable[[Path, Row], tuple[str, Convert[Converted]]],
-) -> tuple[str, list[tuple[str, Converted]]]:
-    """The name of the format that `recognise` sees in the first row, and (source, value) of each row.
-
-    Raises DataError with `unread` and the faults of all rows.
-    """
-    if not rows:
-        raise DataError(join_faults(f"{path}: {_count(len(unread))}", list(unread)))
-    kind, convert = recognise(path, rows[0])
-    converted: list[tuple[str, Converted]] = []
-    faults = list(unread)
-    for row in rows:
-        found: list[str] = []
-        converted.append((f"{path}:{row.number}", convert(row.value, found)))
-        faults += [f"line {row.number}: {fault}" for fault in found]
-    if faults:
-        faults.sort(key=lambda fault: int(fault.split(":")[0].removeprefix("line ")))
-        where = "" if len(faults) == len(unread) else f" in {kind} rows"
-        raise DataError(join_faults(f"{path}: {_count(len(faults))}{where}", faults))
-    logger.info("%s: %d %s rows", path, len(rows), kind)
-    return kind, converted
+def to_texts(path: Path, layout: Layout | None = None, limit: int | None = None) -> Iterator[Text]:
+    """The texts of one file, with the errors of `convert.converted`."""
+    return converted(path, TEXTS, layout, limit)
 
 
-def _count(faults: int) -> str:
-    return f"{faults} fault{'' if faults == 1 else 's'}"
+def _recognise(path: Path, row: Row) -> Layout:
+    layout = recognise_style(row.value.keys())
+    if layout is not None:
+        return layout
+    at = f"{path}: {place_of(path)} {row.number}"
+    if set(SIDES) <= row.value.keys():
+        raise DataError(f"{at}: found chosen and rejected: these are preference pairs; set stage: dpo")
+    if "text" in row.value:
+        raise DataError(f"{at}: found text: rows without questions; set stage: pt to continue pre-training on them")
+    raise DataError(f"{at}: found the keys {', '.join(row.value) or 'none'}; wanted {_ACCEPTED}")
 
 
-def _recognise(path: Path, row: Row) -> tuple[str, Any]:
-    if "messages" in row.value:
-        return "messages", _from_messages
-    if "instruction" in row.value and ("output" in row.value or "chosen" not in row.value):
-        return "alpaca", _from_alpaca
-    if "chosen" in row.value and "rejected" in row.value:
-        raise DataError(
-            f"{path}: line {row.number}: found chosen and rejected: these are preference pairs; set stage: dpo"
-        )
-    keys = ", ".join(row.value) or "none"
-    hint = "; ShareGPT rows are not read yet: write them as messages" if "conversations" in row.value else ""
-    raise DataError(f"{path}: line {row.number}: found the keys {keys}; wanted {_ACCEPTED}{hint}")
+def _read(layout: Layout, row: dict[str, Any], source: str, notes: Notes) -> Example | None:
+    tools = read_tools(row.get(layout.columns.get("tools", "")), layout.columns.get("tools", ""), notes)
+    if layout.style == "conversation":
+        messages = conversation_turns(layout, row, notes, open_end=False)
+    elif layout.style == "completion" and isinstance(row.get(layout.columns["prompt"]), list):
+        messages = _completion_turns(layout, row, notes)
+    else:
+        prompt, [answer] = alpaca_turns(layout, row, ("response",), notes)
+        messages = [*prompt, {"role": "assistant", "content": answer}]
+    return None if notes.faults else Example(tuple(messages), source, tools)
 
 
-def _from_messages(row: dict[str, Any], faults: list[str]) -> list[Message]:
-    if "messages" not in row:
-        faults.append(f'no "messages"; found the keys {", ".join(row) or "none"}')
+def conversation_turns(layout: Layout, row: dict[str, Any], notes: Notes, *, open_end: bool) -> list[Message]:
+    """The system text and the list of messages of a row; `open_end` says that its last is a question."""
+    key = layout.columns["messages"]
+    if key not in row:
+        notes.faults.append(layout.missing("messages", row))
         return []
-    check_tools(row, faults)
-    if row["messages"] == []:
-        faults.append('"messages": the list is empty, wanted at least one user and one assistant message')
-    return check_messages(row["messages"], "messages", faults)
+    naming = layout.naming or naming_of(row[key])
+    messages = check_messages(row[key], key, notes, naming)
+    if layout.alternates and not notes.faults:
+        check_alternation(messages, key, notes, naming, open_end=open_end)
+    elif row[key] == []:
+        notes.faults.append(f'"{key}": the list is empty, wanted at least one user and one assistant message')
+    system = _optional_text(layout, row, "system", notes)
+    if system and any(message["role"] == "system" for message in messages):
+        notes.faults.append(f'"{layout.columns["system"]}": "{key}" hold a system message too; keep one of the two')
+    return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def check_tools(row: dict[str, Any], faults: list[str]) -> None:
-    """A fault where a row defines tools."""
-    if row.get("tools"):
-        faults.append('"tools": tool definitions are not supported; remove them')
-
-
-def check_messages(value: Any, key: str, faults: list[str], naming: Naming = PLAIN) -> list[Message]:
-    """The messages of a list under `key`, without those that get a fault."""
-    if not isinstance(value, list):
-        faults.append(f'"{key}": found {kind_of(value)}, wanted a list')
+def _completion_turns(layout: Layout, row: dict[str, Any], notes: Notes) -> list[Message]:
+    """Both parts as lists of messages, as TRL has them."""
+    key = layout.columns["response"]
+    if key not in row:
+        notes.faults.append(layout.missing("response", row))
         return []
-    checked = (check_message(message, f'"{key}"[{i}]', faults, naming) for i, message in enumerate(value))
-    return [message for message in checked if message is not None]
+    prompt = check_messages(row[layout.columns["prompt"]], layout.columns["prompt"], notes)
+    if not isinstance(row[key], str):
+        return [*prompt, *check_messages(row[key], key, notes)]
+    return [*prompt, {"role": "assistant", "content": check_text(row[key], f'"{key}"', notes)}]
 
 
-def check_message(value: Any, place: str, faults: list[str], naming: Naming = PLAIN) -> Message | None:
-    """One message, with `role` and `content` whatever the format calls them; None and faults if it is none."""
-    if not isinstance(value, dict):
-        faults.append(f"{place}: found {kind_of(value)}, wanted an object with {naming.role} and {naming.content}")
-        return None
-    before = len(faults)
-    for key in (naming.role, naming.content):
-        if key not in value:
-            faults.append(f'{place}: no "{key}"; found the keys {", ".join(value) or "none"}')
-    role = value.get(naming.role)
-    if naming.role in value and not (isinstance(role, str) and role in naming.roles):
-        shown = repr(role) if isinstance(role, str) else kind_of(role)
-        faults.append(f'{place} "{naming.role}": found {shown}, wanted one of {", ".join(naming.roles)}')
-    if value.get("tool_calls"):
-        faults.append(f'{place} "tool_calls": tool calls are not supported; write them into the content')
-    if naming.content in value:
-        check_text(value[naming.content], f'{place} "{naming.content}"', faults)
-    if len(faults) > before:
-        return None
-    return {"role": naming.roles[value[naming.role]], "content": value[naming.content]}
-
-
-def check_text(value: Any, place: str, faults: list[str]) -> str:
-    """The text itself, or an empty one and a fault."""
-    if not isinstance(value, str):
-        faults.append(f"{place}: found {kind_of(value)}, wanted a string")
-        return ""
-    broken = _SURROGATE.search(value)
-    if broken:
-        faults.append(f"{place}: half a character (\\u{ord(broken[0]):04x}) at position {broken.start()}")
-        return ""
-    return value
-
-
-def _from_alpaca(row: dict[str, Any], faults: list[str]) -> list[Message]:
-    prompt, [answer] = alpaca_turns(row, ("output",), faults)
-    return [*prompt, {"role": "assistant", "content": answer}]
-
-
-def alpaca_turns(row: dict[str, Any], answers: Sequence[str], faults: list[str]) -> tuple[list[Message], list[str]]:
-    """(system, history and question; the texts under the keys `answers`), empty where there are faults."""
+def alpaca_turns(
+    layout: Layout, row: dict[str, Any], answers: Sequence[str], notes: Notes
+) -> tuple[list[Message], list[str]]:
+    """(system, history and question; the texts of the columns `answers`), empty where there are faults."""
+    columns = layout.columns
     texts: dict[str, str] = {}
-    required = ("instruction", *answers)
-    for key in required:
-        if key in row:
-            texts[key] = check_text(row[key], f'"{key}"', faults)
+    needed = [column for column in layout.needed if column not in SIDES and column != "response"]
+    for column in (*needed, *answers):
+        key = columns[column]
+        if key not in row:
+            notes.faults.append(layout.missing(column, row))
+        elif row[key] is None and column == "prompt" and row.get(columns.get("query", "")):
+            texts[column] = ""
         else:
-            needs = f"{', '.join(required[:-1])} and {required[-1]}"
-            faults.append(f'no "{key}"; an alpaca row needs {needs}, found {", ".join(row)}')
-    for key in ("input", "system"):
-        texts[key] = "" if row.get(key) is None else check_text(row[key], f'"{key}"', faults)
-    turns = _history(row.get("history"), faults)
-    if faults:
+            texts[column] = check_text(row[key], f'"{key}"', notes)
+    question = [texts.get("prompt", ""), texts.get("query", "") or _optional_text(layout, row, "query", notes)]
+    system = _optional_text(layout, row, "system", notes)
+    turns = _history(row.get(columns.get("history", "")), columns.get("history", ""), notes)
+    if notes.faults:
         return [], [""] * len(answers)
-    prompt = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
-    for question, answer in turns:
-        prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    prompt.append({"role": "user", "content": "\n".join(filter(None, (texts["instruction"], texts["input"])))})
-    return prompt, [texts[key] for key in answers]
+    prompt: list[Message] = [{"role": "system", "content": system}] if system else []
+    for asked, answer in turns:
+        prompt += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    prompt.append({"role": "user", "content": "\n".join(filter(None, question))})
+    return prompt, [texts[column] for column in answers]
 
 
-def _history(value: Any, faults: list[str]) -> list[tuple[str, str]]:
+def _optional_text(layout: Layout, row: dict[str, Any], column: str, notes: Notes) -> str:
+    key = layout.columns.get(column)
+    value = None if key is None or column in layout.needed else row.get(key)
+    return "" if value is None else check_text(value, f'"{key}"', notes)
+
+
+def _history(value: Any, key: str, notes: Notes) -> list[tuple[str, str]]:
     if value is None:
         return []
     if not isinstance(value, list):
-        faults.append(f'"history": found {kind_of(value)}, wanted a list of [question, answer] pairs')
+        notes.faults.append(f'"{key}": found {kind_of(value)}, wanted a list of [question, answer] pairs')
         return []
     turns: list[tuple[str, str]] = []
     for i, pair in enumerate(value):
         if not isinstance(pair, list) or len(pair) != 2:
             shown = f"a list of {len(pair)}" if isinstance(pair, list) else kind_of(pair)
-            faults.append(f'"history"[{i}]: found {shown}, wanted a list of question and answer')
+            notes.faults.append(f'"{key}"[{i}]: found {shown}, wanted a list of question and answer')
             continue
-        question, answer = (check_text(text, f'"history"[{i}][{j}]', faults) for j, text in enumerate(pair))
+        question, answer = (check_text(text, f'"{key}"[{i}][{j}]', notes) for j, text in enumerate(pair))
         turns.append((question, answer))
     return turns
 
 
-def warn_of_placeholders(path: Path, examples: Sequence[Conversation]) -> None:
-    """One warning if texts hold the placeholders of a public data set."""
-    holding = [e for e in examples if any(_PLACEHOLDER.search(m["content"]) for m in e.messages)]
-    if holding:
-        logger.warning(
-            "%s: %d of %d rows hold the placeholders {{name}} or {{author}} (first: %s); replace them, "
-            "or the model learns to say them",
-            *(path, len(holding), len(examples), holding[0].source),
-        )
+def _recognise_text(path: Path, row: Row) -> Layout:
+    if "text" in row.value:
+        return Layout("text", "text", {"prompt": "text"})
+    raise DataError(
+        f"{path}: {place_of(path)} {row.number}: found the keys {', '.join(row.value) or 'none'}; stage: pt needs "
+        'text, or a key that dataset_info.json maps: "columns": {"prompt": KEY}; to train on answers set stage: sft'
+    )
 
 
-def warn_of_unused_keys(path: Path, unused: set[str]) -> None:
-    """One warning naming the keys that nothing reads."""
-    if unused:
-        logger.warning("%s: keys that are not used: %s", path, ", ".join(sorted(unused)))
+def _read_text(layout: Layout, row: dict[str, Any], source: str, notes: Notes) -> Text | None:
+    if layout.style == "conversation":
+        notes.faults.append(f"stage: pt needs texts, found {layout.name} rows; set stage: sft")
+        return None
+    # alpaca rows, as a data set's entry names them: the prompt and what stands below it
+    column = layout.needed[0]
+    key = layout.columns[column]
+    if key not in row:
+        notes.faults.append(layout.missing(column, row))
+        return None
+    below = _optional_text(layout, row, "query", notes)
+    text = "\n".join(filter(None, (check_text(row[key], f'"{key}"', notes), below)))
+    return None if notes.faults else Text(text, source)
+
+
+def _contents(example: Conversation) -> Iterator[str]:
+    return (message["content"] for message in example.messages)
+
+
+EXAMPLES: Reading[Example] = Reading(_recognise, _read, _contents)
+TEXTS: Reading[Text] = Reading(_recognise_text, _read_text, lambda text: iter((text.text,)))

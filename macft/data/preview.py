@@ -1,4 +1,4 @@
-"""One example or pair in; its rendered text with the trained tokens marked, for a terminal or as JSON, out."""
+"""One example, pair or text in; its rendered text with the trained tokens marked, for a terminal or as JSON, out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from macft.data import formats, texts
 from macft.data.formats import Example
 from macft.data.pairs import PairExample
+from macft.data.sources import counted
 from macft.data.template import ChatTemplate
 from macft.data.tokenize import Fitted, fit_examples, special_in_content
-from macft.data.tokenize_pairs import FittedPair, fit_pairs
+from macft.data.tokenize_pairs import FittedPair, Obstacle, fit_pairs
 from macft.data.tokenizer import Tokenizer
 from macft.errors import UsageError
 
@@ -62,6 +64,23 @@ def preview_pair(
         console.print(Text(f"--- {side}"), soft_wrap=True, highlight=False)
         _print(console, shown[side]["pieces"])
     console.print(Text(_pair_counts(shown)), soft_wrap=True, highlight=False)
+
+
+def preview_text(
+    rows: Sequence[formats.Text], index: int, tokenizer: Tokenizer, *, cutoff_len: int, console: Console
+) -> None:
+    """Print text `index` (from 0) as it is trained on, its end token included, then a line of counts."""
+    shown = preview_text_json(rows, index, tokenizer, cutoff_len=cutoff_len)
+    _print(console, shown["pieces"])
+    special = ", ".join(shown["special_in_content"]) or "none"
+    console.print(
+        Text(
+            f"{shown['source']}: {shown['num_tokens']} tokens, {shown['num_trained']} trained, "
+            f"{counted(shown['rows'], 'row')} of cutoff_len {cutoff_len}, special tokens inside content: {special}"
+        ),
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _print(console: Console, pieces: Sequence[dict[str, Any]]) -> None:
@@ -135,6 +154,14 @@ def preview_pair_json(
     }
 
 
+def preview_text_json(
+    rows: Sequence[formats.Text], index: int, tokenizer: Tokenizer, *, cutoff_len: int
+) -> dict[str, Any]:
+    """The same as a JSON object: source, pieces, token ids, mask and counts; `rows`: how many it fills."""
+    _check_index(index, len(rows))
+    return texts.preview_text_json(rows, index, tokenizer, cutoff_len=cutoff_len)
+
+
 def _check_index(index: int, rows: int) -> None:
     if not 0 <= index < rows:
         raise UsageError(f"row {index}: there are {rows} rows, wanted 0 to {rows - 1}")
@@ -148,13 +175,17 @@ def _part(row: Fitted, start: int, stop: int | None) -> dict[str, Any]:
 
 
 def _fate(pair: FittedPair) -> str:
-    if pair.prompt_length == 0 and not pair.shortened:
-        return "refused in training: the prompt has no token of its own"
-    if pair.is_lost:
-        return "left out of training: cutoff_len leaves no answer on one side"
+    obstacles: dict[Obstacle, str] = {
+        "no prompt": "refused in training: the prompt has no token of its own",
+        "no answer": "left out of training: cutoff_len leaves no answer on one side",
+        "nothing before the answers": "left out of training: cutoff_len leaves nothing before the answers",
+    }
+    if pair.obstacle is not None:
+        return obstacles[pair.obstacle]
+    lost = "user text emptied" if pair.chosen.emptied else "user text shortened" if pair.shortened else "not shortened"
     if pair.answer_cut:
-        return "user text emptied and an answer cut" if pair.shortened else "an answer cut"
-    return "user text shortened" if pair.shortened else "not shortened"
+        return f"{lost} and an answer cut" if pair.shortened else "an answer cut"
+    return lost
 
 
 def _pieces(fitted: Fitted, start: int = 0, stop: int | None = None) -> list[dict[str, Any]]:

@@ -1,68 +1,95 @@
-"""A JSON or JSONL file in; its rows, each with the line it starts on, out."""
+"""A data file in; its rows, each with the line it starts on, out."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from macft.data.archive import kind, lines, nearest_file, read_text
+from macft.data.tables import TABLES, count_table, table_rows
 from macft.errors import DataError, join_faults
 
-SUFFIXES = (".jsonl", ".json")
+__all__ = ["SUFFIXES", "Row", "Unread", "count_rows", "counted", "iter_rows", "kind_of", "nearest_file", "read_rows"]
+
+SUFFIXES = (".jsonl", ".json", *TABLES, ".txt")
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One object of a data file; `number` is the line (from 1) it starts on."""
+    """One row of a data file; `number` is the line (from 1) it starts on, in a table its place."""
 
     number: int
     value: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A place where a file holds no row, and why."""
+
+    number: int
+    fault: str
+
+
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a .jsonl file, or of a .json file that holds a list of objects.
+    """All rows of a file, with the errors of `iter_rows`."""
+    return list(iter_rows(path))
 
-    Raises DataError: file missing, not UTF-8, empty, or with every line that is not a JSON object.
+
+def iter_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """The rows of a file one by one, in bounded memory unless it is a JSON list.
+
+    Of a table only `columns` are read. Nothing follows the first fault. Raises DataError: file missing,
+    damaged or empty, and, once all is read, with every line that is no row.
     """
-    rows, faults = scan_rows(path)
-    if faults:
-        raise DataError(join_faults(f"{path}: {_count(len(faults), 'fault')}", faults))
-    return rows
-
-
-def scan_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """The rows of a file that are JSON objects, and a fault for each line that is not.
-
-    Raises DataError when there is nothing to scan: file missing, not UTF-8 or empty.
-    """
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: ends in {path.suffix or 'nothing'!r}, wanted .jsonl or .json")
-    text = _read_text(path)
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty, wanted at least one row")
-    rows: list[Row] = []
     faults: list[str] = []
-    for line, value, fault in _jsonl_items(text) if path.suffix == ".jsonl" else _json_items(text):
+    for item in scan(path, columns):
+        if isinstance(item, Unread):
+            faults.append(f"{place_of(path)} {item.number}: {item.fault}")
+        elif not faults:
+            yield item
+    if faults:
+        raise DataError(join_faults(f"{path}: {counted(len(faults), 'fault')}", faults))
+
+
+def scan(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row | Unread]:
+    """The rows of a file and the places that hold none, in order.
+
+    Raises DataError when there is nothing to scan: file missing, of an unknown kind, damaged or empty.
+    """
+    suffix = kind(path)
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path}: ends in {path.suffix or 'nothing'!r}, wanted {_one_of(SUFFIXES)}, or one with .gz")
+    if suffix in TABLES:
+        items = table_rows(path, columns)
+    elif suffix == ".txt":
+        items = _text_items(path)
+    else:
+        items = _jsonl_items(path) if suffix == ".jsonl" or _is_jsonl(path) else _json_items(read_text(path))
+    is_empty = True
+    for number, value, fault in items:
+        is_empty = False
         if isinstance(value, dict):
-            rows.append(Row(line, value))
+            yield Row(number, value)
         else:
-            faults.append(f"line {line}: {fault or f'found {kind_of(value)}, wanted an object'}")
-    if not rows and not faults:
-        raise DataError(f"{path}: the list is empty, wanted at least one row")
-    return rows, faults
+            yield Unread(number, fault or f"found {kind_of(value)}, wanted an object")
+    if is_empty:
+        raise DataError(f"{path}: the file holds no rows, wanted at least one")
 
 
-def nearest_file(path: Path) -> str:
-    """A hint that names the file beside `path` with the most similar name, or nothing."""
-    folder = path.parent
-    names = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
-    near = get_close_matches(path.name, names, n=1)
-    return f"; did you mean {folder / near[0]}?" if near else ""
+def count_rows(path: Path) -> int:
+    """How many rows a file has; read from the header where there is one."""
+    counted_there = count_table(path)
+    return sum(isinstance(item, Row) for item in scan(path, ())) if counted_there is None else counted_there
+
+
+def place_of(path: Path) -> str:
+    """What the number of a row counts in this file."""
+    return "row" if kind(path) in (".parquet", ".arrow") else "line"
 
 
 def kind_of(value: object) -> str:
@@ -71,43 +98,76 @@ def kind_of(value: object) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file{nearest_file(path)}") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = content[error.start]
-        raise DataError(
-            f"{path}: not UTF-8: byte 0x{byte:02x} at offset {error.start}; save the file as UTF-8"
-        ) from None
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 # (line, value, fault): the fault is empty where a value was read
 _Item = tuple[int, Any, str]
 
 
-def _jsonl_items(text: str) -> Iterator[_Item]:
-    # only \n ends a line: U+2028 and its like may stand inside a JSON string
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            yield line, json.loads(content), ""
-        except json.JSONDecodeError as error:
-            hint = "; a list belongs in a .json file" if line == 1 and content.lstrip()[0] == "[" else ""
-            yield line, None, f"not JSON ({error.msg} at column {error.colno}){hint}"
-        except (ValueError, RecursionError) as error:
-            yield line, None, f"not JSON that can be read ({error})"
+def _text_items(path: Path) -> Iterator[_Item]:
+    """Each line that is not blank is a text."""
+    for number, text, fault in lines(path):
+        if fault:
+            yield number, None, fault
+        elif text.strip():
+            yield number, {"text": text.rstrip("\r\n")}, ""
+
+
+def _is_jsonl(path: Path) -> bool:
+    """Whether a .json file holds one object a line, as many on the hubs do."""
+    for _, text, _ in lines(path):
+        if text.strip():
+            value, _ = _parsed(text)
+            return isinstance(value, dict)
+    return False
+
+
+def _jsonl_items(path: Path) -> Iterator[_Item]:
+    for number, text, fault in lines(path):
+        if fault:
+            yield number, None, fault
+        elif text.strip():
+            value, fault = _parsed(text.rstrip("\r\n"))
+            is_list = number == 1 and text.lstrip().startswith("[") and fault
+            yield number, value, f"{fault}; a list belongs in a .json file" if is_list else fault
+
+
+def _parsed(text: str) -> tuple[Any, str]:
+    try:
+        return json.loads(text), ""
+    except json.JSONDecodeError as error:
+        return None, _not_json(text, error)
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON that can be read ({error})"
+
+
+# what a Chinese keyboard types in place of JSON's own marks
+_WIDE = {"，": ",", "：": ":", "“": '"', "”": '"', "［": "[", "］": "]", "｛": "{", "｝": "}"}
+
+
+def _not_json(text: str, error: json.JSONDecodeError) -> str:
+    found = text[error.pos : error.pos + 1]
+    wide = f": found the full-width {found}, wanted {_WIDE[found]}" if found in _WIDE else ""
+    before = text[: error.pos].rstrip()
+    comma = f", {_COMMA}" if before.endswith(",") and found in "}]" and found else ""
+    return f"not JSON ({error.msg} at column {error.colno}{wide}{comma})"
+
+
+_COMMA = "after a comma that ends the list"
 
 
 def _json_items(text: str) -> Iterator[_Item]:
     """The items of one JSON list, read one by one so that each is known by its line."""
     at = _skip(text, 0)
+    if at == len(text):
+        return
     if text[at] != "[":
         hint = "; one object a line belongs in a .jsonl file" if text[at] == "{" else ""
         yield _line(text, at), None, f"starts with {text[at]!r}, wanted a list of objects{hint}"
@@ -121,7 +181,7 @@ def _json_items(text: str) -> Iterator[_Item]:
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            yield error.lineno, None, f"not JSON ({error.msg} at column {error.colno})"
+            yield error.lineno, None, _not_json(text, error)
             return
         except (ValueError, RecursionError) as error:
             yield line, None, f"not JSON that can be read ({error})"
@@ -155,8 +215,6 @@ def _column(text: str, at: int) -> int:
 
 
 def _found(text: str, at: int) -> str:
-    return f"found {text[at]!r}" if at < len(text) else "the file ends here"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    if at >= len(text):
+        return "the file ends here"
+    return f"found {f'the full-width {text[at]}' if text[at] in _WIDE else repr(text[at])}"

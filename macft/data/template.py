@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from difflib import get_close_matches
@@ -15,11 +16,16 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from macft.data.template_names import NAMED, REFUSED
+from macft.data.template_source import literal, named_source, needs_eos, one_answer_reason, thinking_default
 from macft.data.tokenizer import Tokenizer, read_json
 from macft.errors import DataError, ModelError
 
+logger = logging.getLogger("macft")
+
 Message = dict[str, Any]
 
+_JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 # the name that stands for text as it is, and that text: no headers, and the eos token ends an answer
 EMPTY = "empty"
 _EMPTY_SOURCE = (
@@ -35,6 +41,8 @@ class ChatTemplate:
     def __init__(self, source: str, *, name: str, special_map: dict[str, str]) -> None:
         self.source = source
         self.name = name
+        # why earlier answers cannot be trained on; None: they can
+        self.one_answer = one_answer_reason(source)
         self._special_map = special_map
         try:
             self._compiled = _environment().from_string(source)
@@ -42,6 +50,10 @@ class ChatTemplate:
             raise ModelError(
                 f"{name} line {error.lineno}: {str(error.message).rstrip('.')}; correct the template"
             ) from None
+
+    def syntax(self) -> nodes.Template:
+        """The template as Jinja's tree of nodes."""
+        return _environment().parse(self.source)
 
     def render(
         self,
@@ -64,27 +76,89 @@ class ChatTemplate:
             raise DataError(f"the chat template ({self.name}) refuses this conversation: {reason}") from None
 
 
-def load_template(folder: Path, special_map: dict[str, str], template: str | None = None) -> ChatTemplate:
-    """The chat template of a model folder, or of the Jinja file `template` when that is given.
+def load_template(
+    folder: Path,
+    special_map: dict[str, str],
+    template: str | None = None,
+    *,
+    default_system: str | None = None,
+    enable_thinking: bool = True,
+) -> ChatTemplate:
+    """The chat template of a model folder, or `template`: a Jinja file, or one of LLaMA-Factory's names.
 
-    `template` may be `empty`: contents joined as they are, the eos token after an assistant's.
-    Raises ModelError when there is none or it is not valid Jinja.
+    A file of the working folder comes before a name. `empty` joins the contents, with the eos token
+    after an assistant's. `default_system` is the system text of conversations without one.
+    `default_system` and `enable_thinking` become part of the source. Raises ModelError when there
+    is no such template, it is not valid Jinja, or the model lacks the eos token that it needs.
     """
-    if template == EMPTY:
-        if "eos_token" not in special_map:
-            raise ModelError(
-                f"{folder}: names no eos_token, with which template: empty ends an answer; give a Jinja file"
-            )
-        return ChatTemplate(_EMPTY_SOURCE, name=EMPTY, special_map=special_map)
-    if template is not None:
-        path = Path(template).expanduser()
-        return ChatTemplate(_read_template(path), name=str(path), special_map=special_map)
-    path = folder / "chat_template.jinja"
+    source, name, is_named = _find_source(folder, special_map, template, default_system, enable_thinking)
+    if not enable_thinking and "enable_thinking" not in source:
+        logger.warning("the chat template (%s) knows no enable_thinking: it has no effect", name)
+    if not is_named:
+        source = _with_defaults(source, default_system, enable_thinking)
+    return ChatTemplate(source, name=name, special_map=special_map)
+
+
+def _find_source(
+    folder: Path,
+    special_map: dict[str, str],
+    template: str | None,
+    default_system: str | None,
+    enable_thinking: bool,
+) -> tuple[str, str, bool]:
+    """(Jinja text, name, whether it holds default_system and enable_thinking already)."""
+    if template is None:
+        path = folder / "chat_template.jinja"
+        if path.is_file():
+            return _read_template(path), str(path), False
+        path = folder / "tokenizer_config.json"
+        return _own_template(path, read_json(path).get("chat_template")), str(path), False
+    path = Path(template).expanduser()
     if path.is_file():
-        return ChatTemplate(_read_template(path), name=str(path), special_map=special_map)
-    path = folder / "tokenizer_config.json"
-    source = _own_template(path, read_json(path).get("chat_template"))
-    return ChatTemplate(source, name=str(path), special_map=special_map)
+        if template in _names():
+            logger.warning("template: the file %s of this folder, not the template of that name", path)
+        return _read_template(path), str(path), False
+    if template == EMPTY:
+        _check_eos(folder, special_map, EMPTY)
+        return _EMPTY_SOURCE, EMPTY, False
+    if template in NAMED:
+        if needs_eos(template):
+            _check_eos(folder, special_map, template)
+        return named_source(template, default_system, enable_thinking), template, True
+    if template in REFUSED:
+        raise ModelError(
+            f"template: {template} of LLaMA-Factory is not here: {REFUSED[template]}; "
+            "leave template out for the model's own, or give a Jinja file"
+        )
+    if path.suffix in _JINJA_SUFFIXES or len(path.parts) > 1:
+        return _read_template(path), str(path), False
+    near = get_close_matches(template, _names(), n=1)
+    hint = f"; did you mean {near[0]}" if near else ""
+    raise ModelError(
+        f"template: {template} is neither a file nor a name{hint}; wanted a Jinja file or one of {', '.join(_names())}"
+    )
+
+
+def _names() -> list[str]:
+    return sorted([*NAMED, EMPTY])
+
+
+def _check_eos(folder: Path, special_map: dict[str, str], name: str) -> None:
+    if "eos_token" not in special_map:
+        raise ModelError(f"{folder}: names no eos_token, with which template: {name} ends an answer; give a Jinja file")
+
+
+def _with_defaults(source: str, default_system: str | None, enable_thinking: bool) -> str:
+    """`source` that adds the system text and switches thinking off by itself, for whatever tool renders it."""
+    if default_system is not None:
+        message = f"{{'role': 'system', 'content': {literal(default_system)}}}"
+        source = (
+            "{% if not messages or messages[0]['role'] != 'system' %}"
+            f"{{% set messages = [{message}] + messages | list %}}{{% endif %}}\n{source}"
+        )
+    if not enable_thinking and "enable_thinking" in source:
+        source = f"{{% set enable_thinking = {thinking_default(False)} %}}\n{source}"
+    return source
 
 
 def template_folder(base: Path, adapter: Path | None) -> Path:

@@ -2,56 +2,30 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import unicodedata
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
+from macft.data.fate import RefusedError, SpecialTokens, Telling, TokenizeReport, count_rows, special_in_content
 from macft.data.formats import Conversation, Example
+from macft.data.rows import ANSWER_CUT, EMPTIED, SHORTENED, Examples, Growing, Table, TokenizedExample
+from macft.data.sources import counted
 from macft.data.spans import Rendered, render_with_spans
 from macft.data.template import ChatTemplate, Message
-from macft.data.tokenizer import Encoded, Tokenizer
-from macft.errors import DataError, join_faults
+from macft.data.tokenizer import Encoded, Placed, Tokenizer
+from macft.data.tools import Tools
+from macft.errors import DataError
 
-logger = logging.getLogger("macft")
+__all__ = ["TokenizeReport", "TokenizedExample", "fit_examples", "special_in_content", "tokenize_examples"]
 
 # encoded at once: keeps all cores busy, and the memory of the encodings small
 CHUNK = 1000
 
 AnyConversation = TypeVar("AnyConversation", bound=Conversation)
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class TokenizedExample:
-    """`tokens` int32 [T]; `loss_mask` bool [T], where True means that the token is a target."""
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-
-
-@dataclass
-class TokenizeReport:
-    """What became of the examples: counts of examples, except for the last three."""
-
-    examples: int = 0
-    kept: int = 0
-    # nothing trained on in them: left out
-    without_target: int = 0
-    # lost user text to fit cutoff_len
-    shortened: int = 0
-    # their last answer lost its end
-    answer_cut: int = 0
-    special_in_content: int = 0
-    # tokens that lie on both sides of a trained span's border
-    straddling: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +37,13 @@ class Fitted:
     loss_mask: np.ndarray
     straddling: int
     shortened: bool
+    emptied: bool  # shortened, and no user text is left
     answer_cut: bool
+
+    @property
+    def row(self) -> TokenizedExample:
+        """What training takes of it."""
+        return TokenizedExample(np.asarray(self.encoded.ids, dtype=np.int32), self.loss_mask)
 
 
 @dataclass(frozen=True)
@@ -76,9 +56,13 @@ class _Job:
     train_on_prompt: bool
     mask_history: bool
 
-    def render(self, messages: Sequence[Message]) -> Rendered:
+    def render(self, messages: Sequence[Message], tools: Tools | None) -> Rendered:
         return render_with_spans(
-            self.template, messages, train_on_prompt=self.train_on_prompt, mask_history=self.mask_history
+            self.template,
+            messages,
+            tools=tools,
+            train_on_prompt=self.train_on_prompt,
+            mask_history=self.mask_history,
         )
 
 
@@ -90,38 +74,102 @@ def tokenize_examples(
     cutoff_len: int,
     train_on_prompt: bool = False,
     mask_history: bool = False,
-) -> tuple[list[TokenizedExample], TokenizeReport]:
+) -> tuple[Examples, TokenizeReport]:
     """Every example with something to train on, in order, and the counts of what happened.
 
     Raises DataError naming each example that the template refuses, or when none is left.
     """
-    special = special_in_content(examples, tokenizer)
-    report = TokenizeReport(examples=len(examples), special_in_content=len(special))
-    kept: list[TokenizedExample] = []
-    for one in fit_examples(
+    table = encode_examples(
         examples,
         tokenizer,
         template,
         cutoff_len=cutoff_len,
         train_on_prompt=train_on_prompt,
         mask_history=mask_history,
-    ):
-        report.shortened += one.shortened
-        report.answer_cut += one.answer_cut
-        if not one.loss_mask.any():
-            report.without_target += 1
-            continue
-        kept.append(TokenizedExample(np.asarray(one.encoded.ids, dtype=np.int32), one.loss_mask))
-        report.straddling += one.straddling
-        report.tokens += len(one.encoded.ids)
-        report.trained_tokens += int(one.loss_mask.sum())
-    report.kept = len(kept)
-    if not kept:
+    )
+    return take_examples(table, tokenizer, template, cutoff_len=cutoff_len)
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    *,
+    cutoff_len: int,
+    train_on_prompt: bool = False,
+    mask_history: bool = False,
+    files: Mapping[str, int] | None = None,
+) -> Table:
+    """Every example, with the tokens of those that have something to train on.
+
+    `files` numbers the files that they may stand in. Raises RefusedError.
+    """
+    job = _Job(tokenizer, template, cutoff_len, train_on_prompt, mask_history)
+    special = SpecialTokens(tokenizer)
+    grown = Growing(1, files)
+    rendered = render_all(examples, lambda example: job.render(example.messages, example.tools))
+    for start in range(0, len(rendered), CHUNK):
+        chunk = rendered[start : start + CHUNK]
+        placed = tokenizer.place_batch(
+            [one.text for one in chunk], [[border for span in one.spans for border in span] for one in chunk]
+        )
+        for example, text, tokens, row in zip(examples[start:], chunk, placed, _rows(placed), strict=False):
+            flags, straddling = 0, sum(straddles for _, straddles in tokens.borders)
+            if len(tokens.ids) > cutoff_len:
+                fitted = _fit(job, example, text, tokenizer.encode(text.text))
+                flags = SHORTENED * fitted.shortened | EMPTIED * fitted.emptied | ANSWER_CUT * fitted.answer_cut
+                row, straddling = fitted.row, fitted.straddling
+            grown.add(
+                example.source,
+                [row],
+                obstacle=int(not row.loss_mask.any()),
+                flags=flags,
+                straddling=straddling,
+                special=special.first_in(example),
+            )
+    return grown.table()
+
+
+def _rows(placed: Sequence[Placed]) -> Iterator[TokenizedExample]:
+    """The rows of a chunk: tokens from a span's first to the last that ends in it are trained on, token 0 never."""
+    ends = np.cumsum([len(one.ids) for one in placed], dtype=np.int64).tolist()
+    starts = [0, *ends[:-1]]
+    tokens = np.fromiter((id_ for one in placed for id_ in one.ids), np.int32, ends[-1])
+    borders = [start + at for start, one in zip(starts, placed, strict=True) for at, _ in one.borders]
+    # a token inside a span has an odd number of borders before it
+    inside = np.searchsorted(np.array(borders, dtype=np.int64), np.arange(len(tokens)), side="right") % 2 == 1
+    for start, end in zip(starts, ends, strict=True):
+        inside[start : min(start + 1, end)] = False
+        yield TokenizedExample(tokens[start:end], inside[start:end])
+
+
+def take_examples(
+    table: Table,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    *,
+    cutoff_len: int,
+    indices: np.ndarray | None = None,
+) -> tuple[Examples, TokenizeReport]:
+    """Of a table (of its rows `indices`) what is trained on, and the counts; warns of what happened.
+
+    Raises DataError when nothing is left.
+    """
+    indices = np.arange(len(table)) if indices is None else indices
+    kept = Examples(table, indices[table.columns["obstacle"][indices] == 0])
+    report = TokenizeReport()
+    count_rows(report, table, indices)
+    if not len(kept):
         raise DataError(
-            f"none of the {len(examples)} examples has a token to train on: each lacks an assistant turn, "
+            f"none of the {counted(len(indices), 'example')} has a token to train on: each lacks an assistant turn, "
             f"is cut before it by cutoff_len {cutoff_len}, or its template, {template.name}, renders no answer"
         )
-    _warn(report, special, cutoff_len)
+    tell = Telling("examples", table, indices)
+    tell.special(tokenizer)
+    of_them = f", {report.emptied} of them all of it" if report.emptied else ""
+    tell.flag(SHORTENED, f"lost user text to fit cutoff_len {cutoff_len}{of_them}")
+    tell.flag(ANSWER_CUT, f"lost the end of their last answer to fit cutoff_len {cutoff_len}")
+    tell.obstacle(1, "have nothing to train on and are left out")
     return kept, report
 
 
@@ -134,12 +182,12 @@ def fit_examples(
     train_on_prompt: bool = False,
     mask_history: bool = False,
 ) -> Iterator[Fitted]:
-    """Every example rendered, encoded once, and shortened where it must be, in order.
+    """Every example rendered, encoded once, and shortened where it must be, in order, with its text.
 
-    All are rendered before the first is given out: DataError names each that the template refuses.
+    All are rendered before the first is given out: RefusedError names each that the template refuses.
     """
     job = _Job(tokenizer, template, cutoff_len, train_on_prompt, mask_history)
-    rendered = render_all(examples, lambda example: job.render(example.messages))
+    rendered = render_all(examples, lambda example: job.render(example.messages, example.tools))
     for start in range(0, len(rendered), CHUNK):
         chunk = rendered[start : start + CHUNK]
         encoded = tokenizer.encode_batch([one.text for one in chunk])
@@ -148,59 +196,53 @@ def fit_examples(
 
 
 def render_all(examples: Sequence[AnyConversation], render: Callable[[AnyConversation], Result]) -> list[Result]:
-    """`render` of every example; DataError names each that it refuses."""
+    """`render` of every example; RefusedError names each that it refuses."""
     rendered: list[Result] = []
-    faults: dict[str, list[str]] = {}  # cause -> examples
+    faults: dict[str, tuple[str, int]] = {}
     for example in examples:
         try:
             rendered.append(render(example))
         except DataError as error:
-            faults.setdefault(str(error), []).append(example.source)
+            first, count = faults.get(str(error), (example.source, 0))
+            faults[str(error)] = (first, count + 1)
     if faults:
-        lines = [f"{sources[0]}{and_others(sources)}: {cause}" for cause, sources in faults.items()]
-        count = sum(map(len, faults.values()))
-        raise DataError(lines[0] if len(lines) == 1 else join_faults(f"{count} examples cannot be rendered", lines))
+        raise RefusedError(faults)
     return rendered
 
 
-def and_others(sources: Sequence[str]) -> str:
-    """How many more there are than the first, in words."""
-    return f" and {len(sources) - 1} more" if len(sources) > 1 else ""
-
-
-def special_in_content(examples: Sequence[Conversation], tokenizer: Tokenizer) -> list[tuple[str, list[str]]]:
-    """(source, tokens) of each example whose text holds special tokens, which stay special."""
-    if not tokenizer.special_strings:
-        return []
-    pattern = re.compile("|".join(re.escape(text) for text in tokenizer.special_strings))
-    found: list[tuple[str, list[str]]] = []
-    for example in examples:
-        hits = dict.fromkeys(hit for m in example.messages for hit in pattern.findall(m["content"]))
-        if hits:
-            found.append((example.source, list(hits)))
-    return found
-
-
 def _fit(job: _Job, example: Example, rendered: Rendered, encoded: Encoded) -> Fitted:
-    shortened = False
+    messages = example.messages
     if len(encoded.ids) > job.cutoff_len:
         try:
             messages = shorten(
                 example.messages,
                 len(encoded.ids),
-                lambda messages: len(job.tokenizer.encode(job.template.render(messages)).ids),
+                lambda messages: len(job.tokenizer.encode(job.render(messages, example.tools).text).ids),
                 tokenizer=job.tokenizer,
                 cutoff_len=job.cutoff_len,
             )
-            rendered = job.render(messages)
+            rendered = job.render(messages, example.tools)
         except DataError as error:
             raise DataError(f"{example.source}, shortened to cutoff_len {job.cutoff_len}: {error}") from None
         encoded = job.tokenizer.encode(rendered.text)
-        shortened = messages != example.messages
     mask, straddling = _loss_mask(rendered, encoded)
     answer_cut = bool(mask[job.cutoff_len :].any())
     mask = mask[: job.cutoff_len]
-    return Fitted(rendered, cut(encoded, job.cutoff_len), mask, straddling, shortened, answer_cut)
+    return Fitted(
+        rendered=rendered,
+        encoded=cut(encoded, job.cutoff_len),
+        loss_mask=mask,
+        straddling=straddling,
+        shortened=messages != example.messages,
+        emptied=is_emptied(example.messages, messages),
+        answer_cut=answer_cut,
+    )
+
+
+def is_emptied(before: Sequence[Message], after: Sequence[Message]) -> bool:
+    """Whether there was user text, and none is left."""
+    had, has = (any(m["role"] == "user" and m["content"].strip() for m in messages) for messages in (before, after))
+    return had and not has
 
 
 def cut(encoded: Encoded, cutoff_len: int) -> Encoded:
@@ -252,32 +294,6 @@ def _loss_mask(rendered: Rendered, encoded: Encoded) -> tuple[np.ndarray, int]:
     straddling = 0
     for start, end in rendered.spans:
         mask |= (ends > start) & (ends <= end)
-        straddling += token_after(encoded, start)[1] + token_after(encoded, end)[1]
+        straddling += encoded.token_after(start)[1] + encoded.token_after(end)[1]
     mask[:1] = False
     return mask, straddling
-
-
-def token_after(encoded: Encoded, border: int) -> tuple[int, bool]:
-    """(index of the first token that ends after the character `border`, whether it begins before it)."""
-    at = bisect_right(encoded.ends, border)
-    begin = encoded.ends[at - 1] if at > 0 else 0
-    return at, at < len(encoded.ends) and begin < border
-
-
-def _warn(report: TokenizeReport, special: list[tuple[str, list[str]]], cutoff_len: int) -> None:
-    total = report.examples
-    if special:
-        source, tokens = special[0]
-        logger.warning(
-            "%d of %d examples hold special tokens in their text, which stay special (first: %s in %s)",
-            *(len(special), total, tokens[0], source),
-        )
-    if report.shortened:
-        logger.warning("%d of %d examples lost user text to fit cutoff_len %d", report.shortened, total, cutoff_len)
-    if report.answer_cut:
-        logger.warning(
-            "%d of %d examples lost the end of their last answer to fit cutoff_len %d",
-            *(report.answer_cut, total, cutoff_len),
-        )
-    if report.without_target:
-        logger.warning("%d of %d examples have nothing to train on and are left out", report.without_target, total)

@@ -2,88 +2,63 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from macft.data.fate import SpecialTokens, Telling, TokenizeReport, and_others, count_rows
 from macft.data.pairs import PairExample
+from macft.data.rows import ANSWER_CUT, EMPTIED, IDENTICAL, SHORTENED, Growing, Pairs, Reference, Table, TokenizedPair
+from macft.data.sources import counted
 from macft.data.spans import Rendered, render_turn
 from macft.data.template import ChatTemplate, Message
 from macft.data.tokenize import (
     CHUNK,
     Fitted,
-    TokenizedExample,
-    and_others,
     cut,
+    is_emptied,
     render_all,
     shorten,
-    special_in_content,
-    token_after,
 )
 from macft.data.tokenizer import Encoded, Tokenizer
 from macft.errors import DataError
 
-logger = logging.getLogger("macft")
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the reference model says of one pair: log-probabilities summed over each answer."""
-
-    chosen_logp: float
-    rejected_logp: float
-    # mean negative log-probability of the prompt's tokens after the first; nan: not computed
-    log_perplexity: float
-
-
-@dataclass(frozen=True)
-class TokenizedPair:
-    """Two rows that begin with the same `prompt_length` tokens; each loss mask is True from there to the row's end."""
-
-    chosen: TokenizedExample
-    rejected: TokenizedExample
-    prompt_length: int
-    reference: Reference | None = None
+__all__ = ["PairReport", "Reference", "TokenizedPair", "fit_pairs", "tokenize_pairs"]
 
 
 @dataclass
-class PairReport:
-    """What became of the pairs: counts of pairs, except for the last three."""
+class PairReport(TokenizeReport):
+    """The same counts of pairs; tokens are those of both rows."""
 
-    examples: int = 0
-    kept: int = 0
-    # one side lost its whole answer to cutoff_len: left out, and counted nowhere else
-    dropped: int = 0
-    # lost user text to fit cutoff_len
-    shortened: int = 0
-    # an answer lost its end
-    answer_cut: int = 0
     # both rows are the same tokens
     identical: int = 0
-    special_in_content: int = 0
-    # tokens on both sides of the border between prompt and answer
-    straddling: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
+
+
+Obstacle = Literal["no prompt", "no answer", "nothing before the answers"]
+# as a table numbers them, from 1 on
+_OBSTACLES: tuple[Obstacle, ...] = ("no prompt", "no answer", "nothing before the answers")
 
 
 @dataclass(frozen=True)
 class FittedPair:
-    """A pair as it is trained on; both rows begin with the same `prompt_length` tokens.
-
-    `is_lost`: one side has no answer left, or no prompt is left before them, after the cut to cutoff_len.
-    """
+    """A pair as it is trained on; both rows begin with the same `prompt_length` tokens."""
 
     chosen: Fitted
     rejected: Fitted
     prompt_length: int
 
     @property
-    def is_lost(self) -> bool:
-        """Whether the pair cannot be trained on."""
-        return self.prompt_length == 0 or not (self.chosen.loss_mask.any() and self.rejected.loss_mask.any())
+    def obstacle(self) -> Obstacle | None:
+        """What keeps the pair from being trained on; but for "no prompt" it is cutoff_len's doing."""
+        if self.prompt_length == 0 and not self.shortened:
+            return "no prompt"
+        if not (self.chosen.loss_mask.any() and self.rejected.loss_mask.any()):
+            return "no answer"
+        if self.prompt_length == 0:
+            return "nothing before the answers"
+        return None
 
     @property
     def shortened(self) -> bool:
@@ -98,40 +73,84 @@ class FittedPair:
 
 def tokenize_pairs(
     examples: Sequence[PairExample], tokenizer: Tokenizer, template: ChatTemplate, *, cutoff_len: int
-) -> tuple[list[TokenizedPair], PairReport]:
-    """Every pair with something to train on in both rows, in order, and the counts of what happened.
+) -> tuple[Pairs, PairReport]:
+    """Every pair that keeps a prompt and an answer on both sides, in order, and the counts of what happened.
 
     Raises DataError naming each pair that the template refuses or whose prompt has no token, or when
     none is left.
     """
-    special = special_in_content(examples, tokenizer)
-    report = PairReport(examples=len(examples), special_in_content=len(special))
-    kept: list[TokenizedPair] = []
-    identical: list[str] = []
-    without_prompt: list[str] = []
+    table = encode_pairs(examples, tokenizer, template, cutoff_len=cutoff_len)
+    return take_pairs(table, tokenizer, template, cutoff_len=cutoff_len)
+
+
+def encode_pairs(
+    examples: Sequence[PairExample],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    *,
+    cutoff_len: int,
+    files: Mapping[str, int] | None = None,
+) -> Table:
+    """Every pair, with the tokens of those that can be trained on.
+
+    `files` numbers the files that they may stand in. Raises RefusedError.
+    """
+    special = SpecialTokens(tokenizer)
+    grown = Growing(2, files)
     fitted = fit_pairs(examples, tokenizer, template, cutoff_len=cutoff_len)
     for example, one in zip(examples, fitted, strict=True):
-        if one.prompt_length == 0 and not one.shortened:
-            without_prompt.append(example.source)
-        elif one.is_lost:
-            report.dropped += 1
-        else:
-            kept.append(TokenizedPair(_row(one.chosen), _row(one.rejected), one.prompt_length))
-            _count(report, one)
-            if one.chosen.encoded.ids == one.rejected.encoded.ids:
-                identical.append(example.source)
-    if without_prompt:
-        raise DataError(
-            f"{without_prompt[0]}{and_others(without_prompt)}: the prompt has no token of its own with the template "
-            f"{template.name}; give a longer prompt or a chat template"
+        flags = SHORTENED * one.shortened | EMPTIED * one.chosen.emptied | ANSWER_CUT * one.answer_cut
+        flags |= IDENTICAL * (one.chosen.encoded.ids == one.rejected.encoded.ids)
+        grown.add(
+            example.source,
+            [one.chosen.row, one.rejected.row],
+            obstacle=0 if one.obstacle is None else _OBSTACLES.index(one.obstacle) + 1,
+            # what else befell a pair that is left out is not told
+            flags=flags if one.obstacle is None else 0,
+            straddling=one.chosen.straddling + one.rejected.straddling,
+            special=special.first_in(example),
+            prompt_length=one.prompt_length,
         )
-    report.kept, report.identical = len(kept), len(identical)
-    if not kept:
+    return grown.table()
+
+
+def take_pairs(
+    table: Table,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    *,
+    cutoff_len: int,
+    indices: np.ndarray | None = None,
+) -> tuple[Pairs, PairReport]:
+    """Of a table (of its rows `indices`) what is trained on, and the counts; warns of what happened.
+
+    Raises DataError naming each pair whose prompt has no token, or when nothing is left.
+    """
+    indices = np.arange(len(table)) if indices is None else indices
+    obstacles = table.columns["obstacle"][indices]
+    without_prompt, no_answer, nothing_before = (indices[obstacles == i + 1] for i in range(len(_OBSTACLES)))
+    if len(without_prompt):
         raise DataError(
-            f"none of the {len(examples)} pairs has an answer token on both sides: cutoff_len {cutoff_len} cuts them "
-            "off; raise it"
+            f"{table.source(int(without_prompt[0]))}{and_others(len(without_prompt))}: the prompt has no token of its "
+            f"own with the template {template.name}; give a longer prompt or a chat template"
         )
-    _warn(report, special, identical, cutoff_len)
+    kept = Pairs(table, indices[obstacles == 0])
+    report = PairReport()
+    count_rows(report, table, indices)
+    report.identical = int((table.columns["flags"][indices] & IDENTICAL > 0).sum())
+    if not len(kept):
+        raise DataError(
+            f"none of the {counted(len(indices), 'pair')} can be trained on: cutoff_len {cutoff_len} leaves "
+            f"{len(no_answer)} without an answer on one side and {len(nothing_before)} without a prompt; raise it"
+        )
+    tell = Telling("pairs", table, indices)
+    tell.special(tokenizer)
+    of_them = f", {report.emptied} of them all of it" if report.emptied else ""
+    tell.flag(SHORTENED, f"lost user text to fit cutoff_len {cutoff_len}{of_them}")
+    tell.flag(ANSWER_CUT, f"lost the end of an answer to fit cutoff_len {cutoff_len}")
+    tell.obstacle(2, f"are left out: cutoff_len {cutoff_len} leaves no answer on one side")
+    tell.obstacle(3, f"are left out: cutoff_len {cutoff_len} leaves nothing before the answers")
+    tell.flag(IDENTICAL, "have the same tokens on both sides, so they show no preference")
     return kept, report
 
 
@@ -140,7 +159,7 @@ def fit_pairs(
 ) -> Iterator[FittedPair]:
     """Both rows of every pair rendered, encoded once, and shortened where they must be, in order.
 
-    All are rendered before the first is given out: DataError names each that the template refuses.
+    All are rendered before the first is given out: RefusedError names each that the template refuses.
     """
     job = _Job(tokenizer, template, cutoff_len)
     rendered = render_all(examples, lambda example: job.render(example, example.prompt))
@@ -175,7 +194,7 @@ class _Job:
 def _fit(
     job: _Job, example: PairExample, rendered: tuple[Rendered, Rendered], encoded: tuple[Encoded, Encoded]
 ) -> FittedPair:
-    shortened = False
+    prompt = example.prompt
     length = max(len(row.ids) for row in encoded)
     if length > job.cutoff_len:
         try:
@@ -190,8 +209,7 @@ def _fit(
         except DataError as error:
             raise DataError(f"{example.source}, shortened to cutoff_len {job.cutoff_len}: {error}") from None
         encoded = (job.tokenizer.encode(rendered[0].text), job.tokenizer.encode(rendered[1].text))
-        shortened = prompt != example.prompt
-    starts = [token_after(row, text.spans[0][0]) for row, text in zip(encoded, rendered, strict=True)]
+    starts = [row.token_after(text.spans[0][0]) for row, text in zip(encoded, rendered, strict=True)]
     # TRL's rule: the earlier start of the two, so that both rows share the prompt
     prompt_length = min(starts[0][0], starts[1][0], _common_length(encoded[0].ids, encoded[1].ids))
     chosen, rejected = (
@@ -200,7 +218,8 @@ def _fit(
             encoded=cut(row, job.cutoff_len),
             loss_mask=np.arange(min(len(row.ids), job.cutoff_len)) >= prompt_length,
             straddling=int(straddles),
-            shortened=shortened,
+            shortened=prompt != example.prompt,
+            emptied=is_emptied(example.prompt, prompt),
             answer_cut=len(row.ids) > job.cutoff_len,
         )
         for text, row, (_, straddles) in zip(rendered, encoded, starts, strict=True)
@@ -211,43 +230,3 @@ def _fit(
 def _common_length(left: list[int], right: list[int]) -> int:
     pairs = enumerate(zip(left, right, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
-
-
-def _row(fitted: Fitted) -> TokenizedExample:
-    return TokenizedExample(np.asarray(fitted.encoded.ids, dtype=np.int32), fitted.loss_mask)
-
-
-def _count(report: PairReport, pair: FittedPair) -> None:
-    report.shortened += pair.shortened
-    report.answer_cut += pair.answer_cut
-    for row in (pair.chosen, pair.rejected):
-        report.straddling += row.straddling
-        report.tokens += len(row.encoded.ids)
-        report.trained_tokens += int(row.loss_mask.sum())
-
-
-def _warn(
-    report: PairReport, special: Sequence[tuple[str, list[str]]], identical: Sequence[str], cutoff_len: int
-) -> None:
-    total = report.examples
-    if special:
-        source, tokens = special[0]
-        logger.warning(
-            "%d of %d pairs hold special tokens in their text, which stay special (first: %s in %s)",
-            *(len(special), total, tokens[0], source),
-        )
-    if report.shortened:
-        logger.warning("%d of %d pairs lost user text to fit cutoff_len %d", report.shortened, total, cutoff_len)
-    if report.answer_cut:
-        logger.warning(
-            "%d of %d pairs lost the end of an answer to fit cutoff_len %d", report.answer_cut, total, cutoff_len
-        )
-    if report.dropped:
-        logger.warning(
-            "%d of %d pairs are left out: cutoff_len %d leaves no answer on one side", report.dropped, total, cutoff_len
-        )
-    if identical:
-        logger.warning(
-            "%d of %d pairs have the same tokens on both sides, so they show no preference (first: %s)",
-            *(len(identical), total, identical[0]),
-        )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,20 @@ class Encoded:
     ids: list[int]
     ends: list[int]
 
+    def token_after(self, border: int) -> tuple[int, bool]:
+        """(index of the first token that ends after the character `border`, whether it begins before it)."""
+        at = bisect_right(self.ends, border)
+        begin = self.ends[at - 1] if at > 0 else 0
+        return at, at < len(self.ends) and begin < border
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Token ids, and for each character asked about (first token that ends after it, whether that begins before it)."""
+
+    ids: list[int]
+    borders: list[tuple[int, bool]]
+
 
 class Tokenizer:
     """Encodes without adding special tokens; those written in the text stay special."""
@@ -75,6 +91,12 @@ class Tokenizer:
         """Every token's text with its id."""
         return dict(self._core.get_vocab(with_added_tokens=True))
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of everything that the tokens of a text, and the special tokens of a template, depend on."""
+        parts = [self._core.to_str(), json.dumps(self.special_map, sort_keys=True), str(sorted(self.eos_ids))]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
     def encode(self, text: str) -> Encoded:
         """Token ids of `text`, and where each token ends in it (in characters)."""
         return _encoded(self._core.encode(text, add_special_tokens=False))
@@ -82,6 +104,14 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """`encode` for many texts, on all cores."""
         return [_encoded(one) for one in self._core.encode_batch(list(texts), add_special_tokens=False)]
+
+    def place_batch(self, texts: Sequence[str], borders: Sequence[Sequence[int]]) -> list[Placed]:
+        """`encode_batch` where only the tokens around some `borders`, characters of each text, are asked for."""
+        encoded = self._core.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            Placed(one.ids, [_token_after(one, border) for border in wanted])
+            for one, wanted in zip(encoded, borders, strict=True)
+        ]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that make no character become U+FFFD."""
@@ -124,6 +154,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _encoded(encoding: Any) -> Encoded:
     return Encoded(encoding.ids, [end for _, end in encoding.offsets])
+
+
+def _token_after(encoding: Any, border: int) -> tuple[int, bool]:
+    """`Encoded.token_after` without the places of all tokens, which cost more to read than the ids."""
+    count = len(encoding)
+    token = encoding.char_to_token(border)
+    if token is None:
+        # behind the last token, or a character that no token holds
+        if count == 0 or encoding.token_to_chars(count - 1)[1] <= border:
+            return count, False
+        return _encoded(encoding).token_after(border)
+    begin = encoding.token_to_chars(token - 1)[1] if token > 0 else 0
+    return token, begin < border
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:

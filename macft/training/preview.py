@@ -1,65 +1,211 @@
-"""A data file or a training config in, one example or pair as the trainer sees it out."""
+"""A data file or a training config in; its rows as the trainer sees them, one by one or as a whole, out."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from macft.config.load import load_settings, parse_overrides
-from macft.config.settings import ALIASES, Settings
-from macft.data.dataset import holds_pairs, read_examples, read_pairs
-from macft.data.preview import preview, preview_json, preview_pair, preview_pair_json
+from macft.config.load import load_settings, overridden_keys
+from macft.config.settings import Settings
+from macft.data.build import Encoder, Kind
+from macft.data.cache import Request
+from macft.data.check import check
+from macft.data.dataset import Gathering, holds_pairs
+from macft.data.find import find_sources
+from macft.data.findings import as_json as check_json
+from macft.data.findings import show as show_check
+from macft.data.layout import recognise_style
+from macft.data.preview import (
+    preview,
+    preview_json,
+    preview_pair,
+    preview_pair_json,
+    preview_text,
+    preview_text_json,
+)
+from macft.data.sources import Row, scan
+from macft.data.stats import as_json as stats_json
+from macft.data.stats import measure, plot
+from macft.data.stats import show as show_stats
+from macft.data.tables import is_table, table_columns
 from macft.data.template import ChatTemplate, load_template, template_folder
 from macft.data.tokenizer import Tokenizer, load_tokenizer
+from macft.errors import DataError, ModelError, UsageError
+from macft.training.progress import counting
 from macft.weights.locate import locate_adapter, locate_model
+from macft.weights.scratch import locate_shape
 
 DEFAULT_MODEL = "smollm2-135m"
+# what a file without a config is taken for
+_STAGES: dict[Kind, str] = {"sft": "sft", "pt": "pt", "pairs": "dpo"}
+# what stats tries besides cutoff_len, as multiples of it
+_CUTOFFS = (0.5, 1, 2, 4)
+_SHOW: dict[Kind, tuple[Callable[..., None], Callable[..., dict[str, Any]]]] = {
+    "sft": (preview, preview_json),
+    "pt": (preview_text, preview_text_json),
+    "pairs": (preview_pair, preview_pair_json),
+}
 
 
-def preview_source(source: str, overrides: Sequence[str], row: int, model: str | None, as_json: bool) -> None:
-    """Print example `row` of a data set, or of a config's data set, to standard output."""
+@dataclass(frozen=True)
+class Look:
+    """A data set, and how a model would have it."""
+
+    settings: Settings
+    tokenizer: Tokenizer
+    template: ChatTemplate | None  # None: the model has none, and texts need none
+
+    @property
+    def kind(self) -> Kind:
+        """What the rows stand for."""
+        return "pairs" if self.settings.is_preference else "pt" if self.settings.stage == "pt" else "sft"
+
+    @property
+    def request(self) -> Request:
+        """Which rows training would read."""
+        settings = self.settings
+        probs = settings.interleave_probs
+        seed = settings.seed if settings.data_seed is None else settings.data_seed
+        return Request(
+            kind=self.kind,
+            dataset=settings.dataset,
+            dataset_dir=settings.dataset_dir,
+            cutoff_len=settings.cutoff_len,
+            max_samples=settings.max_samples,
+            gathering=Gathering(settings.hub, settings.mix_strategy, None if probs is None else tuple(probs), seed),
+            train_on_prompt=settings.train_on_prompt,
+            mask_history=settings.mask_history,
+        )
+
+    @property
+    def encoder(self) -> Encoder:
+        """How training would tokenize them."""
+        return Encoder(
+            kind=self.kind,
+            tokenizer=self.tokenizer,
+            template=None if self.template is None else (self.template.source, self.template.name),
+            cutoff_len=self.settings.cutoff_len,
+            train_on_prompt=self.settings.train_on_prompt,
+            mask_history=self.settings.mask_history,
+            files={},
+        )
+
+
+def look_at(source: str, overrides: Sequence[str], model: str | None) -> Look:
+    """A data set (a path, a hub id, a name in dataset_info.json), or the one of a config, with its tokenizer."""
     settings = _settings(source, overrides, model)
-    folder = locate_model(settings.model_name_or_path).path
+    # a config says by its stage what its data are, a file by its first row
+    if not _is_config(source) and "stage" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"stage": _STAGES[_kind(settings)]})
+    folder = _tokenizer_folder(settings)
     tokenizer = load_tokenizer(folder)
     adapter = settings.adapter_name_or_path
     source_folder = template_folder(folder, locate_adapter(adapter) if adapter is not None else None)
-    template = load_template(source_folder, tokenizer.special_map, settings.template)
-    # a config says by its stage what its data are, a file by its first row
-    is_silent = not _is_config(source) and "stage" not in settings.model_fields_set
-    is_pair = holds_pairs(settings.dataset, settings.dataset_dir) if is_silent else settings.is_preference
-    show = _pair if is_pair else _example
-    shown = show(settings, row, tokenizer, template, as_json=as_json)
+    return Look(settings, tokenizer, _template(settings, source_folder, tokenizer))
+
+
+def preview_source(source: str, overrides: Sequence[str], row: int, model: str | None, as_json: bool) -> None:
+    """Print row `row` (from 0) of a data set, or of a config's data set, to standard output."""
+    look = look_at(source, overrides, model)
+    # what follows it is not read: one row of a large data set shows at once
+    rows: list[Any] = list(islice(look.request.rows(), row + 1))
+    show, show_json = _SHOW[look.kind]
+    arguments: list[Any] = [rows, row, look.tokenizer]
+    keys: dict[str, Any] = {"cutoff_len": look.settings.cutoff_len}
+    if look.kind != "pt":
+        arguments.append(look.template)
+    if look.kind == "sft":
+        keys |= {"train_on_prompt": look.settings.train_on_prompt, "mask_history": look.settings.mask_history}
     if as_json:
-        sys.stdout.write(json.dumps(shown, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(show_json(*arguments, **keys), ensure_ascii=False) + "\n")
+    else:
+        show(*arguments, **keys, console=Console())
 
 
-def _pair(
-    settings: Settings, row: int, tokenizer: Tokenizer, template: ChatTemplate, *, as_json: bool
-) -> dict[str, Any] | None:
-    pairs = read_pairs(settings.dataset, settings.dataset_dir, settings.max_samples)
+def stats_source(source: str, overrides: Sequence[str], model: str | None, picture: Path | None, as_json: bool) -> None:
+    """Print the figures of a data set to standard output, and draw its lengths into the file `picture`."""
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise UsageError(f"--plot {picture}: wanted a file that ends in .png")
+    look = look_at(source, overrides, model)
+    cutoff_len = look.settings.cutoff_len
+    cutoffs = sorted({max(2, round(cutoff_len * factor)) for factor in _CUTOFFS})
+    with counting("tokenizing", None) as advance:
+        stats = measure(look.request.rows(), look.encoder, cutoffs, packing=look.settings.is_packed, advance=advance)
+    if picture is not None:
+        plot(stats, cutoff_len, picture)
     if as_json:
-        return preview_pair_json(pairs, row, tokenizer, template, cutoff_len=settings.cutoff_len)
-    preview_pair(pairs, row, tokenizer, template, cutoff_len=settings.cutoff_len, console=Console())
-    return None
+        sys.stdout.write(json.dumps(stats_json(stats), ensure_ascii=False) + "\n")
+    else:
+        show_stats(stats, cutoff_len, Console())
 
 
-def _example(
-    settings: Settings, row: int, tokenizer: Tokenizer, template: ChatTemplate, *, as_json: bool
-) -> dict[str, Any] | None:
-    examples = read_examples(settings.dataset, settings.dataset_dir, settings.max_samples)
-    show = partial(
-        preview_json if as_json else partial(preview, console=Console()),
-        cutoff_len=settings.cutoff_len,
-        train_on_prompt=settings.train_on_prompt,
-        mask_history=settings.mask_history,
+def check_source(source: str, overrides: Sequence[str], model: str | None, as_json: bool) -> bool:
+    """Print what is wrong with a data set, and with the config's eval_dataset; False if training would suffer."""
+    look = look_at(source, overrides, model)
+    settings, request = look.settings, look.request
+    held_out = None
+    if settings.eval_dataset is not None:
+        held_out = replace(request, dataset=settings.eval_dataset, gathering=Gathering(settings.hub))
+    with counting("checking", None) as advance:
+        report = check(request, look.encoder, held_out, val_size=settings.val_size, advance=advance)
+    if as_json:
+        sys.stdout.write(json.dumps(check_json(report), ensure_ascii=False) + "\n")
+    else:
+        show_check(report, Console())
+    return report.is_sound
+
+
+def _tokenizer_folder(settings: Settings) -> Path:
+    """A folder as it is, for no weights are needed here; anything else names a model."""
+    name = settings.tokenizer_name_or_path or settings.model_name_or_path
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    return (locate_shape if settings.train_from_scratch else locate_model)(name).path
+
+
+def _template(settings: Settings, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    try:
+        return load_template(
+            folder,
+            tokenizer.special_map,
+            settings.template,
+            default_system=settings.default_system,
+            enable_thinking=settings.enable_thinking,
+        )
+    except ModelError:
+        if settings.stage == "pt" and settings.template is None:
+            return None
+        raise
+
+
+def _kind(settings: Settings) -> Kind:
+    """What the first row of the first data set stands for; conversations where it cannot be read."""
+    if holds_pairs(settings.dataset, settings.dataset_dir, settings.hub):
+        return "pairs"
+    with suppress(DataError):
+        sources, _ = find_sources(settings.dataset.split(",")[0], settings.dataset_dir, settings.hub)
+        for source in sources:
+            layout = source.layout
+            if layout is not None:
+                return "pt" if layout.style == "alpaca" and "response" not in layout.columns else "sft"
+            return "pt" if _holds_text(source.files[0]) else "sft"
+    return "sft"
+
+
+def _holds_text(path: Path) -> bool:
+    keys = (
+        table_columns(path) if is_table(path) else next((list(r.value) for r in scan(path) if isinstance(r, Row)), [])
     )
-    return show(examples, row, tokenizer, template)
+    return "text" in keys and recognise_style(keys) is None
 
 
 def _is_config(source: str) -> bool:
@@ -72,7 +218,7 @@ def _settings(source: str, overrides: Sequence[str], model: str | None) -> Setti
         return load_settings(Path(source), [*overrides, *named])
     given = [*overrides, *named]
     defaults = {"model_name_or_path": DEFAULT_MODEL, "dataset": source, "output_dir": "."}
-    named_keys = {ALIASES.get(key, key) for key in parse_overrides(given)}
+    named_keys = overridden_keys(given)
     return load_settings(
         None, [*(f"{key}={value}" for key, value in defaults.items() if key not in named_keys), *given]
     )
