@@ -183,30 +183,30 @@ def test_real_weights_tell_used_special_tokens_from_unused_ones():
 
 
 def said(alarms: CurveAlarms, chosen: list[float], margins: list[float], key: str = "rewards/chosen") -> list[int]:
-    """The rows, from 1, at which an alarm was given."""
+    """The steps, from 1, at which an alarm was given."""
     rows = enumerate(zip(chosen, margins, strict=True), start=1)
-    return [number for number, (c, m) in rows if alarms.row({key: c, "rewards/margins": m})]
+    return [number for number, (c, m) in rows if alarms.step({key: c, "rewards/margins": m})]
 
 
 def test_chosen_that_falls_while_margins_rise_is_said_once():
-    # chosen falls by 0.1 a row: the mean of rows n-9 to n is -0.1 (n - 4.5) and passes -0.5 at n = 10
-    chosen = [-0.1 * row for row in range(1, 31)]
-    margins = [0.2 * row for row in range(1, 31)]
-    assert said(CurveAlarms(has_reference=True), chosen, margins) == [10]
-    # at half the speed: -0.05 (n - 4.5) < -0.5 from n = 15 on
-    assert said(CurveAlarms(has_reference=True), [value / 2 for value in chosen], margins) == [15]
+    # chosen falls by 0.05 a step: the mean of steps n-19 to n is -0.05 (n - 9.5) and passes -0.5 at n = 20
+    chosen = [-0.05 * step for step in range(1, 61)]
+    margins = [0.1 * step for step in range(1, 61)]
+    assert said(CurveAlarms(has_reference=True), chosen, margins) == [20]
+    # at half the speed: -0.025 (n - 9.5) < -0.5 from n = 30 on
+    assert said(CurveAlarms(has_reference=True), [value / 2 for value in chosen], margins) == [30]
 
 
 def test_the_alarm_says_by_how_much_and_what_to_do():
     alarms = CurveAlarms(has_reference=True)
     texts = [
         text
-        for row in range(1, 11)
-        for text in alarms.row({"rewards/chosen": -0.1 * row, "rewards/margins": 0.2 * row})
+        for step in range(1, 21)
+        for text in alarms.step({"rewards/chosen": -0.06 * step, "rewards/margins": 0.2 * step})
     ]
-    # means by hand: chosen of rows 1 to 10 is -0.55, margin of rows 6 to 10 is 1.6
+    # means by hand: chosen of steps 1 to 20 is -0.63, margin of steps 11 to 20 is 3.1
     assert len(texts) == 1 and "\n" not in texts[0] and "pref_ftx" in texts[0]
-    assert texts[0].startswith("rewards/chosen has fallen by 0.55 while the margin rises (now +1.60)")
+    assert texts[0].startswith("rewards/chosen has fallen by 0.63 while the margin rises (now +3.10)")
 
 
 def test_healthy_curves_raise_no_alarm():
@@ -222,36 +222,37 @@ def test_healthy_curves_raise_no_alarm():
     assert quiet(down, [float("nan")] * 40)
 
 
-def test_nine_rows_are_too_few_and_one_bad_row_is_none():
+def test_nineteen_steps_are_too_few_and_one_bad_step_is_none():
     assert (
-        said(CurveAlarms(has_reference=True), [-9.0 * row for row in range(9)], [float(row) for row in range(9)]) == []
+        said(CurveAlarms(has_reference=True), [-9.0 * step for step in range(19)], [float(step) for step in range(19)])
+        == []
     )
-    chosen = [0.0] * 20
-    chosen[12] = -4.0  # a mean of -0.4
-    assert said(CurveAlarms(has_reference=True), chosen, [0.1 * row for row in range(20)]) == []
+    chosen = [0.0] * 40
+    chosen[22] = -8.0  # a mean of -0.4
+    assert said(CurveAlarms(has_reference=True), chosen, [0.1 * step for step in range(40)]) == []
 
 
-def test_without_a_reference_the_fall_is_counted_per_token_from_the_first_rows():
-    # 0.05 nats a token a row from -2 on; the first five rows have the mean -2.1,
-    # rows n-9 to n the mean -2 - 0.05 (n - 5.5): 0.25 below at n > 12.5
-    chosen = [-2 - 0.05 * row for row in range(30)]
-    margins = [0.1 * row for row in range(30)]
-    assert said(CurveAlarms(has_reference=False), chosen, margins, "logps/chosen_avg") == [13]
-    assert said(CurveAlarms(has_reference=False), [-3.0] * 30, margins, "logps/chosen_avg") == []
+def test_without_a_reference_the_fall_is_counted_per_token_from_the_first_steps():
+    # 0.02 nats a token a step from -2 on; the first ten steps have the mean -2.09,
+    # steps n-19 to n the mean -2 - 0.02 (n - 10.5): 0.25 below at n > 27.5
+    chosen = [-2 - 0.02 * step for step in range(60)]
+    margins = [0.1 * step for step in range(60)]
+    assert said(CurveAlarms(has_reference=False), chosen, margins, "logps/chosen_avg") == [28]
+    assert said(CurveAlarms(has_reference=False), [-3.0] * 60, margins, "logps/chosen_avg") == []
 
 
 def watched(*margins: float) -> CurveAlarms:
     alarms = CurveAlarms(has_reference=True)
     for margin in margins:
-        assert alarms.row({"rewards/chosen": 0.0, "rewards/margins": margin}) == []
+        assert alarms.step({"rewards/chosen": 0.0, "rewards/margins": margin}) == []
     return alarms
 
 
 def test_an_evaluation_far_below_training_is_said_once():
-    alarms = watched(0.4, 0.6, 0.8)
+    alarms = watched(0.4, 0.6, 0.8, 0.5, 0.7)
     (text,) = alarms.evaluation({"eval_rewards/margins": 0.29})
     assert (
-        text.startswith("the evaluation's margin is +0.29, that of the last training rows +0.60") and "\n" not in text
+        text.startswith("the evaluation's margin is +0.29, that of the last training steps +0.60") and "\n" not in text
     )
     assert "early_stopping_steps" in text
     assert alarms.evaluation({"eval_rewards/margins": -1.0}) == []
@@ -260,19 +261,19 @@ def test_an_evaluation_far_below_training_is_said_once():
 @pytest.mark.parametrize(
     ("margins", "held_out"),
     [
-        ((0.4, 0.6, 0.8), 0.31),  # above half of 0.6
-        ((0.3, 0.3, 0.3), 0.11),  # below half, but near
-        ((0.1, 0.1, 0.1), -0.5),  # the training rows have hardly learned anything yet
-        ((9.0, 9.0), 0.0),  # two rows only
-        ((0.4, 0.6, 0.8), float("nan")),
-        ((9.0, 9.0, *[0.1] * 10), 0.0),  # the last ten rows count
+        ((0.4, 0.6, 0.8, 0.5, 0.7), 0.31),  # above half of 0.6
+        ((0.3,) * 5, 0.11),  # below half, but near
+        ((0.1,) * 5, -0.5),  # the training steps have hardly learned anything yet
+        ((9.0,) * 4, 0.0),  # four steps only
+        ((0.4, 0.6, 0.8, 0.5, 0.7), float("nan")),
+        ((9.0, 9.0, *[0.1] * 20), 0.0),  # the last twenty steps count
     ],
 )
 def test_an_evaluation_near_training_raises_no_alarm(margins, held_out):
     assert watched(*margins).evaluation({"eval_rewards/margins": held_out}) == []
 
 
-def test_rows_of_supervised_training_raise_no_alarm():
+def test_steps_of_supervised_training_raise_no_alarm():
     alarms = CurveAlarms(has_reference=False)
-    assert [alarms.row({"loss": 1.0, "lr": 1e-4}) for _ in range(30)] == [[]] * 30
-    assert alarms.row({}) == [] and alarms.evaluation({"eval_loss": 1.0}) == []
+    assert [alarms.step({"loss": 1.0, "lr": 1e-4}) for _ in range(30)] == [[]] * 30
+    assert alarms.step({}) == [] and alarms.evaluation({"eval_loss": 1.0}) == []

@@ -28,7 +28,9 @@ def test_by_default_the_smallest_eval_loss_is_the_best():
     seen = follow(goal(None, None, None), [0.7, 0.5, 0.6, 0.4])
     assert [is_best for is_best, _, _ in seen] == [True, True, False, True]
     assert [best.step for _, _, best in seen] == [10, 20, 20, 40]
-    assert seen[2][2] == Best(20, 0.5, 1) and seen[3][2] == Best(40, 0.4, 0)
+    # all figures of the best evaluation go along
+    assert seen[2][2] == Best(20, 0.5, 1, {"eval_loss": 0.5, "eval_other": 9.0})
+    assert seen[3][2] == Best(40, 0.4, 0, {"eval_loss": 0.4, "eval_other": 9.0})
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,8 @@ def test_a_name_with_or_without_eval_means_the_same_and_losses_are_to_be_small(g
 
 def test_greater_is_better_for_a_margin():
     seen = follow(goal("rewards/margins", None, None), [-0.1, 0.2, 0.1])
-    assert [is_best for is_best, _, _ in seen] == [True, True, False] and seen[-1][2] == Best(20, 0.2, 1)
+    assert [is_best for is_best, _, _ in seen] == [True, True, False]
+    assert seen[-1][2] == Best(20, 0.2, 1, {MARGIN: 0.2, "eval_other": 9.0})
 
 
 def test_patience_counts_evaluations_in_a_row_and_a_better_one_starts_it_anew():
@@ -74,7 +77,7 @@ def test_what_a_checkpoint_keeps_goes_on_where_it_was():
     whole = follow(aim, values)
     kept = Best(**json.loads(json.dumps(asdict(follow(aim, values[:3])[-1][2]))))
     resumed = follow(aim, values[3:], kept)
-    assert resumed[-1] == whole[-1] == (False, True, Best(20, 0.5, 3))
+    assert resumed[-1] == whole[-1] == (False, True, Best(20, 0.5, 3, {"eval_loss": 0.5, "eval_other": 9.0}))
 
 
 def test_a_metric_that_is_not_there_names_those_that_are():

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from toy_backend import ENGINES, curve, one_thread, press_ctrl_c_in_step, toy_settings, write_rows, write_toy_model
+from toy_backend import ENGINES, curve, press_ctrl_c_in_step, toy_settings, write_rows
 
 from macft.errors import MacftError, StoppedError, UsageError
 from macft.training.checkpoint import MANIFEST, OPTIMIZER, find_checkpoint, list_checkpoints
 from macft.training.report import read_log
 from macft.training.run import train
+
+pytestmark = pytest.mark.usefixtures("small_threads")
 
 KINDS = {
     "lora": {},
@@ -32,22 +34,6 @@ KINDS = {
     },
     "held out": {"val_size": 2, "eval_strategy": "steps", "eval_steps": 2},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_toy_model(tmp_path_factory.mktemp("base"), "qwen2")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 def weights(output_dir: Path) -> dict[str, np.ndarray]:

@@ -7,20 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_backend import ENGINES, one_thread, write_toy_model
+from toy_backend import ENGINES, write_toy_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from macft.backends import load_backend
 from macft.backends.base import ModelSpec, Sampling
 
+pytestmark = pytest.mark.usefixtures("small_threads")
+
 NEW = 24
 PROMPTS = [[7], [11, 200, 34, 5], np.random.default_rng(1).integers(5, 300, 40).tolist()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3_text"])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import one_blas_thread, random_pairs
-from toy_backend import ENGINES, one_thread
+from tiny_models import random_pairs
+from toy_backend import ENGINES
 
 from macft.backends import load_backend
 from macft.backends.base import Backend, LoraSpec, ModelSpec, OptimizerSpec, State
@@ -16,6 +16,8 @@ from macft.backends.layout import lay_out, pad_batch
 from macft.data.batches import NumpyBatch, collate
 from macft.objectives.ops import NumpyOps
 from macft.objectives.preference import answer_positions
+
+pytestmark = pytest.mark.usefixtures("small_threads")
 
 SHARING = ("llama", "qwen2", "qwen3")
 LORA = LoraSpec(rank=4, alpha=8)
@@ -29,12 +31,6 @@ LENGTHS = {
     "unequal": {"prompt": (3, 30), "answer": (2, 19)},
     "answers of one token": {"prompt": (5, 9), "answer": (1, 1)},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread(), one_blas_thread():
-        yield
 
 
 def pairs_of(name: str) -> NumpyBatch:

@@ -148,7 +148,7 @@ def test_pairs_that_are_all_alike_stand_in_the_middle_bin(is_log):
 
 def test_the_distribution_shows_both_histograms(tmp_path):
     costs = np.linspace(1, 5, 50).astype(np.float32)
-    path = plot_distribution(tmp_path, 0.05 * costs, costs)
+    path = plot_distribution(tmp_path, 0.05 * costs, costs, "as the reference has them")
     assert path == tmp_path / "foodpo_distribution.png" and path.name in PICTURES
     picture = path.read_bytes()
     assert _share_of_blue(picture) > 0.05 and _share_of_amber(picture) > 0.05

@@ -84,7 +84,8 @@ def test_a_template_that_leaves_the_prompt_no_token(folder):
 
 def test_a_cutoff_below_every_answer(folder):
     assert refused(folder, "cutoff_len=2") == (
-        "none of the 10 pairs has an answer token on both sides: cutoff_len 2 cuts them off; raise it"
+        "none of the 10 pairs can be trained on: cutoff_len 2 leaves 10 without an answer on one side and 0 without a "
+        "prompt; raise it"
     )
 
 

@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 from pair_oracle import dpo_metrics, scores
 from safetensors.numpy import load_file
-from toy_backend import (
-    ENGINES,
-    one_thread,
-    press_ctrl_c_in_step,
-    toy_settings,
-    write_pairs,
-    write_rows,
-    write_toy_model,
-)
+from toy_backend import ENGINES, press_ctrl_c_in_step, toy_settings, write_pairs, write_rows
 
 from macft.errors import ConfigError, StoppedError
 from macft.training.checkpoint import list_checkpoints
@@ -24,21 +16,7 @@ from macft.training.prepare import prepare
 from macft.training.report import read_log
 from macft.training.run import train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("MACFT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_toy_model(tmp_path_factory.mktemp("base"))
+pytestmark = pytest.mark.usefixtures("small_threads", "cache")
 
 
 @pytest.fixture(scope="module")

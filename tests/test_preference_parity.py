@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import ARCHITECTURES, WINDOW, one_blas_thread, random_pairs
-from toy_backend import one_thread
+from tiny_models import ARCHITECTURES, WINDOW, random_pairs
 
 from macft.backends.base import Backend, LoraSpec, ModelSpec, OptimizerSpec, State, StepResult
 from macft.backends.mlx.backend import MlxBackend
@@ -22,7 +21,7 @@ from macft.objectives.losses import make_objective
 from macft.objectives.ops import NumpyOps
 from macft.objectives.preference import Preference, PromptBeta, answer_positions, reference_columns
 
-pytestmark = [pytest.mark.mlx, pytest.mark.torch]
+pytestmark = [[pytest.mark.mlx, pytest.mark.torch], pytest.mark.usefixtures("small_threads")]
 
 STEPS = 50
 LR = 1e-3
@@ -40,12 +39,6 @@ DPO = Preference()
 FOODPO = replace(DPO, prompt_beta=PromptBeta(0.5))
 WITH_GRADIENT = replace(DPO, prompt_beta=PromptBeta(0.5, "policy_with_gradient"))
 OBJECTIVES = {"dpo": DPO, "foodpo": FOODPO, "foodpo with gradient": WITH_GRADIENT}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread(), one_blas_thread():
-        yield
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,8 @@ from safetensors.numpy import load_file, save_file
 from toy_backend import (
     ENGINES,
     curve,
-    one_thread,
     press_ctrl_c_in_step,
     toy_settings,
-    write_pairs,
-    write_rows,
     write_toy_model,
 )
 
@@ -26,6 +23,8 @@ from macft.training.prepare import prepare
 from macft.training.report import read_log
 from macft.training.run import train
 from macft.weights.adapter import read_adapter
+
+pytestmark = pytest.mark.usefixtures("small_threads", "cache")
 
 LN2 = math.log(2.0)
 # what a row of the log says of the clock and the machine
@@ -37,35 +36,9 @@ PICTURES = {
 FOODPO_PICTURES = {"training_dynamic_beta.png", "training_prompt_perplexity.png", "foodpo_distribution.png"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("MACFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "reference"
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_toy_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 11)
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, model) -> Path:
-    """An adapter that supervised training has moved away from the base."""
-    folder = tmp_path_factory.mktemp("adapter")
-    train(toy_settings(model, write_rows(folder / "rows.jsonl"), folder / "run", "torch", lora_target="q_proj,v_proj"))
-    assert max(np.abs(value).max() for name, value in read_adapter(folder / "run").state.items() if "_B" in name) > 1e-2
-    return folder / "run"
+def data(pair_data) -> Path:
+    return pair_data
 
 
 def dpo(model: Path, data: Path, output_dir: Path, engine: str, **keys):

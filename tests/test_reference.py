@@ -11,44 +11,22 @@ import numpy as np
 import pytest
 from pair_oracle import scores
 from safetensors.numpy import load_file, save_file
-from toy_backend import ENGINES, curve, one_thread, toy_settings, write_pairs, write_rows, write_toy_model
+from toy_backend import ENGINES, curve, toy_settings, write_toy_model
 
 from macft.backends import load_backend
 from macft.training import reference, run
 from macft.training.prepare import prepare
 from macft.training.run import train
 
+pytestmark = pytest.mark.usefixtures("small_threads", "cache")
+
 # of 11 pairs, two a batch
 PASSES = 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("MACFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "reference"
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_toy_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 11)
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, model) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
-    train(toy_settings(model, write_rows(folder / "rows.jsonl"), folder / "run", "torch"))
-    return folder / "run"
+def data(pair_data) -> Path:
+    return pair_data
 
 
 class _Watched:
@@ -89,7 +67,10 @@ def calls(monkeypatch) -> list[str]:
 
 
 def one_step(model: Path, data: Path, output_dir: Path, engine: str, **keys):
-    return toy_settings(model, data, output_dir, engine, **{"stage": "dpo", "max_steps": 1, **keys})
+    """A run of one step that takes in all pairs."""
+    return toy_settings(
+        model, data, output_dir, engine, **{"stage": "dpo", "max_steps": 1, "gradient_accumulation_steps": 6, **keys}
+    )
 
 
 def passes(calls: list[str], settings) -> int:
@@ -128,7 +109,7 @@ REUSED = {
     "another shape of a fresh adapter": {"lora_rank": 2, "lora_target": "q_proj", "use_rslora": True},
     "DoRA": {"use_dora": True},
     "a cutoff that cuts nothing": {"cutoff_len": 1000},
-    "other batches": {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2},
+    "other batches": {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
     "a foodpo without strengths": {"stage": "foodpo", "pref_beta_scale": 0.0},
 }
 NEW = {
@@ -260,7 +241,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_run_goes_on(model, data,
     monkeypatch.setenv("MACFT_CACHE", str(tmp_path / "file"))
     train(one_step(model, data, tmp_path / "out", "mlx"))
     assert len(curve(tmp_path / "out")) == 1
-    [said] = [record.message for record in caplog.records if "not kept" in record.message]
+    said = next(record.message for record in caplog.records if "reference: not kept" in record.message)
     assert said.startswith(f"reference: not kept for later runs: {tmp_path / 'file' / 'reference'}")
 
 

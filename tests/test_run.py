@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from commands import heed_ctrl_c
-from toy_backend import ENGINES, curve, one_thread, press_ctrl_c_in_step, toy_settings, write_rows, write_toy_model
+from toy_backend import ENGINES, curve, press_ctrl_c_in_step, toy_settings, write_rows, write_toy_model
 from transformers import AutoModelForCausalLM
 
 from macft.config.load import load_settings
@@ -28,16 +28,7 @@ from macft.training.report import read_log
 from macft.training.run import dry_run, train
 from macft.weights.adapter import read_adapter
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_toy_model(tmp_path_factory.mktemp("base"))
+pytestmark = pytest.mark.usefixtures("small_threads")
 
 
 @pytest.fixture(scope="module")
@@ -314,10 +305,11 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(t
     assert not names_in(tmp_path)
 
 
-@pytest.mark.parametrize("rate", [1e6, 1e30])
+@pytest.mark.parametrize(("stage", "rate"), [("sft", 1e6), ("sft", 1e30), ("dpo", 1e30)])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_diverged_training_stops_with_one_error_and_no_adapter(engine, rate, model, data, tmp_path):
-    settings = toy_settings(model, data, tmp_path / "out", engine, learning_rate=rate, max_grad_norm=0.0)
+def test_diverged_training_stops_with_one_error_and_no_adapter(engine, stage, rate, model, data, pair_data, tmp_path):
+    rows = data if stage == "sft" else pair_data
+    settings = toy_settings(model, rows, tmp_path / "out", engine, stage=stage, learning_rate=rate, max_grad_norm=0.0)
     with pytest.raises(MacftError, match=r"^step [2-9]: loss .* training has diverged: lower learning_rate") as error:
         train(settings)
     assert "\n" not in str(error.value)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pair_oracle import scores
 from safetensors.numpy import load_file
-from toy_backend import ENGINES, one_thread, toy_settings, write_pairs, write_toy_model
+from toy_backend import ENGINES, toy_settings
 
 from macft.backends.adapters import spec_of_adapter
 from macft.training.prepare import prepare
@@ -17,6 +17,8 @@ from macft.training.run import train
 from macft.weights.adapter import Adapter, AdapterConfig, read_adapter, write_adapter
 from macft.weights.locate import weights_hash
 from macft.weights.stack import stack_adapters, unstack_adapter
+
+pytestmark = pytest.mark.usefixtures("small_threads", "cache")
 
 PREFIX = "base_model.model."
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -31,25 +33,9 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_threads():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("MACFT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_toy_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 11)
+def data(pair_data) -> Path:
+    return pair_data
 
 
 def random_adapter(

@@ -55,7 +55,9 @@ class ModelSpec:
     precision: str = "auto"  # auto, float32, bfloat16, float16
     quantization_bit: int | None = None  # 4 or 8
     gradient_checkpointing: bool = False
-    max_length: int = 0  # longest row that will be asked for; 0: unknown
+    max_length: int = 0  # longest example that will be asked for; 0: unknown
+    packing: bool = False  # whether rows will hold several examples
+    from_scratch: bool = False  # `folder` holds a config.json alone; weights are drawn with `seed`
     seed: int = 0
 
 

@@ -1,12 +1,19 @@
-"""A batch and the positions to score in; the arrays that pass through a model, each prompt of a pair once, out."""
+"""A batch and the positions to score in; the arrays that pass through a model, each prompt of a pair once, out.
+
+Packed rows pass through it with the positions of their examples, each from 0 on: both engines rotate
+every token by its own position and let it attend to no other example. Relative positions alone would do
+for plain rotary embeddings, but up to rounding only (an angle near 2000 radians is off by up to 6e-5 in float32),
+and not where positions have a meaning of their own; restarted, each number is the unpacked one.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
-from macft.data.batches import Batch, NumpyBatch
+from macft.data.batches import Batch, NumpyBatch, unpack
 
 # On a CPU a pass of so many tokens is as fast as a larger one, and its activations are smaller.
 CPU_TOKENS_AT_ONCE = 1024
@@ -32,6 +39,8 @@ class Layout:
     prompts: np.ndarray | None = None  # int32 [R/2, P]
     offsets: np.ndarray | None = None  # int32 [R], prompt tokens before `inputs`
     mask: np.ndarray | None = None  # bool [R, 1, L, P+L], True: may attend
+    # of packed rows alone: where each token stands in its example, so that each 0 begins one
+    positions: np.ndarray | None = None  # int32 [R, L]
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
@@ -40,11 +49,16 @@ class Layout:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def passes(batch: NumpyBatch, tokens_at_once: int | None) -> list[NumpyBatch]:
+def passes(batch: NumpyBatch, tokens_at_once: int | None, *, packs: bool = True) -> list[NumpyBatch]:
     """The batch in parts of whole rows, or pairs, of at most so many padded tokens; one row or pair at least.
 
     Objectives are sums, so the parts add up to the batch; the activations of one part alone are in memory.
+    A model that does not pack gets the examples of packed rows one a row, in no larger parts than the batch.
     """
+    if batch.segment_ids is not None and not packs:
+        single = unpack(batch)
+        longest_first = np.argsort(-single.lengths, kind="stable")
+        return passes(_part(single, longest_first, len(single.tokens)), tokens_at_once or batch.tokens.size)
     if tokens_at_once is None or batch.tokens.size <= tokens_at_once:
         return [batch]
     pairs = batch.prompt_mask is not None
@@ -75,6 +89,7 @@ def lay_out(batch: NumpyBatch, positions: np.ndarray, *, share: bool, multiple: 
     """How to compute log p(token_{t+1} | tokens up to t) at `positions`, bool [rows, T-1].
 
     With `share`, the prompts of pairs are computed once where that saves work. Lengths are padded to `multiple`.
+    Packed rows keep their examples apart; one that is alone in its row needs nothing for that.
     """
     shared = _shared(batch, positions, multiple) if share and batch.prompt_mask is not None else None
     if shared is not None and _tokens(shared) <= (1 - MIN_SAVING) * batch.tokens[:, 1:].size:
@@ -88,16 +103,23 @@ def pad_batch(batch: NumpyBatch, multiple: int) -> NumpyBatch:
     if not extra:
         return batch
     pad = ((0, 0), (0, extra))
-    prompt_mask = None if batch.prompt_mask is None else np.pad(batch.prompt_mask, pad)
-    return replace(
-        batch, tokens=np.pad(batch.tokens, pad), loss_mask=np.pad(batch.loss_mask, pad), prompt_mask=prompt_mask
-    )
+    return Batch(**{name: np.pad(value, pad) if value.ndim == 2 else value for name, value in batch.columns.items()})
 
 
 def _plain(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> Layout:
     places = np.flatnonzero(positions)
     targets = batch.tokens[:, 1:].reshape(-1)[places]
-    return _scored(Layout(batch.tokens[:, :-1], places, targets, places, np.ones(len(places))), multiple)
+    layout = Layout(batch.tokens[:, :-1], places, targets, places, np.ones(len(places)))
+    if batch.segment_ids is not None and batch.segment_ids.max() > 1:
+        layout = replace(layout, positions=_restarted(batch.segment_ids[:, :-1]))
+    return _scored(layout, multiple)
+
+
+def _restarted(segment_ids: np.ndarray) -> np.ndarray:
+    """int32 [R, L]: how many tokens of the same segment stand before each."""
+    places = np.arange(segment_ids.shape[1])
+    begins = np.diff(segment_ids, axis=1, prepend=-1) != 0
+    return (places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)).astype(np.int32)
 
 
 def _shared(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> Layout | None:
@@ -175,3 +197,39 @@ def probe_pairs() -> tuple[Layout, Layout]:
     shared = _shared(batch, positions, 1)
     assert shared is not None
     return shared, _plain(batch, positions, 1)
+
+
+def probe_packed() -> tuple[Layout, Layout]:
+    """The same positions of five examples, in two packed rows and one a row."""
+    lengths = np.array([[5, 1, 7], [4, 8, 0]])
+    tokens = (np.arange(28, dtype=np.int32).reshape(2, 14) * 5) % 7
+    segment_ids = np.zeros_like(tokens)
+    for row, counts in enumerate(lengths):
+        segment_ids[row, : counts.sum()] = np.repeat(np.arange(1, 4), counts)
+    begins = np.diff(segment_ids, axis=1, prepend=0) != 0
+    rows = lengths.sum(axis=1).astype(np.int32)
+    packed = Batch(tokens, (segment_ids > 0) & ~begins, rows, segment_ids=segment_ids)
+    single = unpack(packed)
+    return _plain(packed, packed.loss_mask[:, 1:], 1), _plain(single, single.loss_mask[:, 1:], 1)
+
+
+def rope_fault(config: dict[str, Any], max_length: int) -> str | None:
+    """Why positions of one example depend on the others of its pass, or None; `max_length` is the longest (0: any)."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    kind = next((str(k.get("rope_type", k.get("type"))) for k in kinds if _is_length_bound(k)), None)
+    limits = (k.get("original_max_position_embeddings") for k in (*kinds, config))
+    limit = next((limit for limit in limits if limit), config.get("max_position_embeddings", 0))
+    if kind is None or 0 < max_length <= limit:
+        return None
+    return f"its {kind} rotary embedding changes for all rows of a pass once one is longer than {limit}"
+
+
+def _is_length_bound(rope: dict[str, Any]) -> bool:
+    return rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope", "su")
+
+
+def packing_note(fault: str | None) -> str:
+    """What the user is told of a model whose rows hold one example each, although packing was asked for."""
+    reason = fault or "in this architecture examples of one row change each other (a recurrent state, or no mask)"
+    return f"packing is off: {reason}; the steps are the same, with every example in a row of its own"

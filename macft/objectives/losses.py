@@ -72,7 +72,7 @@ def _foodpo(settings: Settings) -> Preference:
 
 
 # The value of `stage` -> how to make its objective.
-OBJECTIVES: dict[str, Callable[[Settings], Objective]] = {"sft": _sft, "dpo": _dpo, "foodpo": _foodpo}
+OBJECTIVES: dict[str, Callable[[Settings], Objective]] = {"pt": _sft, "sft": _sft, "dpo": _dpo, "foodpo": _foodpo}
 
 
 def make_objective(settings: Settings) -> Objective:

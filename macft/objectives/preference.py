@@ -12,7 +12,9 @@ from typing import Literal
 
 import numpy as np
 
+from macft.config.settings import OF_AVERAGES, WITHOUT_REFERENCE
 from macft.data.batches import Batch, NumpyBatch
+from macft.errors import MacftError
 from macft.objectives.ops import Array, NumpyOps, Ops
 
 # An average log-probability of 0 has infinite odds.
@@ -88,7 +90,10 @@ class Preference:
         return answer_positions(batch, with_prompt=asks_policy)
 
     def __call__(self, ops: Ops, logps: Array, batch: Batch[Array]) -> tuple[Array, dict[str, Array]]:
-        """Sum over pairs of loss + ftx * (-A_c), and the sums of the metrics."""
+        """Sum over pairs of loss + ftx * (-A_c), and the sums of the metrics.
+
+        Raises MacftError where the loss compares with a reference and the batch has none.
+        """
         beta, perplexity = self._beta(ops, logps, batch)
         terms = self._terms(ops, logps, batch, beta)
         losses, metrics = LOSSES[self.loss](ops, terms, self)
@@ -107,8 +112,11 @@ class Preference:
         if self.prompt_beta is None:
             return self.beta, None
         if self.prompt_beta.source == "reference":
-            assert batch.reference_log_perplexity is not None, "a FooDPO batch without the reference's perplexities"
-            perplexity = batch.reference_log_perplexity
+            perplexity = _known(
+                batch.reference_log_perplexity,
+                "foodpo_perplexity reference needs the reference's perplexities",
+                "foodpo_perplexity policy",
+            )
         else:
             perplexity = log_perplexity(ops, logps, batch)
         if self.prompt_beta.source == "policy":
@@ -125,8 +133,12 @@ class Preference:
         averages = ops.row_sum(logps * mask) / tokens
         chosen, rejected = answer_scores(ops, logps, batch, self.ld_alpha)
         if self.has_reference:
-            assert batch.reference_logps is not None, f"{self.loss} needs a reference, and the batch has none"
-            ratios = chosen - batch.reference_logps[:pairs], rejected - batch.reference_logps[pairs:]
+            reference = _known(
+                batch.reference_logps,
+                f"pref_loss {self.loss} needs the reference's log-probabilities",
+                "pref_loss orpo or simpo",
+            )
+            ratios = chosen - reference[:pairs], rejected - reference[pairs:]
         else:
             ratios = averages[:pairs], averages[pairs:]
         return Terms(
@@ -154,6 +166,13 @@ class Preference:
         if self.loss in OF_AVERAGES:
             metrics |= {"logps/chosen_avg": terms.chosen_avg, "logps/rejected_avg": terms.rejected_avg}
         return metrics
+
+
+def _known(column: Array | None, need: str, way_out: str) -> Array:
+    """A column that the reference fills before training."""
+    if column is None:
+        raise MacftError(f"{need}, and the batch has none; score the pairs with the reference, or take {way_out}")
+    return column
 
 
 def answer_positions(batch: NumpyBatch, *, with_prompt: bool) -> np.ndarray:
@@ -260,5 +279,3 @@ LOSSES: dict[str, Loss] = {
     "orpo": _orpo,
     "simpo": _simpo,
 }
-WITHOUT_REFERENCE = frozenset({"orpo", "simpo"})
-OF_AVERAGES = frozenset({"ipo", "orpo", "simpo"})

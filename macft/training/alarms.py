@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from macft.config.settings import Settings
-from macft.data.tokenize import TokenizedExample
-from macft.data.tokenize_pairs import TokenizedPair
+import numpy as np
 
-Row = TokenizedExample | TokenizedPair
+from macft.config.settings import Settings
+from macft.data.rows import Rows, fingerprints
 
 # Peak learning rates that preference training was seen to bear, by finetuning_type.
 _RATES = {"lora": (1e-7, 1e-4), "full": (1e-8, 5e-6)}
 
-# Rows of the log that a trend is read from; one row can hold a single small batch.
-_WINDOW = 10
+# Steps that a trend is read from; one step can hold a single pair.
+_WINDOW = 20
 # A fall of the chosen answers that matters: in rewards (5 nats an answer at pref_beta 0.1) ...
 _REWARD_FALL = 0.5
 # ... or, where nothing is subtracted from the log-probabilities, in nats a token.
 _LOGP_FALL = 0.25
 # The least training margin, and the least gap to the evaluation's, that say anything.
 _MARGIN_GAP = 0.2
-_ROWS_FOR_MARGIN = 3
+_STEPS_FOR_MARGIN = 5
 
 
 def learning_rate_alarm(settings: Settings) -> str | None:
@@ -40,10 +38,9 @@ def learning_rate_alarm(settings: Settings) -> str | None:
     )
 
 
-def overlap_alarm(train: Sequence[Row], valid: Sequence[Row]) -> str | None:
+def overlap_alarm(train: Rows, valid: Rows) -> str | None:
     """Evaluation rows whose tokens (of a pair: of both answers) are also those of a training row."""
-    known = {_fingerprint(row) for row in train}
-    count = sum(_fingerprint(row) in known for row in valid)
+    count = _repeated(fingerprints(train), fingerprints(valid)) if len(valid) else 0
     if not count:
         return None
     return (
@@ -52,25 +49,22 @@ def overlap_alarm(train: Sequence[Row], valid: Sequence[Row]) -> str | None:
     )
 
 
-def _fingerprint(row: Row) -> bytes:
-    parts = [row] if isinstance(row, TokenizedExample) else [row.chosen, row.rejected]
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        # without its length, a border between two answers could move unseen
-        digest.update(len(part.tokens).to_bytes(8, "little"))
-        digest.update(part.tokens.tobytes())
-    return digest.digest()
+def _repeated(train: np.ndarray, valid: np.ndarray) -> int:
+    """How many of `valid`, commonly the fewer, are in `train`, which need not be sorted."""
+    known = np.unique(valid)
+    at = np.minimum(np.searchsorted(known, train), len(known) - 1)
+    return int(np.isin(valid, known[at[known[at] == train]]).sum())
 
 
 class CurveAlarms:
     """Watches the curves of a preference run; every alarm is given once in the life of the object.
 
-    Chosen answers become less likely: over the last 10 rows `rewards/chosen` is below -0.5 on
-    average and still falling while `rewards/margins` rises (later half of the rows against the
-    earlier half). Without a reference: `logps/chosen_avg` is 0.25 below its first 5 rows, instead.
+    Chosen answers become less likely: over the last 20 steps `rewards/chosen` is below -0.5 on
+    average and still falling while `rewards/margins` rises (later half of the steps against the
+    earlier half). Without a reference: `logps/chosen_avg` is 0.25 below its first 10 steps, instead.
 
     Evaluation falls behind: `eval_rewards/margins` is below half the mean training margin of the
-    last 10 rows (3 at least), and the gap is above 0.2, as is the training margin.
+    last 20 steps (5 at least), and the gap is above 0.2, as is the training margin.
     """
 
     def __init__(self, *, has_reference: bool) -> None:
@@ -82,8 +76,8 @@ class CurveAlarms:
         self._margins: deque[float] = deque(maxlen=_WINDOW)
         self._said: set[str] = set()
 
-    def row(self, values: Mapping[str, float]) -> list[str]:
-        """Take in a row of training metrics; returns the alarms that it sets off."""
+    def step(self, values: Mapping[str, float]) -> list[str]:
+        """Take in the metrics of a training step; returns the alarms that it sets off."""
         if self._key not in values or "rewards/margins" not in values:
             return []
         self._chosen.append(values[self._key])
@@ -106,14 +100,14 @@ class CurveAlarms:
     def evaluation(self, values: Mapping[str, float]) -> list[str]:
         """Take in the metrics of an evaluation (`eval_...`); returns the alarms that it sets off."""
         held_out = values.get("eval_rewards/margins")
-        if held_out is None or len(self._margins) < _ROWS_FOR_MARGIN:
+        if held_out is None or len(self._margins) < _STEPS_FOR_MARGIN:
             return []
         trained = _mean(list(self._margins))
         if not (trained > _MARGIN_GAP and held_out < 0.5 * trained and trained - held_out > _MARGIN_GAP):
             return []
         return self._once(
             "margin",
-            f"the evaluation's margin is {held_out:+.2f}, that of the last training rows {trained:+.2f}: the run "
+            f"the evaluation's margin is {held_out:+.2f}, that of the last training steps {trained:+.2f}: the run "
             "memorises its pairs; train for fewer steps (early_stopping_steps stops by itself), or on more pairs",
         )
 

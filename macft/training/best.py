@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from macft.errors import ConfigError
 
@@ -28,6 +28,7 @@ class Best:
     step: int | None = None
     value: float | None = None
     evaluations_since: int = 0  # that have not improved it
+    results: Mapping[str, float] = field(default_factory=dict)  # all figures of that evaluation
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,17 @@ def check_metric(goal: Goal, names: Iterable[str]) -> None:
 def judge(goal: Goal, best: Best, step: int, values: Mapping[str, float]) -> Verdict:
     """Compare the evaluation after `step` steps with the best before; an equal value, or none (nan), is no better.
 
+    `values` are its figures, the goal's among them.
+
     Raises ConfigError as `check_metric`.
     """
     check_metric(goal, values)
     value = float(values[goal.metric])
     if _is_better(goal, value, best.value):
-        return Verdict(Best(step, value), is_best=True, is_enough=False)
+        return Verdict(Best(step, value, results=dict(values)), is_best=True, is_enough=False)
     since = best.evaluations_since + 1
     is_enough = goal.patience is not None and since >= goal.patience
-    return Verdict(Best(best.step, best.value, since), is_best=False, is_enough=is_enough)
+    return Verdict(replace(best, evaluations_since=since), is_best=False, is_enough=is_enough)
 
 
 def _is_better(goal: Goal, value: float, before: float | None) -> bool:

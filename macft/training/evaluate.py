@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from macft.backends.base import Backend
-from macft.data.batches import NumpyBatch, collate
+from macft.config.settings import Settings
+from macft.data.batches import NumpyBatch, Plan, collate
 from macft.data.tokenize import TokenizedExample
 from macft.data.tokenize_pairs import Reference, TokenizedPair
 from macft.objectives.losses import Objective
@@ -26,6 +27,12 @@ def evaluate(backend: Backend, objective: Objective, batches: Iterable[NumpyBatc
             sums[name] = sums.get(name, 0.0) + float(value)
         weight += objective.weight(batch)
     return {f"eval_{name}": total / weight for name, total in sums.items()}
+
+
+def will_evaluate(settings: Settings, plan: Plan) -> bool:
+    """Whether a run with held-out data comes to an evaluation."""
+    each, every = settings.when_to_evaluate, settings.steps_per_evaluation
+    return any(plan.is_due(each, every, step) for step in range(1, plan.total_steps + 1))
 
 
 def metric_names(objective: Objective, example: TokenizedExample | TokenizedPair) -> set[str]:

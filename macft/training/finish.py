@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,16 +9,15 @@ import numpy as np
 
 from macft.backends.base import Backend
 from macft.config.settings import Settings
-from macft.data.tokenize_pairs import TokenizedPair
+from macft.data.rows import Pairs
 from macft.objectives.losses import make_objective
 from macft.objectives.preference import Preference
 from macft.training.checkpoint import Progress
 from macft.training.model_files import ModelFiles
 from macft.training.plots import plot_distribution, plot_loss, plot_metrics
 from macft.training.prepare import Prepared
+from macft.training.report import read_log
 from macft.training.results import merge_results, model_card, train_results, write_model_card
-
-logger = logging.getLogger("macft")
 
 # Settings that say nothing about the adapter.
 _NOT_SHOWN = frozenset(
@@ -37,8 +35,8 @@ def finish(
     output_dir: Path,
     progress: Progress,
     packages: tuple[str, ...],
-) -> None:
-    """Write the model, the results, the picture and the card."""
+) -> str:
+    """Write the model, the results, the picture and the card; returns the figures that matter, in a line."""
     files.write(output_dir, backend.adapter_state())
     plan = prepared.plan
     results = train_results(
@@ -66,10 +64,24 @@ def finish(
             versions=_versions(packages),
         )
         write_model_card(output_dir, card)
-    logger.info(
-        "done: mean loss %.4f, %.0f tokens/s, peak memory %.1f GB; saved to %s",
-        *(results["train_loss"], results["train_tokens_per_second"], results["peak_memory_gb"], output_dir),
+    return (
+        f"{_rewards_text(settings, output_dir, progress)}mean loss {results['train_loss']:.4f}, "
+        f"{results['train_tokens_per_second']:.0f} tokens/s, peak memory {results['peak_memory_gb']:.1f} GB"
     )
+
+
+def _rewards_text(settings: Settings, output_dir: Path, progress: Progress) -> str:
+    """Accuracy and margin of the model that a preference run ends with; nothing in other runs."""
+    accuracy, margin = "rewards/accuracies", "rewards/margins"
+    best = progress.best
+    if settings.load_best_model_at_end and f"eval_{margin}" in best.results:
+        source, figures = f"evaluation after step {best.step}", best.results
+        accuracy, margin = f"eval_{accuracy}", f"eval_{margin}"
+    elif rows := [row for row in read_log(output_dir) if margin in row]:
+        source, figures = "last row of the log", rows[-1]
+    else:
+        return ""
+    return f"accuracy {figures[accuracy]:.2f} and margin {figures[margin]:+.2f} ({source}), "
 
 
 def _plot(settings: Settings, prepared: Prepared, output_dir: Path) -> None:
@@ -77,20 +89,25 @@ def _plot(settings: Settings, prepared: Prepared, output_dir: Path) -> None:
     if not settings.is_preference:
         return
     plot_metrics(output_dir)
-    pairs = [pair for pair in prepared.train if isinstance(pair, TokenizedPair)]
+    pairs = prepared.train
+    if not isinstance(pairs, Pairs) or pairs.references is None:
+        return
+    is_known = ~np.isnan(pairs.references[:, 0])
     # a prompt of one token has no perplexity
-    costs = np.array(
-        [pair.reference.log_perplexity if pair.prompt_length > 1 else np.nan for pair in pairs if pair.reference]
-    )
+    costs = np.where(pairs.prompt_lengths > 1, pairs.references[:, 2], np.nan)[is_known]
     objective = make_objective(settings)
     if isinstance(objective, Preference) and objective.prompt_beta is not None and len(costs):
-        plot_distribution(output_dir, objective.prompt_beta.strengths(objective.beta, costs), costs)
+        is_own = objective.prompt_beta.source == "reference"
+        note = f"perplexities under the reference{'' if is_own else '; training takes those under the policy'}"
+        plot_distribution(output_dir, objective.prompt_beta.strengths(objective.beta, costs), costs, note)
 
 
 def _examples_seen(prepared: Prepared, steps: int) -> int:
+    """Examples, packed or not; in a part of an epoch packed rows count as holding the mean."""
     plan = prepared.plan
     epochs, rest = divmod(steps, plan.steps_per_epoch)
-    return epochs * len(plan.lengths) + rest * plan.batch_size * plan.accumulation
+    rows = epochs * len(plan.lengths) + rest * plan.batch_size * plan.accumulation
+    return round(rows * len(prepared.examples) / len(plan.lengths))
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:

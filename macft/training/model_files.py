@@ -35,7 +35,7 @@ class ModelFiles:
     target_modules: tuple[str, ...]
     under: Adapter | None  # the adapter that became part of the base: what is written holds both
     tokenizer: Tokenizer
-    template: ChatTemplate
+    template: ChatTemplate | None  # None: the model has none
 
     def write(self, folder: Path, state: State, *, exact: bool = False) -> None:
         """Write the files; a full model takes the base's precision, or float32 if `exact`.
@@ -48,7 +48,8 @@ class ModelFiles:
                 "has diverged and they are not written: lower learning_rate, or compute in float32 (bf16=false)"
             )
         self.tokenizer.save(folder)
-        write_text(folder / TEMPLATE, self.template.source)
+        if self.template is not None:
+            write_text(folder / TEMPLATE, self.template.source)
         if self.lora is None:
             self._write_full(folder, state, exact)
             return

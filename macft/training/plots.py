@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from macft.data.sources import counted
 from macft.files import write_bytes
 from macft.training.report import read_log
 
@@ -70,12 +71,14 @@ def plot_metrics(output_dir: Path) -> list[Path]:
     return [path for path in paths if path is not None]
 
 
-def plot_distribution(output_dir: Path, betas: np.ndarray, log_perplexities: np.ndarray) -> Path:
+def plot_distribution(output_dir: Path, betas: np.ndarray, log_perplexities: np.ndarray, note: str) -> Path:
     """Draw how beta and the prompt's perplexity spread over the pairs into foodpo_distribution.png.
 
-    `betas` and `log_perplexities` are float [pairs]; pairs whose perplexity is nan are left out and counted.
+    `betas` and `log_perplexities` are float [pairs]; pairs whose perplexity is nan are left out and counted. `note`,
+    which stands above both, says whose perplexities they are.
     """
     figure, draw = _figure(width=10)
+    figure.suptitle(note, color=_TEXT, fontsize=11)
     left, right = figure.subplots(1, 2)
     _histogram(left, betas, "FooDPO: beta of each pair", "beta", _BLUE, is_log=False)
     with np.errstate(over="ignore"):
@@ -149,7 +152,7 @@ def _histogram(axes: Any, values: np.ndarray, title: str, name: str, colour: str
 
     finite = values[np.isfinite(values)]
     left_out = len(values) - len(finite)
-    count = f"{len(finite)} pairs" + (f", {left_out} without" if left_out else "")
+    count = counted(len(finite), "pair") + (f", {left_out} without" if left_out else "")
     axes.set_xlabel(f"{name} ({count})")
     axes.set_ylabel("pairs")
     _dress(axes, title)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-import numpy as np
+from pathlib import Path
 
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
 from macft.backends.base import LoraSpec, ModelSpec, Under
 from macft.config.settings import Settings
-from macft.data.batches import Plan, row_length
-from macft.data.dataset import read_examples, read_pairs, split_examples
-from macft.data.formats import Example
+from macft.data.batches import Plan, lengths_of
+from macft.data.fate import TokenizeReport
+from macft.data.packing import PackedRows
+from macft.data.rows import Rows
 from macft.data.template import ChatTemplate, load_template, template_folder
-from macft.data.tokenize import TokenizedExample, TokenizeReport, tokenize_examples
-from macft.data.tokenize_pairs import PairReport, TokenizedPair, tokenize_pairs
 from macft.data.tokenizer import Tokenizer, load_tokenizer
-from macft.errors import ConfigError
+from macft.errors import ConfigError, ModelError
+from macft.training.data import read_data, seed
+from macft.training.find_model import find_model
 from macft.weights.adapter import Adapter
 from macft.weights.locate import ModelFolder, locate_adapter, locate_model
 from macft.weights.mlx_adapter import read_any_adapter
@@ -28,7 +26,13 @@ from macft.weights.model_config import read_config
 
 logger = logging.getLogger("macft")
 
-Row = TypeVar("Row")
+
+@dataclass(frozen=True)
+class NamedReference:
+    """The model that the settings name as the reference."""
+
+    base: ModelFolder
+    adapter: Adapter | None
 
 
 @dataclass(frozen=True)
@@ -36,41 +40,73 @@ class Prepared:
     """Everything a run needs that is not the engine."""
 
     base: ModelFolder
+    from_scratch: bool  # `base` has no weights
     start: Adapter | None  # the adapter to go on training
     under: Adapter | None  # the adapter that becomes part of the base
+    reference: NamedReference | None  # None: the policy at its start, or no reference
     tokenizer: Tokenizer
-    template: ChatTemplate
-    train: list[TokenizedExample] | list[TokenizedPair]
-    valid: list[TokenizedExample] | list[TokenizedPair]
-    report: TokenizeReport | PairReport
+    template: ChatTemplate | None  # None: the model has none, and texts need none
+    train: Rows | PackedRows
+    valid: Rows
+    report: TokenizeReport
     plan: Plan
     data_hash: str
+
+    @property
+    def examples(self) -> Rows:
+        """What is trained on, one by one, whether or not it is packed."""
+        return self.train.examples if isinstance(self.train, PackedRows) else self.train
 
 
 def prepare(settings: Settings) -> Prepared:
     """Find the model, read and tokenize the data, plan the steps."""
-    base = locate_model(settings.model_name_or_path)
+    found = find_model(settings)
+    base, tokenizer = found.base, found.tokenizer
     start, under = _adapters(settings, base)
-    tokenizer = load_tokenizer(base.path)
+    reference = _named_reference(settings, base, tokenizer)
     loaded = start or under
-    source = template_folder(base.path, loaded.folder if loaded is not None else None)
-    template = load_template(source, tokenizer.special_map, settings.template)
-    read = _tokenized_pairs if settings.is_preference else _tokenized_examples
-    train, valid, report = read(settings, tokenizer, template)
+    source = template_folder(found.tokenizer_folder, loaded.folder if loaded is not None else None)
+    template = _template(settings, source, tokenizer)
+    data = read_data(settings, tokenizer, template)
     plan = Plan(
-        lengths=np.array([row_length(example) for example in train]),
+        lengths=lengths_of(data.train),
         batch_size=settings.per_device_train_batch_size,
         accumulation=settings.gradient_accumulation_steps,
         epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
-        seed=_data_seed(settings),
-        sort_by_length=settings.group_by_length,
+        seed=seed(settings),
+        sort_by_length=settings.sorts_by_length,
     )
-    return Prepared(base, start, under, tokenizer, template, train, valid, report, plan, _data_hash(train, plan))
+    return Prepared(
+        base=base,
+        from_scratch=found.from_scratch,
+        start=start,
+        under=under,
+        reference=reference,
+        tokenizer=tokenizer,
+        template=template,
+        train=data.train,
+        valid=data.valid,
+        report=data.report,
+        plan=plan,
+        data_hash=_data_hash(data.digest, plan),
+    )
 
 
-def _data_seed(settings: Settings) -> int:
-    return settings.seed if settings.data_seed is None else settings.data_seed
+def _template(settings: Settings, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    try:
+        return load_template(
+            folder,
+            tokenizer.special_map,
+            settings.template,
+            default_system=settings.default_system,
+            enable_thinking=settings.enable_thinking,
+        )
+    except ModelError:
+        # a base model has none, and texts need none
+        if settings.stage == "pt" and settings.template is None:
+            return None
+        raise
 
 
 def _adapters(settings: Settings, base: ModelFolder) -> tuple[Adapter | None, Adapter | None]:
@@ -90,53 +126,26 @@ def _adapters(settings: Settings, base: ModelFolder) -> tuple[Adapter | None, Ad
     return None, adapter
 
 
-def _tokenized_examples(
-    settings: Settings, tokenizer: Tokenizer, template: ChatTemplate
-) -> tuple[list[TokenizedExample], list[TokenizedExample], TokenizeReport]:
-    def tokenize(examples: list[Example]) -> tuple[list[TokenizedExample], TokenizeReport]:
-        return tokenize_examples(
-            examples,
-            tokenizer,
-            template,
-            cutoff_len=settings.cutoff_len,
-            train_on_prompt=settings.train_on_prompt,
-            mask_history=settings.mask_history,
+def _named_reference(settings: Settings, base: ModelFolder, tokenizer: Tokenizer) -> NamedReference | None:
+    if not (settings.has_reference and settings.names_reference):
+        return None
+    named = locate_model(settings.ref_model) if settings.ref_model is not None else base
+    if named.path != base.path and load_tokenizer(named.path).vocabulary != tokenizer.vocabulary:
+        raise ConfigError(
+            f"ref_model: the vocabulary of {named.name} is not that of {base.name}, so its probabilities "
+            "cannot be compared; name a model of the same family"
         )
-
-    examples, held_out = _read_and_split(settings, read_examples)
-    train, report = tokenize(examples)
-    return train, tokenize(held_out)[0] if held_out else [], report
-
-
-def _tokenized_pairs(
-    settings: Settings, tokenizer: Tokenizer, template: ChatTemplate
-) -> tuple[list[TokenizedPair], list[TokenizedPair], PairReport]:
-    pairs, held_out = _read_and_split(settings, read_pairs)
-    train, report = tokenize_pairs(pairs, tokenizer, template, cutoff_len=settings.cutoff_len)
-    if not held_out:
-        return train, [], report
-    return train, tokenize_pairs(held_out, tokenizer, template, cutoff_len=settings.cutoff_len)[0], report
+    if settings.ref_model_adapters is None:
+        return NamedReference(named, None)
+    adapter = read_any_adapter(locate_adapter(settings.ref_model_adapters), read_config(named.path))
+    warn_of_other_base(adapter, named)
+    return NamedReference(named, adapter)
 
 
-def _read_and_split(
-    settings: Settings, read: Callable[[str, str, int | None], list[Row]]
-) -> tuple[list[Row], list[Row]]:
-    """(training, validation) rows."""
-    examples = read(settings.dataset, settings.dataset_dir, settings.max_samples)
-    if settings.eval_dataset is not None:
-        return examples, read(settings.eval_dataset, settings.dataset_dir, settings.max_samples)
-    return split_examples(examples, settings.val_size, _data_seed(settings))
-
-
-def _data_hash(examples: Sequence[TokenizedExample] | Sequence[TokenizedPair], plan: Plan) -> str:
+def _data_hash(digest: str, plan: Plan) -> str:
     """Names the data and its order: a checkpoint's position means something on these alone."""
-    digest = hashlib.sha256(f"{plan.batch_size * plan.accumulation} {plan.seed} {plan.sort_by_length}".encode())
-    for example in examples:
-        rows = (example.chosen, example.rejected) if isinstance(example, TokenizedPair) else (example,)
-        for row in rows:
-            digest.update(row.tokens.tobytes())
-            digest.update(row.loss_mask.tobytes())
-    return digest.hexdigest()
+    order = f"{plan.batch_size * plan.accumulation} {plan.seed} {plan.sort_by_length} {digest}"
+    return hashlib.sha256(order.encode()).hexdigest()
 
 
 def _check_start(settings: Settings, start: Adapter, base: ModelFolder) -> None:
@@ -188,7 +197,9 @@ def model_spec(settings: Settings, prepared: Prepared) -> ModelSpec:
         precision=settings.precision,
         quantization_bit=settings.quantization_bit,
         gradient_checkpointing=settings.gradient_checkpointing,
-        max_length=max(row_length(example) for example in [*prepared.train, *prepared.valid]),
+        max_length=max(int(lengths_of(rows).max()) for rows in (prepared.examples, prepared.valid) if len(rows)),
+        packing=isinstance(prepared.train, PackedRows),
+        from_scratch=prepared.from_scratch,
         seed=settings.seed,
     )
 

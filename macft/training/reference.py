@@ -21,21 +21,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from macft.backends import load_backend
-from macft.backends.adapters import spec_of_adapter, warn_of_other_base
+from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import Backend, LoadedModel, ModelSpec, State
 from macft.config.settings import Settings
 from macft.data.batches import in_order
-from macft.data.tokenize_pairs import Reference, TokenizedPair
-from macft.data.tokenizer import load_tokenizer
+from macft.data.rows import Pairs, TokenizedPair
+from macft.data.sources import counted
 from macft.errors import ConfigError, ModelError
 from macft.files import cache_dir
 from macft.objectives.preference import answer_positions, reference_columns
-from macft.training.prepare import Prepared, model_spec
+from macft.training.evaluate import will_evaluate
+from macft.training.prepare import NamedReference, Prepared, model_spec
 from macft.training.progress import tracked
 from macft.weights.adapter import Adapter, fitting
-from macft.weights.locate import ModelFolder, locate_adapter, locate_model, weights_hash
-from macft.weights.mlx_adapter import read_any_adapter
-from macft.weights.model_config import read_config
+from macft.weights.locate import ModelFolder, weights_hash
 from macft.weights.stream import write_state
 
 logger = logging.getLogger("macft")
@@ -60,20 +59,11 @@ def policy_references(settings: Settings, prepared: Prepared, backend: Backend, 
     return _fill(settings, prepared, _Scorer(backend, identity))
 
 
-def named_references(settings: Settings, prepared: Prepared, backend_name: str) -> Prepared:
-    """The pairs with what `ref_model` with `ref_model_adapters` says of them; it is loaded, asked and let go."""
-    base = locate_model(settings.ref_model) if settings.ref_model is not None else prepared.base
-    if base.path != prepared.base.path and load_tokenizer(base.path).vocabulary != prepared.tokenizer.vocabulary:
-        raise ConfigError(
-            f"ref_model: the vocabulary of {base.name} is not that of {prepared.base.name}, so its probabilities "
-            "cannot be compared; name a model of the same family"
-        )
-    spec = replace(model_spec(settings, prepared), folder=base.path, lora=None, under=None, full=False)
-    adapter = None
-    if settings.ref_model_adapters is not None:
-        adapter = read_any_adapter(locate_adapter(settings.ref_model_adapters), read_config(base.path))
-        warn_of_other_base(adapter, base)
-        spec = replace(spec, lora=spec_of_adapter(adapter))
+def named_references(settings: Settings, prepared: Prepared, reference: NamedReference, backend_name: str) -> Prepared:
+    """The pairs with what another model says of them; it is loaded, asked and let go."""
+    base, adapter = reference.base, reference.adapter
+    lora = spec_of_adapter(adapter) if adapter is not None else None
+    spec = replace(model_spec(settings, prepared), folder=base.path, lora=lora, under=None, full=False)
     backend = load_backend(backend_name)
     loaded = _load(backend, spec, adapter, base)
     form = {"full": False, "merged": None, "adapter": _name(adapter)}
@@ -118,23 +108,28 @@ def _hash_state(state: State) -> str:
 
 
 def _fill(settings: Settings, prepared: Prepared, scorer: _Scorer) -> Prepared:
-    return replace(
-        prepared,
-        train=_with_references(settings, prepared.train, scorer, "training"),
-        valid=_with_references(settings, prepared.valid, scorer, "evaluation") if prepared.valid else [],
-    )
+    """The pairs with their references, as far as a step or an evaluation will need them."""
+    train, valid = prepared.train, prepared.valid
+    if isinstance(train, Pairs):
+        visited = prepared.plan.visited
+        columns = np.full((len(train), 3), math.nan)
+        columns[visited] = _scored(settings, train.take(visited), scorer, "training")
+        train = train.with_references(columns)
+    if isinstance(valid, Pairs) and will_evaluate(settings, prepared.plan):
+        valid = valid.with_references(_scored(settings, valid, scorer, "evaluation"))
+    return replace(prepared, train=train, valid=valid)
 
 
-def _with_references(settings: Settings, examples: Sequence[object], scorer: _Scorer, what: str) -> list[TokenizedPair]:
-    pairs = [example for example in examples if isinstance(example, TokenizedPair)]
+def _scored(settings: Settings, pairs: Pairs, scorer: _Scorer, what: str) -> np.ndarray:
+    """float64 [pairs, 3]: the fields of each Reference."""
     path = cache_dir() / "reference" / f"{_key(settings, pairs, scorer.identity)}.safetensors"
     columns = _read(path, len(pairs), with_perplexity=settings.asks_prompts)
     if columns is not None:
-        logger.info("reference: %d %s pairs, already known (%s)", len(pairs), what, path)
+        logger.info("reference: %s, already known (%s)", counted(len(pairs), f"{what} pair"), path)
     else:
         columns = _compute(settings, pairs, scorer.backend, what)
         _keep(path, columns)
-    return [replace(pair, reference=Reference(*map(float, row))) for pair, row in zip(pairs, columns, strict=True)]
+    return columns
 
 
 def _key(settings: Settings, pairs: Sequence[TokenizedPair], identity: str) -> str:
@@ -177,7 +172,7 @@ def _compute(settings: Settings, pairs: Sequence[TokenizedPair], backend: Backen
         columns[indices, 0], columns[indices, 1] = chosen, rejected
         if settings.asks_prompts:
             columns[indices, 2] = perplexity
-    logger.info("reference: %d %s pairs in %.1f s", len(pairs), what, time.perf_counter() - start)
+    logger.info("reference: %s in %.1f s", counted(len(pairs), f"{what} pair"), time.perf_counter() - start)
     if not np.isfinite(columns[:, :2]).all():
         raise ModelError("reference: log-probabilities that are not finite; compute in float32 (bf16=false)")
     return columns

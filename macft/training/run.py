@@ -6,16 +6,19 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from macft.backends import PACKAGES, choose_backend, load_backend
 from macft.backends.base import Backend, LoadedModel, LoraSpec, OptimizerSpec, StepResult
 from macft.config.load import dump_yaml
 from macft.config.settings import Settings
 from macft.data.batches import NumpyBatch, collate, in_order
+from macft.data.sources import counted
 from macft.errors import ConfigError, MacftError, ModelError, StoppedError, UsageError
 from macft.files import remove_leftovers, write_text
 from macft.objectives.losses import make_objective
@@ -37,9 +40,9 @@ from macft.training.model_files import ModelFiles
 from macft.training.output_dir import check_base_is_safe, check_output_dir, clear_output_dir
 from macft.training.prepare import Prepared, model_spec, prepare, resolved
 from macft.training.reference import named_references, policy_references
-from macft.training.report import Report, StepRecord
+from macft.training.report import Report, StepRecord, read_log
 from macft.training.reporters import check_reporters, open_reporters
-from macft.training.results import eval_results, merge_results, read_results
+from macft.training.results import eval_results, merge_results
 from macft.training.schedule import Schedule, warmup_steps
 from macft.training.start_check import check_start
 from macft.training.tell import tell_data, tell_model
@@ -51,6 +54,12 @@ logger = logging.getLogger("macft")
 def train(settings: Settings) -> Path:
     """Train as the settings say; returns the run folder."""
     output_dir = Path(settings.output_dir).expanduser()
+    logger.info("done: %s; saved to %s", _train(settings, output_dir), output_dir)
+    return output_dir
+
+
+def _train(settings: Settings, output_dir: Path) -> str:
+    """The whole run; returns what came out, in a line."""
     backend_name = choose_backend(settings.backend)
     is_anew = settings.overwrite_output_dir
     check_output_dir(settings, output_dir)
@@ -66,8 +75,8 @@ def train(settings: Settings) -> Path:
         _check_position(checkpoint, prepared)
     tell_data(settings, prepared)
     settings = resolved(settings, prepared, backend_name)
-    if settings.has_reference and settings.names_reference:
-        prepared = named_references(settings, prepared, backend_name)
+    if prepared.reference is not None:
+        prepared = named_references(settings, prepared, prepared.reference, backend_name)
     backend = load_backend(backend_name)
     spec = model_spec(settings, prepared)
     with _naming_adapter(prepared):
@@ -78,7 +87,7 @@ def train(settings: Settings) -> Path:
     if prepared.start is not None:
         with fitting(prepared.start, prepared.base.name, ModelError):
             backend.set_adapter_state(prepared.start.state)
-    if settings.has_reference and not settings.names_reference:
+    if settings.has_reference and prepared.reference is None:
         prepared = policy_references(settings, prepared, backend, loaded)
     progress = _resume(backend, files, checkpoint) if checkpoint is not None else Progress(prepared.data_hash)
     if is_anew:
@@ -94,8 +103,7 @@ def train(settings: Settings) -> Path:
             Report(output_dir, total, progress.step, progress.total_tokens, reporters, progress.unlogged)
         )
         progress = _Run(settings, prepared, backend, files, report, output_dir, loaded.precision).loop(progress)
-    finish(settings, prepared, backend, files, output_dir, progress, PACKAGES[backend_name])
-    return output_dir
+    return finish(settings, prepared, backend, files, output_dir, progress, PACKAGES[backend_name])
 
 
 class _Run:
@@ -128,6 +136,7 @@ class _Run:
             peak=settings.learning_rate,
             total_steps=plan.total_steps,
             warmup_steps=warmup_steps(settings.warmup_steps, settings.warmup_ratio, plan.total_steps),
+            options=settings.lr_scheduler_kwargs,
         )
 
     def loop(self, progress: Progress) -> Progress:
@@ -145,24 +154,25 @@ class _Run:
 
     def _after_step(self, progress: Progress) -> tuple[Progress, bool]:
         """Log, evaluate and save what is due; also whether the evaluations say that it is enough."""
-        is_last = progress.step == self.prepared.plan.total_steps
-        if is_last or progress.step % self.settings.logging_steps == 0:
-            self._warn(self.alarms.row(self.report.log()))
+        plan, settings = self.prepared.plan, self.settings
+        is_last = progress.step == plan.total_steps
+        if is_last or progress.step % settings.logging_steps == 0:
+            self.report.log()
         must_save, is_enough = False, False
-        if self._is_due(self._eval_strategy, self._eval_steps, progress.step):
+        is_due = plan.is_due(settings.when_to_evaluate, settings.steps_per_evaluation, progress.step)
+        if is_due and self.prepared.valid:
             verdict = judge(self.goal, progress.best, progress.step, self.evaluate(progress.step))
             progress = replace(progress, best=verdict.best)
-            must_save = verdict.is_best and self.settings.load_best_model_at_end
+            must_save = verdict.is_best and settings.load_best_model_at_end
             is_enough = verdict.is_enough and not is_last
         if is_enough:
-            self._warn(self.alarms.row(self.report.log()))
+            self.report.log()
             self.report.message(
                 f"stopped early after step {progress.step}: {self.goal.metric} has been no better than "
-                f"{progress.best.value:.4f} for {progress.best.evaluations_since} evaluations"
+                f"{progress.best.value:.4f} for {counted(progress.best.evaluations_since, 'evaluation')}"
             )
-        strategy = self.settings.save_strategy
-        is_over = (is_last or is_enough) and strategy != "no"
-        if must_save or is_over or self._is_due(strategy, self.settings.save_steps, progress.step):
+        is_over = (is_last or is_enough) and settings.save_strategy != "no"
+        if must_save or is_over or plan.is_due(settings.save_strategy, settings.save_steps, progress.step):
             self.save(progress)
         return progress, is_enough
 
@@ -171,11 +181,12 @@ class _Run:
             self.report.message(f"warning: {alarm}")
 
     def _take_best(self, progress: Progress) -> Progress:
-        """Put the best checkpoint's parameters into the backend, to be what the run ends with."""
+        """Put the best checkpoint's parameters into the backend, and its figures into eval_results.json."""
         best = progress.best
         if best.step is None or best.step == progress.step:
             return progress
         self.backend.set_adapter_state(self.files.read_state(self.output_dir / f"checkpoint-{best.step}"))
+        merge_results(self.output_dir, "eval", best.results)
         self.report.message(f"best: checkpoint-{best.step}, {self.goal.metric} {best.value:.4f}; the run ends with it")
         return progress
 
@@ -187,7 +198,7 @@ class _Run:
         step = before.step + 1
         if before.step == 0 and not self.settings.names_reference:
             check_start(self.objective, result, self.precision)
-        if _has_diverged(result):
+        if _has_diverged(result, micro_batches):
             raise MacftError(
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; training has diverged: "
                 "lower learning_rate, or compute in float32 (bf16=false)"
@@ -206,6 +217,7 @@ class _Run:
                 extra=result.metrics,
             )
         )
+        self._warn(self.alarms.step(result.metrics))
         return replace(
             before,
             step=step,
@@ -214,24 +226,8 @@ class _Run:
             seconds=before.seconds + seconds,
         )
 
-    @property
-    def _eval_strategy(self) -> str:
-        if not self.prepared.valid:
-            return "no"
-        return self.settings.eval_strategy or "epoch"
-
-    @property
-    def _eval_steps(self) -> int:
-        return self.settings.eval_steps or self.settings.logging_steps
-
-    def _is_due(self, strategy: str, every: int, step: int) -> bool:
-        plan = self.prepared.plan
-        if strategy == "steps":
-            return step % every == 0
-        return strategy == "epoch" and (step % plan.steps_per_epoch == 0 or step == plan.total_steps)
-
     def evaluate(self, step: int) -> dict[str, float]:
-        """Loss and metrics on the held-out examples, also to the log and to eval_results.json."""
+        """The content of eval_results.json: loss and metrics on the held-out examples, which the log gets too."""
         start = time.perf_counter()
         batches = (batch for _, batch in in_order(self.prepared.valid, self.settings.per_device_eval_batch_size))
         values = evaluate(self.backend, self.objective, batches)
@@ -245,7 +241,7 @@ class _Run:
             examples=len(self.prepared.valid),
         )
         merge_results(self.output_dir, "eval", results)
-        return values
+        return results
 
     def save(self, progress: Progress) -> None:
         """A checkpoint of this moment."""
@@ -260,11 +256,18 @@ class _Run:
         )
 
 
-def _has_diverged(result: StepResult) -> bool:
+def _has_diverged(result: StepResult, micro_batches: Sequence[NumpyBatch]) -> bool:
     """Whether numbers have overflowed; norm layers turn infinite activations into 0, and with them all gradients."""
-    # without rewards: a hinge that every pair is beyond has no gradient either
-    is_dead = result.grad_norm == 0 and result.loss > 0.1 and not result.metrics
+    is_dead = result.grad_norm == 0 and result.loss > 0.1 and not all(map(_is_undecided, micro_batches))
     return is_dead or not math.isfinite(result.loss) or not math.isfinite(result.grad_norm)
+
+
+def _is_undecided(batch: NumpyBatch) -> bool:
+    """Whether both answers of each pair are the same: such a step has a loss and no gradient by right."""
+    if batch.prompt_mask is None:
+        return False
+    chosen, rejected = np.split(batch.tokens, 2)
+    return np.array_equal(chosen, rejected)
 
 
 def _optimizer_spec(settings: Settings) -> OptimizerSpec:
@@ -339,16 +342,27 @@ def _stopped_text(output_dir: Path, step: int, total_steps: int) -> str:
 
 
 def dry_run(settings: Settings) -> str:
-    """Everything a run does, with two steps on the longest rows, in a folder that is deleted after."""
+    """Everything a run does, with two steps, the first on the longest rows, in a folder that is deleted after."""
+    try:
+        check_output_dir(settings, Path(settings.output_dir).expanduser())
+    except UsageError as error:
+        logger.warning(error)
     with tempfile.TemporaryDirectory(prefix="macft-dry-run-") as folder:
         short = settings.model_copy(
             update={
                 "output_dir": folder,
                 "max_steps": 2,
+                "group_by_length": True,
+                "logging_steps": 1,
+                "eval_steps": settings.steps_per_evaluation,
                 "report_to": "none",
                 "resume_from_checkpoint": False,
             }
         )
-        train(short)
-        seconds = read_results(Path(folder))["train_runtime"] / 2
+        try:
+            _train(short, Path(folder))
+        except StoppedError:
+            raise StoppedError("stopped; a dry run keeps nothing") from None
+        longest = read_log(Path(folder))[0]
+    seconds = longest["total_tokens"] / longest["throughput"]
     return f"dry run: all of it works; a step on the longest rows takes {seconds:.1f} s"

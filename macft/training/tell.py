@@ -6,9 +6,12 @@ import logging
 
 from macft.backends.base import LoadedModel
 from macft.config.settings import Settings
+from macft.data.packing import PackedRows
+from macft.data.sources import counted
 from macft.training.alarms import learning_rate_alarm, overlap_alarm
 from macft.training.end_token import untrained_end_token_alarm
 from macft.training.prepare import Prepared
+from macft.weights.model_config import read_config
 
 logger = logging.getLogger("macft")
 
@@ -16,19 +19,28 @@ logger = logging.getLogger("macft")
 def tell_data(settings: Settings, prepared: Prepared) -> None:
     """What is trained on, and in how many steps."""
     report, plan = prepared.report, prepared.plan
+    if prepared.from_scratch:
+        config = read_config(prepared.base.path)
+        logger.info(
+            "start: random weights (seed %d), %d layers %d wide, of the kind %s",
+            *(settings.seed, config["num_hidden_layers"], config["hidden_size"], config["model_type"]),
+        )
     share = 100 * report.trained_tokens / max(1, report.tokens)
-    what = "pairs" if settings.is_preference else "examples"
+    noun = "pair" if settings.is_preference else "text" if settings.stage == "pt" else "example"
+    row = "row" if isinstance(prepared.train, PackedRows) or settings.stage == "pt" else noun
+    held_out = "row" if settings.stage == "pt" else noun
     logger.info(
-        "data: %d %s, %d tokens, %d of them trained (%.0f %%)%s",
-        *(report.kept, what, report.tokens, report.trained_tokens, share),
-        f"; {len(prepared.valid)} {what} held out" if prepared.valid else "",
+        "data: %s, %d tokens, %d of them trained (%.0f %%)%s",
+        *(counted(report.kept, noun), report.tokens, report.trained_tokens, share),
+        f"; {counted(len(prepared.valid), held_out)} held out" if prepared.valid else "",
     )
+    if isinstance(prepared.train, PackedRows):
+        logger.info("packing: %s", _packing_text(prepared.train, settings.cutoff_len))
     logger.info(
-        "plan: %d steps, %d per epoch, %d %s a step (%d x %d)",
-        plan.total_steps,
+        "plan: %s, %d per epoch, %s a step (%d x %d)",
+        counted(plan.total_steps, "step"),
         plan.steps_per_epoch,
-        min(plan.batch_size * plan.accumulation, len(plan.lengths)),
-        what,
+        counted(min(plan.batch_size * plan.accumulation, len(plan.lengths)), row),
         settings.per_device_train_batch_size,
         settings.gradient_accumulation_steps,
     )
@@ -38,18 +50,20 @@ def tell_data(settings: Settings, prepared: Prepared) -> None:
             logger.warning("lora_dropout %g is not used: preference stages have none", settings.lora_dropout)
     for alarm in (
         learning_rate_alarm(settings),
-        overlap_alarm(prepared.train, prepared.valid),
+        overlap_alarm(prepared.examples, prepared.valid),
         _end_token_alarm(settings, prepared),
     ):
         if alarm is not None:
             logger.warning(alarm)
 
 
+def _packing_text(rows: PackedRows, cutoff_len: int) -> str:
+    share = 100 * int(rows.lengths.sum()) / (len(rows) * cutoff_len)
+    parts = counted(len(rows.examples), "part")
+    return f"{counted(len(rows), 'row')} of up to {cutoff_len} tokens, {share:.0f} % full, hold {parts} side by side"
+
+
 def _loss_text(settings: Settings) -> str:
-    beta = f"beta {settings.pref_beta:g}"
-    if settings.asks_prompts:
-        beta = f"beta {settings.pref_beta:g} x {settings.pref_beta_scale:g} x log perplexity of the prompt"
-        beta += f" ({settings.foodpo_perplexity})"
     if not settings.has_reference:
         reference = "no reference"
     elif settings.names_reference:
@@ -58,12 +72,29 @@ def _loss_text(settings: Settings) -> str:
     else:
         reference = "reference: the model as it starts"
     supervised = f" + {settings.pref_ftx:g} x the supervised loss" if settings.pref_ftx > 0 else ""
-    return f"{settings.stage}, {settings.pref_loss}{supervised}, {beta}, {reference}"
+    parts = [settings.stage, f"{settings.pref_loss}{supervised}", _beta_text(settings)]
+    if settings.pref_loss == "simpo":
+        parts.append(f"gamma {settings.simpo_gamma:g}")
+    if settings.dpo_label_smoothing > 0:
+        parts.append(f"label smoothing {settings.dpo_label_smoothing:g}")
+    if settings.ld_alpha is not None:
+        parts.append(f"ld_alpha {settings.ld_alpha:g}")
+    return ", ".join([*parts, reference])
+
+
+def _beta_text(settings: Settings) -> str:
+    if not settings.asks_prompts:
+        return f"beta {settings.pref_beta:g}"
+    text = f"beta {settings.pref_beta:g} x {settings.pref_beta_scale:g} x log perplexity of the prompt"
+    bounds = {"at least": settings.foodpo_beta_min, "at most": settings.foodpo_beta_max}
+    limits = [f", {word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+    return f"{text} ({settings.foodpo_perplexity}{''.join(limits)})"
 
 
 def _end_token_alarm(settings: Settings, prepared: Prepared) -> str | None:
     if not settings.is_preference or settings.finetuning_type == "full":
         return None
+    assert prepared.template is not None, "pairs are rendered with a template"
     return untrained_end_token_alarm(prepared.template, prepared.tokenizer, prepared.base.path)
 
 

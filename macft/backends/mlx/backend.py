@@ -18,7 +18,7 @@ from macft.backends.base import (
     StepResult,
     dropout_seed,
 )
-from macft.backends.layout import CPU_TOKENS_AT_ONCE, lay_out, pad_batch, passes
+from macft.backends.layout import CPU_TOKENS_AT_ONCE, lay_out, packing_note, pad_batch, passes
 from macft.backends.mlx import generate as generation
 from macft.backends.mlx import lora
 from macft.backends.mlx import model as models
@@ -70,11 +70,14 @@ class MlxBackend:
             self._model,
             head_is_frozen=not model.full,
             may_share=not model.gradient_checkpointing,
+            may_pack=model.packing and loaded.rope_fault is None,
             tolerance=1e-4 if self._dtype == mx.float32 and not models.on_gpu() else 2e-2,
         )
         notes = list(loaded.notes)
         if self._split.trunk is None:
             notes.append("this architecture hides its head: logits are computed at every position")
+        if model.packing and not self._split.packs:
+            notes.append(packing_note(loaded.rope_fault))
         if model.gradient_checkpointing:
             models.checkpoint_layers(self._model)
         self._masters = _trainable(self._model)
@@ -106,7 +109,8 @@ class MlxBackend:
         loss = mx.array(0.0)
         metrics: dict[str, mx.array] = {}
         gradients: Parameters | None = None
-        parts = (part for batch in micro_batches for part in passes(batch, self._tokens_at_once))
+        packs = self._split.packs
+        parts = (part for batch in micro_batches for part in passes(batch, self._tokens_at_once, packs=packs))
         for index, batch in enumerate(parts):
             keys = None
             if self._drops:
@@ -144,6 +148,7 @@ class MlxBackend:
 
     def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
         """See `Backend.logps`."""
+        assert batch.segment_ids is None or self._split.packs, "this model takes examples one a row"
         self._model.eval()
         if self._dropout is not None:
             self._dropout.keys = None

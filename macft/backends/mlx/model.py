@@ -7,11 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.utils import load_model as load_mlx_lm_model
 
 from macft.backends.base import ModelSpec
+from macft.backends.layout import rope_fault
 from macft.backends.mlx.split import TRUNKS
+from macft.backends.scratch import initial_value
 from macft.errors import ModelError
 from macft.weights.model_config import check_text_model, check_window, normalise_config, read_config
 from macft.weights.quantized import LOAD_GROUP_SIZE
@@ -31,6 +33,7 @@ class Loaded:
     model: nn.Module
     dtype: mx.Dtype
     notes: list[str]
+    rope_fault: str | None  # why rows cannot hold several examples
 
 
 def load(spec: ModelSpec) -> Loaded:
@@ -41,12 +44,14 @@ def load(spec: ModelSpec) -> Loaded:
     notes: list[str] = []
     dtype = _compute_dtype(spec.precision, notes)
     try:
-        model, _ = load_mlx_lm_model(spec.folder, lazy=True, model_config=config)
+        model, _ = load_mlx_lm_model(spec.folder, lazy=True, strict=not spec.from_scratch, model_config=config)
     except Exception as error:  # any fault of a foreign loader
         raise ModelError(
             f"{spec.folder}: the mlx backend cannot load this {config['model_type']} model: mlx-lm says: "
             f"{' '.join(str(error).split())[:160].rstrip('.')}; give a causal language model, or try --backend torch"
         ) from error
+    if spec.from_scratch:
+        _start(model, config, spec.seed)
     if spec.quantization_bit is not None:
         _quantize(model, spec.quantization_bit)
     if not on_gpu() and _dequantize(model):
@@ -54,7 +59,18 @@ def load(spec: ModelSpec) -> Loaded:
     model.update(tree_map(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x, model.parameters()))
     model.train()
     mx.eval(model.parameters())
-    return Loaded(model, dtype, notes)
+    return Loaded(model, dtype, notes, rope_fault(config, spec.max_length))
+
+
+def _start(model: nn.Module, config: dict[str, Any], seed: int) -> None:
+    """Give every parameter the value of a model that was never trained."""
+    values = [
+        (name, mx.array(initial_value(config, seed, name, value.shape)))
+        for name, value in tree_flatten(model.parameters())
+        # a module may keep other arrays, such as frequencies, under names with an underscore
+        if not name.rpartition(".")[2].startswith("_")
+    ]
+    model.update(tree_unflatten(values))
 
 
 def _compute_dtype(precision: str, notes: list[str]) -> mx.Dtype:

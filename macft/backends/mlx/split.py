@@ -9,8 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from macft.backends.layout import Layout, probe, probe_pairs
+from macft.backends.layout import Layout, probe, probe_packed, probe_pairs
 from macft.backends.mlx.ops import cross_entropy
+from macft.backends.mlx.packed import Packed, restarting_rope
 
 TRUNKS = ("model", "transformer", "backbone")
 # The head computes so many logits at a time: 32 MB in float32.
@@ -78,6 +79,7 @@ class SplitModel:
         self.trunk = trunk
         self.head_is_frozen = head_is_frozen
         self.shares_prompts = False
+        self.packs = False
         self._rows_at_once = max(1, LOGITS_AT_ONCE // model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
 
     def hidden(self, layout: dict[str, mx.array]) -> mx.array:
@@ -85,7 +87,10 @@ class SplitModel:
         run: Callable[..., mx.array] = self.model if self.trunk is None else self.trunk
         inputs, rows = layout["inputs"], layout["rows"]
         if "prompts" not in layout:
-            output = run(inputs)
+            if "positions" in layout:
+                output = run(inputs, cache=[Packed(layout["positions"])] * len(self.model.layers))
+            else:
+                output = run(inputs)
             return output.reshape(-1, output.shape[-1])[rows]
         records = [_Record() for _ in self.model.layers]
         prompt_output = run(layout["prompts"], cache=records)
@@ -135,8 +140,14 @@ class SplitModel:
         return logps * layout["valid"]
 
 
-def split(model: nn.Module, *, head_is_frozen: bool, may_share: bool, tolerance: float) -> SplitModel:
-    """Split a model; each half, and the sharing of prompts, is used only if it changes no logit."""
+def split(model: nn.Module, *, head_is_frozen: bool, may_share: bool, may_pack: bool, tolerance: float) -> SplitModel:
+    """Split a model; each half, the sharing of prompts, and packing, is used only if it changes no logit."""
+    found = _split(model, head_is_frozen=head_is_frozen, may_share=may_share, tolerance=tolerance)
+    found.packs = may_pack and _can_pack(found, tolerance)
+    return found
+
+
+def _split(model: nn.Module, *, head_is_frozen: bool, may_share: bool, tolerance: float) -> SplitModel:
     whole = SplitModel(model, None, head_is_frozen)
     owner = getattr(model, "language_model", model)
     name = next((name for name in TRUNKS if isinstance(owner.get(name), nn.Module)), None)
@@ -167,6 +178,20 @@ def _can_share(halves: SplitModel, whole: SplitModel, tolerance: float) -> bool:
         return _close(halves.head(halves.hidden(_columns(shared))), whole.hidden(_columns(plain)), tolerance)
     except Exception:  # as above
         return False
+
+
+def _can_pack(model: SplitModel, tolerance: float) -> bool:
+    """Whether examples of one row get the logits that each has alone; the rotary modules then stay able to restart."""
+    packed, plain = (_columns(layout) for layout in probe_packed())
+    expected = model.head(model.hidden(plain))
+    restore = restarting_rope(model.model)
+    try:
+        is_same = _close(model.head(model.hidden(packed)), expected, tolerance)
+    except Exception:  # as above
+        is_same = False
+    if not is_same:
+        restore()
+    return is_same
 
 
 def _columns(layout: Layout) -> dict[str, mx.array]:

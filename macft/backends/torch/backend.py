@@ -18,7 +18,7 @@ from macft.backends.base import (
     StepResult,
     dropout_seed,
 )
-from macft.backends.layout import CPU_TOKENS_AT_ONCE, lay_out, passes
+from macft.backends.layout import CPU_TOKENS_AT_ONCE, lay_out, packing_note, passes
 from macft.backends.process_memory import peak_process_memory
 from macft.backends.torch import generate as generation
 from macft.backends.torch import lora
@@ -60,13 +60,16 @@ class TorchBackend:
                 self._device,
                 head_is_frozen=not model.full,
                 may_share=not model.gradient_checkpointing,
+                may_pack=model.packing and loaded.rope_fault is None,
             )
         notes = list(loaded.notes)
         if not self._split.splits:
             notes.append("this architecture hides its head: logits are computed at every position")
+        if model.packing and not self._split.packs:
+            notes.append(packing_note(loaded.rope_fault))
         if model.gradient_checkpointing:
             models.checkpoint_layers(loaded.model)
-        elif self._device.type == "cpu" and self._dtype == torch.float32:
+        elif optimizer is not None and self._device.type == "cpu" and self._dtype == torch.float32:
             # under autocast the second time would not cast as the first did
             recompute_elementwise(loaded.model)
         self._trained = lora.trainable_parameters(self._model)
@@ -93,7 +96,8 @@ class TorchBackend:
         total_weight = sum(objective.weight(batch) for batch in micro_batches)
         loss = 0.0
         metrics: dict[str, float] = {}
-        parts = (part for batch in micro_batches for part in passes(batch, self._tokens_at_once))
+        packs = self._split.packs
+        parts = (part for batch in micro_batches for part in passes(batch, self._tokens_at_once, packs=packs))
         for index, batch in enumerate(parts):
             if self._drops:
                 torch.manual_seed(dropout_seed(self._seed, step, index, self.rank))
@@ -127,6 +131,7 @@ class TorchBackend:
     @torch.no_grad()
     def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
         """See `Backend.logps`."""
+        assert batch.segment_ids is None or self._split.packs, "this model takes examples one a row"
         self._model.eval()
         with self._autocast():
             return self._logps(batch, positions).cpu().numpy()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,14 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from macft.backends.base import ModelSpec
+from macft.backends.layout import rope_fault
+from macft.backends.scratch import initial_value
 from macft.errors import MacftError, MissingPackageError, ModelError
-from macft.weights.model_config import check_text_model, normalise_config, read_config
-from macft.weights.quantized import dequantize_folder_tensors, quantization_of, roundtrip_folder_tensors
+from macft.weights.lazy import Array, LazyTensor, from_rows, read_rows
+from macft.weights.mlx_layout import LAYOUTS, as_hf
+from macft.weights.model_config import check_text_model, read_config
+from macft.weights.quantized import LOAD_GROUP_SIZE, quantization_of, roundtrip_affine
+from macft.weights.source import open_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,6 +35,7 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
     notes: list[str]
+    rope_fault: str | None  # why rows cannot hold several examples
 
 
 def pick_device() -> torch.device:
@@ -62,15 +68,18 @@ def load(spec: ModelSpec) -> Loaded:
         ) from error
     model.config.use_cache = False
     is_placed = spec.quantization_bit is not None and device.type == "cuda"
-    return Loaded(model if is_placed else model.to(device), device, dtype, notes)
+    fault = rope_fault(read_config(spec.folder), spec.max_length)
+    return Loaded(model if is_placed else model.to(device), device, dtype, notes, fault)
 
 
 def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, notes: list[str]) -> torch.nn.Module:
     config = read_config(spec.folder)
     check_text_model(config)
+    if spec.from_scratch:
+        return _started(config, spec.seed, dtype)
     if quantization_of(config) is not None:
         notes.append("the MLX-quantized base is dequantized: PyTorch has no kernels for it")
-        return _from_tensors(spec, dequantize_folder_tensors(spec.folder), dtype)
+        return _from_tensors(spec.folder, *_dequantized(spec.folder), dtype)
     if spec.quantization_bit is None:
         return _pretrained(spec, dtype)
     if device.type == "cuda":
@@ -83,7 +92,18 @@ def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, note
     notes.append(
         f"quantization_bit {spec.quantization_bit}: values are rounded to MLX's affine groups, then computed dense"
     )
-    return _from_tensors(spec, roundtrip_folder_tensors(spec.folder, bits=spec.quantization_bit), dtype)
+    return _from_tensors(spec.folder, *_roundtripped(spec.folder, spec.quantization_bit), dtype)
+
+
+def _started(config: dict[str, Any], seed: int, dtype: torch.dtype) -> torch.nn.Module:
+    """A model that was never trained."""
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(initial_value(config, seed, name, parameter.shape)))
+    model.tie_weights()
+    return model.eval()
 
 
 def _pretrained(spec: ModelSpec, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
@@ -99,18 +119,47 @@ def _pretrained(spec: ModelSpec, dtype: torch.dtype, **options: Any) -> torch.nn
     return model
 
 
-def _from_tensors(spec: ModelSpec, tensors: Iterator[tuple[str, Any]], dtype: torch.dtype) -> torch.nn.Module:
+def _dequantized(folder: Path) -> tuple[dict[str, Any], list[LazyTensor]]:
+    """(config, float32 tensors) of an MLX-quantized folder, in the HF layout where MLX's own is known."""
+    source = open_model(folder, exact=True)
+    stacked = next((tensor.name for tensor in source.tensors if ".switch_mlp." in tensor.name), None)
+    if stacked:
+        raise ModelError(
+            f"{folder}: {stacked} is a stack of experts in MLX's own layout, which only MLX can load; for PyTorch: "
+            f"macft convert model {folder} NEW --to hf"
+        )
+    return as_hf(source) if source.config["model_type"] in LAYOUTS else (source.config, source.tensors)
+
+
+def _roundtripped(folder: Path, bits: int) -> tuple[dict[str, Any], list[LazyTensor]]:
+    """(config, tensors) of a folder, matrices as MLX's quantizing at load would leave them."""
+    source = open_model(folder)
+    return source.config, [_rounded(tensor, bits) for tensor in source.tensors]
+
+
+def _rounded(tensor: LazyTensor, bits: int) -> LazyTensor:
+    shape = tensor.shape
+    if len(shape) != 2 or not tensor.name.endswith(".weight") or shape[-1] % LOAD_GROUP_SIZE:
+        return tensor
+
+    def rows(start: int, stop: int) -> Array:
+        return roundtrip_affine(read_rows(tensor, start, stop), bits=bits, group_size=LOAD_GROUP_SIZE)
+
+    return from_rows(tensor.name, np.dtype(np.float32), shape, rows)
+
+
+def _from_tensors(
+    folder: Path, config: dict[str, Any], tensors: list[LazyTensor], dtype: torch.dtype
+) -> torch.nn.Module:
     """A model with these values; raises ModelError when they are not all that it wants."""
-    config = normalise_config(read_config(spec.folder))
-    for key in ("quantization", "quantization_config"):
-        config.pop(key, None)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
-    state = {name: torch.from_numpy(np.asarray(array, dtype=np.float32)).to(dtype) for name, array in tensors}
+    # a copy: arrays may be read-only views of the file
+    state = {t.name: torch.from_numpy(np.array(t.read(), np.float32)).to(dtype) for t in tensors}
     tied = set(model.all_tied_weights_keys)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if lost := [*(name for name in missing if name not in tied), *unexpected]:
-        raise ModelError(f"{spec.folder}: tensors missing or unknown to {config['model_type']}: {', '.join(lost[:5])}")
+        raise ModelError(f"{folder}: tensors missing or unknown to {config['model_type']}: {', '.join(lost[:5])}")
     model.tie_weights()
     return model.eval()
 

@@ -22,12 +22,13 @@ _ATTENTION = (
 def recompute_elementwise(model: torch.nn.Module) -> None:
     """Let every block compute norms, rotations, activations and LoRA products again in the backward pass.
 
-    They take little time and two thirds of the memory. Every operation is seen by Python, so this is for a CPU,
-    where operations take far longer than that.
+    Every operation passes through Python, so this is for a CPU, where operations take far longer than that. A model
+    whose decoder has no list of blocks stays as it is.
     """
     contexts = partial(create_selective_checkpoint_contexts, _policy)
-    for layer in model.get_decoder().layers:
-        layer.forward = _checkpointed(layer.forward, contexts)
+    lists = [child for child in model.get_decoder().children() if isinstance(child, torch.nn.ModuleList)]
+    for block in max(lists, key=len, default=()):
+        block.forward = _checkpointed(block.forward, contexts)
 
 
 def _checkpointed(forward: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:

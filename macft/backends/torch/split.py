@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from macft.backends.layout import Layout, probe, probe_pairs
+from macft.backends.layout import Layout, probe, probe_packed, probe_pairs
 
 # The head computes so many logits at a time: 32 MB in float32.
 LOGITS_AT_ONCE = 1 << 23
 
 Columns = dict[str, torch.Tensor]
-
-
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -69,6 +67,7 @@ class SplitModel:
         self.splits = splits
         self.head_is_frozen = head_is_frozen
         self.shares_prompts = False
+        self.packs = False
         self._rows_at_once = max(1, LOGITS_AT_ONCE // int(model.config.vocab_size))
 
     def columns(self, layout: Layout) -> Columns:
@@ -78,13 +77,15 @@ class SplitModel:
     def hidden(self, layout: Columns) -> torch.Tensor:
         """[K, D] (or [K, V] logits): what the model makes at `rows` of a layout's columns."""
         inputs, rows = layout["inputs"], layout["rows"]
+        # Padding is on the right and attention is causal, so no mask is needed. Where positions start
+        # again, transformers takes another example to begin, and makes the masks, windows included.
+        packed = {"position_ids": layout["positions"].long()} if "positions" in layout else {}
         if not self.splits:
-            logits = self.model(input_ids=inputs).logits
+            logits = self.model(input_ids=inputs, **packed).logits
             return logits.reshape(-1, logits.shape[-1])[rows]
         trunk = self.model.get_decoder()
         if "prompts" not in layout:
-            # Padding is on the right and attention is causal, so no mask is needed.
-            output = trunk(input_ids=inputs).last_hidden_state
+            output = trunk(input_ids=inputs, **packed).last_hidden_state
             return output.reshape(-1, output.shape[-1])[rows]
         record = _Record()
         first = trunk(input_ids=layout["prompts"], past_key_values=record, use_cache=True)
@@ -138,16 +139,23 @@ def _instead_of_trunk(trunk: torch.nn.Module, hidden: torch.Tensor) -> Iterator[
     """Within the block the trunk does not compute: it returns `hidden` [1, K, D]."""
     # The mixture-of-experts kind has every field that a model may look for.
     output = MoeModelOutputWithPast(last_hidden_state=hidden)
+    # another library may have put a forward of its own on this very module
+    before = trunk.__dict__.get("forward")
     trunk.forward = lambda *_args, **_kwargs: output
     try:
         yield
     finally:
-        del trunk.forward
+        if before is None:
+            del trunk.forward
+        else:
+            trunk.forward = before
 
 
 @torch.no_grad()
-def split(model: torch.nn.Module, device: torch.device, *, head_is_frozen: bool, may_share: bool) -> SplitModel:
-    """Split a model; each half, and the sharing of prompts, is used only if it changes no logit."""
+def split(
+    model: torch.nn.Module, device: torch.device, *, head_is_frozen: bool, may_share: bool, may_pack: bool
+) -> SplitModel:
+    """Split a model; each half, the sharing of prompts, and packing, is used only if it changes no logit."""
     tolerance = 1e-4 if device.type == "cpu" else 2e-2
     whole = SplitModel(model, device, splits=False, head_is_frozen=head_is_frozen)
     halves = SplitModel(model, device, splits=True, head_is_frozen=head_is_frozen)
@@ -156,10 +164,10 @@ def split(model: torch.nn.Module, device: torch.device, *, head_is_frozen: bool,
         is_same = _close(halves.head(halves.hidden(plain)), whole.hidden(plain), tolerance)
     except Exception:  # whatever a foreign model file does not expect
         is_same = False
-    if not is_same:
-        return whole
-    halves.shares_prompts = may_share and _can_share(halves, whole, tolerance)
-    return halves
+    found = halves if is_same else whole
+    found.shares_prompts = is_same and may_share and _can_share(halves, whole, tolerance)
+    found.packs = may_pack and _can_pack(found, tolerance)
+    return found
 
 
 def _can_share(halves: SplitModel, whole: SplitModel, tolerance: float) -> bool:
@@ -170,6 +178,15 @@ def _can_share(halves: SplitModel, whole: SplitModel, tolerance: float) -> bool:
     shared, plain = (halves.columns(layout) for layout in probe_pairs())
     try:
         return _close(halves.head(halves.hidden(shared)), whole.hidden(plain), tolerance)
+    except Exception:  # as above
+        return False
+
+
+def _can_pack(model: SplitModel, tolerance: float) -> bool:
+    """Whether examples of one row get the logits that each has alone."""
+    packed, plain = (model.columns(layout) for layout in probe_packed())
+    try:
+        return _close(model.head(model.hidden(packed)), model.head(model.hidden(plain)), tolerance)
     except Exception:  # as above
         return False
 
