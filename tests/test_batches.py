@@ -80,6 +80,11 @@ def test_going_on_after_a_step_gives_the_steps_that_are_left(after):
     assert steps_of(plan(), after) == steps_of(plan())[after:]
 
 
+def test_without_shuffling_every_epoch_is_in_the_order_of_the_examples():
+    kept = Plan(np.array([3, 9, 1, 7, 5]), 2, 1, 2.0, -1, seed=4, sort_by_length=False, shuffle=False)
+    assert [[part.tolist() for part in step] for step in kept.steps()] == [[[0, 1]], [[2, 3]], [[4]]] * 2
+
+
 def test_sorting_by_length_leaves_little_padding():
     def padding(by_length: bool) -> float:
         parts = [part for step in plan(by_length=by_length).steps() for part in step]

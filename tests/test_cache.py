@@ -32,7 +32,7 @@ from macft.data.texts import encode_texts
 from macft.data.tokenize import encode_examples, take_examples
 from macft.data.tokenize_pairs import encode_pairs
 from macft.data.tokenizer import Tokenizer, load_tokenizer
-from macft.errors import ConfigError, DataError
+from macft.errors import DataError
 from macft.training.data import read_data
 
 CHATML = build(TEMPLATES["chatml"])
@@ -315,13 +315,6 @@ def test_what_is_cached_serves_every_split_of_it(tmp_path, place, model):
         assert (len(split.train), len(split.valid)) == (23, 7) and sorted(parts) == sorted(whole)
         assert split.report.kept == 23 and split.report.tokens == split.train.lengths.sum()  # type: ignore[union-attr]
     assert len(tables(place)) == 1
-
-
-def test_a_stream_is_refused_with_what_there_is_instead(tmp_path, model, tokenizer):
-    data = write_rows(tmp_path / "rows.jsonl", 3)
-    settings = toy_settings(model, data, tmp_path, "mlx", streaming=True, max_steps=2)
-    with pytest.raises(ConfigError, match="streaming: not supported; remove it"):
-        read_data(settings, tokenizer, CHATML)
 
 
 # ---- many rows

@@ -1,16 +1,19 @@
-"""Tokenized examples in, numpy batches out: padding, seeded order, length-sorted steps."""
+"""Tokenized examples or a stream of them in, numpy batches out: padding, seeded order, length-sorted steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from macft.data.packing import PackedExample
 from macft.data.rows import TokenizedExample, TokenizedPair
+from macft.data.stream import Stream
+from macft.errors import UsageError
 
 # What a row of a batch is made of; of a pair, two rows.
 Row = TokenizedExample | TokenizedPair | PackedExample
@@ -165,6 +168,7 @@ class Plan:
     max_steps: int  # -1: as many as `epochs` asks for
     seed: int
     sort_by_length: bool
+    shuffle: bool = True  # False: every epoch in the order of the examples
 
     @property
     def steps_per_epoch(self) -> int:
@@ -185,6 +189,10 @@ class Plan:
             return np.arange(len(self.lengths))
         return np.sort(np.concatenate([indices for step in self.steps() for indices in step]))
 
+    def epoch_at(self, step: int) -> float:
+        """How many times the examples have been gone through after `step`."""
+        return step / self.steps_per_epoch
+
     def is_due(self, strategy: Literal["no", "steps", "epoch"], every: int, step: int) -> bool:
         """Whether something that comes each `every` steps, or each epoch and at the end, comes after `step`."""
         if strategy == "steps":
@@ -204,7 +212,7 @@ class Plan:
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, epoch])
         step_size = self.batch_size * self.accumulation
-        order = rng.permutation(len(self.lengths))
+        order = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
         if not self.sort_by_length:
             return [order[i : i + step_size] for i in range(0, len(order), step_size)]
         stretch = step_size * STEPS_PER_SORTED_STRETCH
@@ -218,3 +226,53 @@ class Plan:
         steps[0], steps[longest] = steps[longest], steps[0]
         shuffled = first + rng.permutation(len(steps) - first)
         return steps[:first] + [steps[i] for i in shuffled]
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Which examples of a stream every step trains on: the next `batch_size * accumulation`, whatever the epoch."""
+
+    stream: Stream
+    batch_size: int
+    accumulation: int
+    max_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.max_steps
+
+    @property
+    def step_size(self) -> int:
+        """Examples of one step."""
+        return self.batch_size * self.accumulation
+
+    def epoch_at(self, step: int) -> float:
+        """How many times the data have been gone through after `step`; 0 until they have been read to their end."""
+        return step * self.step_size / self.stream.per_pass if self.stream.per_pass else 0.0
+
+    def is_due(self, strategy: Literal["no", "steps", "epoch"], every: int, step: int) -> bool:
+        """Whether something that comes each `every` steps comes after `step`; a stream has no epochs."""
+        return strategy == "steps" and step % every == 0
+
+    def read_past(self, after: int, digest: str) -> None:
+        """Take from the stream what the first `after` steps took; `digest` is that of the stream at the time.
+
+        Raises UsageError where it is another one now.
+        """
+        for _ in islice(self.stream, after * self.step_size):
+            pass
+        if self.stream.digest != digest:
+            raise UsageError(
+                f"streaming: the {self.stream.taken} examples that the checkpoint was trained on are others now; "
+                "put the data back as they were, or start anew with overwrite_output_dir=true"
+            )
+
+    def batches(self, say: Callable[[str], None]) -> Iterator[list[NumpyBatch]]:
+        """The micro-batches of every step that is left; `say` is told, once, that the data begin again."""
+        while self.stream.taken < self.total_steps * self.step_size:
+            before = self.stream.taken
+            step = list(islice(self.stream, self.step_size))
+            if before <= (self.stream.per_pass or math.inf) < self.stream.taken:
+                say(f"streaming: all {self.stream.per_pass} examples have been seen; the data begin again")
+            yield [collate(step[i : i + self.batch_size]) for i in range(0, len(step), self.batch_size)]

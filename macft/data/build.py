@@ -77,14 +77,14 @@ class Encoder:
         )
 
 
-def chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows in lists, which are the same ones for the same rows."""
+def chunks(rows: Iterable[Row], limit: int = CHUNK_ROWS) -> Iterator[list[Row]]:
+    """The rows in lists of `limit` at most, which are the same ones for the same rows."""
     chunk: list[Row] = []
     characters = 0
     for row in rows:
         chunk.append(row)
         characters += len(row.text) if isinstance(row, Text) else sum(len(m["content"]) for m in row.messages)
-        if len(chunk) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+        if len(chunk) == limit or characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
     if chunk:

@@ -36,6 +36,7 @@ class Progress:
     seconds: float = 0.0  # spent in steps
     unlogged: tuple[StepRecord, ...] = ()  # steps whose row of the log is still to come
     best: Best = field(default_factory=Best)  # the best evaluation so far
+    stream_digest: str = ""  # of the examples taken from a stream, which `data_hash` cannot know
 
 
 def save_checkpoint(

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 
 from macft.config.settings import Settings
+from macft.data.build import Encoder, Kind
 from macft.data.cache import Request, tokenized
 from macft.data.dataset import Gathering, split_examples
 from macft.data.fate import TokenizeReport
+from macft.data.find import find_sources
+from macft.data.markers import warn_of_missing_marker
 from macft.data.packing import PackedRows, pack
 from macft.data.rows import Examples, Rows, Table
+from macft.data.sources import counted
+from macft.data.stream import Once, Stream
 from macft.data.template import ChatTemplate
 from macft.data.texts import take_texts
 from macft.data.tokenize import take_examples
 from macft.data.tokenize_pairs import take_pairs
 from macft.data.tokenizer import Tokenizer
-from macft.errors import ConfigError
-from macft.files import cache_dir
+from macft.errors import ConfigError, DataError
 from macft.training.progress import counting
+
+logger = logging.getLogger("macft")
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,6 @@ def read_data(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate |
 
     Only `stage: pt` does without a template.
     """
-    if settings.streaming:
-        raise ConfigError(
-            "streaming: not supported; remove it: data is tokenized once, in bounded memory, and kept on disk "
-            f"({cache_dir() / 'data'})"
-        )
     job = _Job(settings, tokenizer, template)
     table = job.table(settings.dataset)
     if settings.eval_dataset is not None:
@@ -59,6 +63,70 @@ def read_data(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate |
     valid = job.take(held_out, others)[0] if len(others) else []
     assert not isinstance(valid, PackedRows)
     return Data(train, valid, report, _digest(settings, table, chosen))
+
+
+@dataclass(frozen=True)
+class StreamedData:
+    """What is trained on, which is read while training, and what is held out, which is read now.
+
+    `digest` names how the data are read, not what they are.
+    """
+
+    stream: Stream
+    valid: Rows
+    digest: str
+
+
+def read_stream(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None) -> StreamedData:
+    """The data sets of the settings as a stream, read up to its first example.
+
+    A count as `val_size` holds out the first rows. Raises ConfigError for packed conversations; DataError for data
+    that are missing, or faulty up to the first example.
+    """
+    if settings.is_packed and settings.stage != "pt":
+        raise ConfigError(
+            "packing: conversations are packed by their lengths, which a stream does not know; remove packing or "
+            "streaming"
+        )
+    if settings.val_size != int(settings.val_size):
+        raise ConfigError(
+            f"val_size: found {settings.val_size:g}, wanted a whole count, for no share of a stream is known"
+        )
+    if settings.group_by_length and "group_by_length" in settings.model_fields_set:
+        logger.info("group_by_length: off, for the lengths of a stream are not known")
+    job, once = _Job(settings, tokenizer, template), Once()
+    request, held_out = job.request(settings.dataset), int(settings.val_size)
+    with once.applied():
+        sources, faults = find_sources(settings.dataset, settings.dataset_dir, settings.hub)
+    if faults:
+        raise DataError("\n".join(faults))
+    if request.kind != "pt" and template is not None:
+        warn_of_missing_marker(template, tokenizer)
+    files = dict.fromkeys(str(path) for source in sources for path in source.files)
+    encoder = job.encoder({path: i for i, path in enumerate(files)})
+    stream = Stream(
+        rows=lambda: islice(request.rows(), held_out, None),
+        encoder=encoder,
+        packing=settings.is_packed,
+        buffer_size=1 if settings.disable_shuffling else settings.buffer_size,
+        seed=seed(settings),
+        once=once,
+    )
+    valid: Rows | PackedRows = []
+    if settings.eval_dataset is not None:
+        table = job.table(settings.eval_dataset)
+        valid, _ = job.take(table, np.arange(len(table)))
+    elif held_out:
+        with once.applied():
+            rows = list(islice(request.rows(), held_out + 1))
+        if len(rows) <= held_out:
+            raise ConfigError(
+                f"val_size: {held_out} leaves none of {counted(len(rows), 'example')} to train on; lower it"
+            )
+        valid, _ = job.take(encoder(rows[:held_out]), np.arange(held_out))
+    assert not isinstance(valid, PackedRows)
+    stream.check()
+    return StreamedData(stream, valid, _stream_digest(stream, held_out, request.gathering))
 
 
 def seed(settings: Settings) -> int:
@@ -74,13 +142,30 @@ class _Job:
     tokenizer: Tokenizer
     template: ChatTemplate | None
 
-    def table(self, dataset: str) -> Table:
+    @property
+    def kind(self) -> Kind:
+        """What the rows stand for."""
+        return "pairs" if self.settings.is_preference else "pt" if self.settings.stage == "pt" else "sft"
+
+    def encoder(self, files: dict[str, int]) -> Encoder:
+        settings, template = self.settings, self.template
+        return Encoder(
+            kind=self.kind,
+            tokenizer=self.tokenizer,
+            template=(template.source, template.name) if template is not None else None,
+            cutoff_len=settings.cutoff_len,
+            train_on_prompt=settings.train_on_prompt,
+            mask_history=settings.mask_history,
+            files=files,
+        )
+
+    def request(self, dataset: str) -> Request:
         settings = self.settings
         # probabilities are those of the training data sets
         is_mixed = dataset == settings.dataset
         probs = settings.interleave_probs
-        request = Request(
-            kind="pairs" if settings.is_preference else "pt" if settings.stage == "pt" else "sft",
+        return Request(
+            kind=self.kind,
             dataset=dataset,
             dataset_dir=settings.dataset_dir,
             cutoff_len=settings.cutoff_len,
@@ -94,8 +179,11 @@ class _Job:
             train_on_prompt=settings.train_on_prompt,
             mask_history=settings.mask_history,
         )
+
+    def table(self, dataset: str) -> Table:
+        settings = self.settings
         return tokenized(
-            request,
+            self.request(dataset),
             self.tokenizer,
             self.template,
             overwrite=settings.overwrite_cache,
@@ -120,3 +208,13 @@ def _digest(settings: Settings, table: Table, rows: np.ndarray) -> str:
     digest = hashlib.sha256(f"{table.digest} {packed} ".encode())
     digest.update(rows.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def _stream_digest(stream: Stream, held_out: int, gathering: Gathering) -> str:
+    encoder = stream.encoder
+    parts = [
+        *(encoder.kind, encoder.tokenizer.fingerprint, encoder.template, encoder.cutoff_len),
+        *(encoder.train_on_prompt, encoder.mask_history, stream.packing, stream.buffer_size, stream.seed),
+        *(held_out, gathering.mix_strategy, gathering.interleave_probs),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -9,7 +9,7 @@ import numpy as np
 
 from macft.backends.base import Backend
 from macft.config.settings import Settings
-from macft.data.batches import NumpyBatch, Plan, collate
+from macft.data.batches import NumpyBatch, Plan, StreamPlan, collate
 from macft.data.tokenize import TokenizedExample
 from macft.data.tokenize_pairs import Reference, TokenizedPair
 from macft.objectives.losses import Objective
@@ -29,7 +29,7 @@ def evaluate(backend: Backend, objective: Objective, batches: Iterable[NumpyBatc
     return {f"eval_{name}": total / weight for name, total in sums.items()}
 
 
-def will_evaluate(settings: Settings, plan: Plan) -> bool:
+def will_evaluate(settings: Settings, plan: Plan | StreamPlan) -> bool:
     """Whether a run with held-out data comes to an evaluation."""
     each, every = settings.when_to_evaluate, settings.steps_per_evaluation
     return any(plan.is_due(each, every, step) for step in range(1, plan.total_steps + 1))

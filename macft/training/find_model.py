@@ -31,9 +31,9 @@ def find_model(settings: Settings) -> Start:
     if from_scratch:
         _check_from_scratch(settings)
     locate = locate_shape if from_scratch else locate_model
-    base = locate(settings.model_name_or_path)
+    base = locate(settings.model_name_or_path, settings.hub)
     named = settings.tokenizer_name_or_path
-    folder = base.path if named is None else _tokenizer_folder(named)
+    folder = base.path if named is None else _tokenizer_folder(named, settings.hub)
     tokenizer = load_tokenizer(folder)
     if from_scratch:
         tokens = {} if named is None else _special_ids(tokenizer)
@@ -57,10 +57,10 @@ def _check_from_scratch(settings: Settings) -> None:
         raise ConfigError(f"{what}, and stage {settings.stage} needs a model as reference: start with stage pt")
 
 
-def _tokenizer_folder(name: str) -> Path:
+def _tokenizer_folder(name: str, hub: str) -> Path:
     """A folder as it is: it may hold a tokenizer alone; anything else names a model."""
     folder = Path(name).expanduser()
-    return folder if folder.is_dir() else locate_model(name).path
+    return folder if folder.is_dir() else locate_model(name, hub).path
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from macft.backends.base import Backend
 from macft.config.settings import Settings
+from macft.data.batches import StreamPlan
 from macft.data.rows import Pairs
 from macft.objectives.losses import make_objective
 from macft.objectives.preference import Preference
@@ -39,8 +40,10 @@ def finish(
     """Write the model, the results, the picture and the card; returns the figures that matter, in a line."""
     files.write(output_dir, backend.adapter_state())
     plan = prepared.plan
+    if isinstance(plan, StreamPlan):
+        plan.stream.tell()
     results = train_results(
-        epoch=progress.step / plan.steps_per_epoch,
+        epoch=plan.epoch_at(progress.step),
         train_loss=progress.loss_sum / max(1, progress.step),
         seconds=progress.seconds,
         examples=_examples_seen(prepared, progress.step),
@@ -103,8 +106,10 @@ def _plot(settings: Settings, prepared: Prepared, output_dir: Path) -> None:
 
 
 def _examples_seen(prepared: Prepared, steps: int) -> int:
-    """Examples, packed or not; in a part of an epoch packed rows count as holding the mean."""
+    """Examples, packed or not; in a part of an epoch packed rows count as holding the mean. Of a stream: its rows."""
     plan = prepared.plan
+    if isinstance(plan, StreamPlan):
+        return steps * plan.step_size
     epochs, rest = divmod(steps, plan.steps_per_epoch)
     rows = epochs * len(plan.lengths) + rest * plan.batch_size * plan.accumulation
     return round(rows * len(prepared.examples) / len(plan.lengths))

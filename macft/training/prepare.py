@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
 from macft.backends.base import LoraSpec, ModelSpec, Under
 from macft.config.settings import Settings
-from macft.data.batches import Plan, lengths_of
+from macft.data.batches import NumpyBatch, Plan, StreamPlan, collate, lengths_of
 from macft.data.fate import TokenizeReport
 from macft.data.packing import PackedRows
 from macft.data.rows import Rows
 from macft.data.template import ChatTemplate, load_template, template_folder
 from macft.data.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import ConfigError, ModelError
-from macft.training.data import read_data, seed
+from macft.training.data import read_data, read_stream, seed
 from macft.training.find_model import find_model
 from macft.weights.adapter import Adapter
 from macft.weights.locate import ModelFolder, locate_adapter, locate_model
@@ -46,16 +47,32 @@ class Prepared:
     reference: NamedReference | None  # None: the policy at its start, or no reference
     tokenizer: Tokenizer
     template: ChatTemplate | None  # None: the model has none, and texts need none
-    train: Rows | PackedRows
+    train: Rows | PackedRows  # of a stream: nothing, its plan holds it
     valid: Rows
     report: TokenizeReport
-    plan: Plan
+    plan: Plan | StreamPlan
     data_hash: str
 
     @property
     def examples(self) -> Rows:
         """What is trained on, one by one, whether or not it is packed."""
         return self.train.examples if isinstance(self.train, PackedRows) else self.train
+
+    def batches(self, after: int, say: Callable[[str], None]) -> Iterator[list[NumpyBatch]]:
+        """The micro-batches of every step from the one after `after` on, to which a stream must have been read.
+
+        `say` is told what there is to know on the way.
+        """
+        if isinstance(self.plan, StreamPlan):
+            yield from self.plan.batches(say)
+        else:
+            for indices in self.plan.steps(after):
+                yield [collate([self.train[i] for i in part]) for part in indices]
+
+    @property
+    def stream_digest(self) -> str:
+        """Names the examples that the steps have taken from a stream so far."""
+        return self.plan.stream.digest if isinstance(self.plan, StreamPlan) else ""
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -67,16 +84,7 @@ def prepare(settings: Settings) -> Prepared:
     loaded = start or under
     source = template_folder(found.tokenizer_folder, loaded.folder if loaded is not None else None)
     template = _template(settings, source, tokenizer)
-    data = read_data(settings, tokenizer, template)
-    plan = Plan(
-        lengths=lengths_of(data.train),
-        batch_size=settings.per_device_train_batch_size,
-        accumulation=settings.gradient_accumulation_steps,
-        epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        seed=seed(settings),
-        sort_by_length=settings.sorts_by_length,
-    )
+    train, valid, report, plan, data_hash = _data(settings, tokenizer, template)
     return Prepared(
         base=base,
         from_scratch=found.from_scratch,
@@ -85,12 +93,36 @@ def prepare(settings: Settings) -> Prepared:
         reference=reference,
         tokenizer=tokenizer,
         template=template,
-        train=data.train,
-        valid=data.valid,
-        report=data.report,
+        train=train,
+        valid=valid,
+        report=report,
         plan=plan,
-        data_hash=_data_hash(data.digest, plan),
+        data_hash=data_hash,
     )
+
+
+def _data(
+    settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> tuple[Rows | PackedRows, Rows, TokenizeReport, Plan | StreamPlan, str]:
+    """What Prepared says of the data."""
+    batch_size, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    if settings.streaming:
+        streamed = read_stream(settings, tokenizer, template)
+        steps = StreamPlan(streamed.stream, batch_size, accumulation, settings.max_steps)
+        return [], streamed.valid, TokenizeReport(), steps, _hash(f"stream {steps.step_size} {streamed.digest}")
+    data = read_data(settings, tokenizer, template)
+    plan = Plan(
+        lengths=lengths_of(data.train),
+        batch_size=batch_size,
+        accumulation=accumulation,
+        epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        seed=seed(settings),
+        sort_by_length=settings.sorts_by_length,
+        shuffle=not settings.disable_shuffling,
+    )
+    order = f"{plan.batch_size * plan.accumulation} {plan.seed} {plan.sort_by_length} {plan.shuffle}"
+    return data.train, data.valid, data.report, plan, _hash(f"{order} {data.digest}")
 
 
 def _template(settings: Settings, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -129,7 +161,7 @@ def _adapters(settings: Settings, base: ModelFolder) -> tuple[Adapter | None, Ad
 def _named_reference(settings: Settings, base: ModelFolder, tokenizer: Tokenizer) -> NamedReference | None:
     if not (settings.has_reference and settings.names_reference):
         return None
-    named = locate_model(settings.ref_model) if settings.ref_model is not None else base
+    named = locate_model(settings.ref_model, settings.hub) if settings.ref_model is not None else base
     if named.path != base.path and load_tokenizer(named.path).vocabulary != tokenizer.vocabulary:
         raise ConfigError(
             f"ref_model: the vocabulary of {named.name} is not that of {base.name}, so its probabilities "
@@ -142,9 +174,8 @@ def _named_reference(settings: Settings, base: ModelFolder, tokenizer: Tokenizer
     return NamedReference(named, adapter)
 
 
-def _data_hash(digest: str, plan: Plan) -> str:
+def _hash(order: str) -> str:
     """Names the data and its order: a checkpoint's position means something on these alone."""
-    order = f"{plan.batch_size * plan.accumulation} {plan.seed} {plan.sort_by_length} {digest}"
     return hashlib.sha256(order.encode()).hexdigest()
 
 
@@ -197,11 +228,18 @@ def model_spec(settings: Settings, prepared: Prepared) -> ModelSpec:
         precision=settings.precision,
         quantization_bit=settings.quantization_bit,
         gradient_checkpointing=settings.gradient_checkpointing,
-        max_length=max(int(lengths_of(rows).max()) for rows in (prepared.examples, prepared.valid) if len(rows)),
-        packing=isinstance(prepared.train, PackedRows),
+        max_length=_max_length(settings, prepared),
+        packing=settings.is_packed,
         from_scratch=prepared.from_scratch,
         seed=settings.seed,
     )
+
+
+def _max_length(settings: Settings, prepared: Prepared) -> int:
+    if isinstance(prepared.plan, StreamPlan):
+        # what is to come is not known
+        return settings.cutoff_len
+    return max(int(lengths_of(rows).max()) for rows in (prepared.examples, prepared.valid) if len(rows))
 
 
 def resolved(settings: Settings, prepared: Prepared, backend_name: str) -> Settings:

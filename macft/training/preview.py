@@ -23,6 +23,7 @@ from macft.data.find import find_sources
 from macft.data.findings import as_json as check_json
 from macft.data.findings import show as show_check
 from macft.data.layout import recognise_style
+from macft.data.markers import warn_of_missing_marker
 from macft.data.preview import (
     preview,
     preview_json,
@@ -109,7 +110,10 @@ def look_at(source: str, overrides: Sequence[str], model: str | None) -> Look:
     tokenizer = load_tokenizer(folder)
     adapter = settings.adapter_name_or_path
     source_folder = template_folder(folder, locate_adapter(adapter) if adapter is not None else None)
-    return Look(settings, tokenizer, _template(settings, source_folder, tokenizer))
+    template = _template(settings, source_folder, tokenizer)
+    if settings.stage != "pt" and template is not None:
+        warn_of_missing_marker(template, tokenizer)
+    return Look(settings, tokenizer, template)
 
 
 def preview_source(source: str, overrides: Sequence[str], row: int, model: str | None, as_json: bool) -> None:

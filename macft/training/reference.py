@@ -24,7 +24,7 @@ from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import Backend, LoadedModel, ModelSpec, State
 from macft.config.settings import Settings
-from macft.data.batches import in_order
+from macft.data.batches import Plan, in_order
 from macft.data.rows import Pairs, TokenizedPair
 from macft.data.sources import counted
 from macft.errors import ConfigError, ModelError
@@ -111,6 +111,7 @@ def _fill(settings: Settings, prepared: Prepared, scorer: _Scorer) -> Prepared:
     """The pairs with their references, as far as a step or an evaluation will need them."""
     train, valid = prepared.train, prepared.valid
     if isinstance(train, Pairs):
+        assert isinstance(prepared.plan, Plan), "pairs are not streamed"
         visited = prepared.plan.visited
         columns = np.full((len(train), 3), math.nan)
         columns[visited] = _scored(settings, train.take(visited), scorer, "training")

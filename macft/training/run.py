@@ -17,7 +17,7 @@ from macft.backends import PACKAGES, choose_backend, load_backend
 from macft.backends.base import Backend, LoadedModel, LoraSpec, OptimizerSpec, StepResult
 from macft.config.load import dump_yaml
 from macft.config.settings import Settings
-from macft.data.batches import NumpyBatch, collate, in_order
+from macft.data.batches import NumpyBatch, StreamPlan, in_order
 from macft.data.sources import counted
 from macft.errors import ConfigError, MacftError, ModelError, StoppedError, UsageError
 from macft.files import remove_leftovers, write_text
@@ -143,8 +143,7 @@ class _Run:
         """Train from the step after `progress.step` to the end of the plan; StoppedError if the user stops it."""
         plan = self.prepared.plan
         try:
-            for indices in plan.steps(after=progress.step):
-                batches = [collate([self.prepared.train[i] for i in part]) for part in indices]
+            for batches in self.prepared.batches(progress.step, self.report.message):
                 progress, is_enough = self._after_step(self._step(batches, progress))
                 if is_enough:
                     break
@@ -207,7 +206,7 @@ class _Run:
         self.report.step(
             StepRecord(
                 step=step,
-                epoch=step / self.prepared.plan.steps_per_epoch,
+                epoch=self.prepared.plan.epoch_at(step),
                 loss=result.loss,
                 lr=lr,
                 grad_norm=result.grad_norm,
@@ -224,6 +223,7 @@ class _Run:
             total_tokens=before.total_tokens + tokens,
             loss_sum=before.loss_sum + result.loss,
             seconds=before.seconds + seconds,
+            stream_digest=self.prepared.stream_digest,
         )
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -231,7 +231,7 @@ class _Run:
         start = time.perf_counter()
         batches = (batch for _, batch in in_order(self.prepared.valid, self.settings.per_device_eval_batch_size))
         values = evaluate(self.backend, self.objective, batches)
-        epoch = step / self.prepared.plan.steps_per_epoch
+        epoch = self.prepared.plan.epoch_at(step)
         self.report.evaluation(step, epoch, values)
         self._warn(self.alarms.evaluation(values))
         results = eval_results(
@@ -311,6 +311,9 @@ def _check_position(checkpoint: Path, prepared: Prepared) -> None:
         )
     if progress.step > total:
         raise UsageError(f"{checkpoint}: past the end of a run of {total} steps; raise num_train_epochs or max_steps")
+    if isinstance(prepared.plan, StreamPlan):
+        logger.info("streaming: reading past the examples of %s", counted(progress.step, "step"))
+        prepared.plan.read_past(progress.step, progress.stream_digest)
 
 
 def _resume(backend: Backend, files: ModelFiles, checkpoint: Path) -> Progress:
@@ -352,7 +355,8 @@ def dry_run(settings: Settings) -> str:
             update={
                 "output_dir": folder,
                 "max_steps": 2,
-                "group_by_length": True,
+                # a stream has no longest rows to begin with
+                "group_by_length": not settings.streaming,
                 "logging_steps": 1,
                 "eval_steps": settings.steps_per_evaluation,
                 "report_to": "none",
@@ -365,4 +369,5 @@ def dry_run(settings: Settings) -> str:
             raise StoppedError("stopped; a dry run keeps nothing") from None
         longest = read_log(Path(folder))[0]
     seconds = longest["total_tokens"] / longest["throughput"]
-    return f"dry run: all of it works; a step on the longest rows takes {seconds:.1f} s"
+    which = "" if settings.streaming else " on the longest rows"
+    return f"dry run: all of it works; a step{which} takes {seconds:.1f} s"

@@ -6,6 +6,7 @@ import logging
 
 from macft.backends.base import LoadedModel
 from macft.config.settings import Settings
+from macft.data.batches import StreamPlan
 from macft.data.packing import PackedRows
 from macft.data.sources import counted
 from macft.training.alarms import learning_rate_alarm, overlap_alarm
@@ -25,25 +26,26 @@ def tell_data(settings: Settings, prepared: Prepared) -> None:
             "start: random weights (seed %d), %d layers %d wide, of the kind %s",
             *(settings.seed, config["num_hidden_layers"], config["hidden_size"], config["model_type"]),
         )
-    share = 100 * report.trained_tokens / max(1, report.tokens)
     noun = "pair" if settings.is_preference else "text" if settings.stage == "pt" else "example"
     row = "row" if isinstance(prepared.train, PackedRows) or settings.stage == "pt" else noun
-    held_out = "row" if settings.stage == "pt" else noun
-    logger.info(
-        "data: %s, %d tokens, %d of them trained (%.0f %%)%s",
-        *(counted(report.kept, noun), report.tokens, report.trained_tokens, share),
-        f"; {counted(len(prepared.valid), held_out)} held out" if prepared.valid else "",
-    )
-    if isinstance(prepared.train, PackedRows):
-        logger.info("packing: %s", _packing_text(prepared.train, settings.cutoff_len))
-    logger.info(
-        "plan: %s, %d per epoch, %s a step (%d x %d)",
-        counted(plan.total_steps, "step"),
-        plan.steps_per_epoch,
-        counted(min(plan.batch_size * plan.accumulation, len(plan.lengths)), row),
-        settings.per_device_train_batch_size,
-        settings.gradient_accumulation_steps,
-    )
+    held_out = counted(len(prepared.valid), "row" if settings.stage == "pt" else noun)
+    held_out = f"; {held_out} held out" if prepared.valid else ""
+    if isinstance(plan, StreamPlan):
+        _tell_stream(plan, row, held_out)
+    else:
+        share = 100 * report.trained_tokens / max(1, report.tokens)
+        logger.info(
+            "data: %s, %d tokens, %d of them trained (%.0f %%)%s",
+            *(counted(report.kept, noun), report.tokens, report.trained_tokens, share, held_out),
+        )
+        if isinstance(prepared.train, PackedRows):
+            logger.info("packing: %s", _packing_text(prepared.train, settings.cutoff_len))
+        logger.info(
+            "plan: %s, %d per epoch, %s a step (%d x %d)",
+            *(counted(plan.total_steps, "step"), plan.steps_per_epoch),
+            counted(min(plan.batch_size * plan.accumulation, len(plan.lengths)), row),
+            *(plan.batch_size, plan.accumulation),
+        )
     if settings.is_preference:
         logger.info("loss: %s", _loss_text(settings))
         if settings.lora_dropout > 0:
@@ -55,6 +57,16 @@ def tell_data(settings: Settings, prepared: Prepared) -> None:
     ):
         if alarm is not None:
             logger.warning(alarm)
+
+
+def _tell_stream(plan: StreamPlan, row: str, held_out: str) -> None:
+    size = plan.stream.buffer_size
+    order = f"shuffled {counted(size, row)} at a time" if size > 1 else "in the order of the files"
+    logger.info("data: a stream, %s; what is lost of it is counted at the end%s", order, held_out)
+    logger.info(
+        "plan: %s, %s a step (%d x %d)",
+        *(counted(plan.total_steps, "step"), counted(plan.step_size, row), plan.batch_size, plan.accumulation),
+    )
 
 
 def _packing_text(rows: PackedRows, cutoff_len: int) -> str:
