@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
-from urllib.error import URLError
-from urllib.parse import quote, urlencode
-from urllib.request import Request, urlopen
 
 from macft.data.dataset_info import HubName
 from macft.data.hub_choice import CARD, Configs, choose_files, read_configs
 from macft.errors import DataError
-from macft.files import cache_dir, new_file, write_json
+from macft.modelscope import ModelScopeError, fetch_file, list_files
 
 logger = logging.getLogger("macft")
 
-_PAGE = 100
-_CHUNK = 1 << 20
-_TIMEOUT_SECONDS = 60
 # where the Hugging Face hub keeps the parquet files that it made of data it could read
 _CONVERTED = "refs/convert/parquet"
 
@@ -34,10 +23,6 @@ def hub_files(place: HubName, split: str) -> list[Path]:
     the data set is missing, gated or out of reach, or has no such subset or split.
     """
     return (_modelscope_files if place.hub == "modelscope" else _hf_files)(place, split)
-
-
-def _is_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
 
 # --- Hugging Face
@@ -138,78 +123,10 @@ def _hf_converted(place: HubName, split: str) -> list[str]:
 
 
 def _modelscope_files(place: HubName, split: str) -> list[Path]:
-    folder = cache_dir() / "modelscope" / "datasets" / place.name
-    index = folder / ".files.json"
-    if _is_offline():
-        if not index.is_file():
-            raise DataError(
-                f"{place.name}: not in the cache of ModelScope data, and HF_HUB_OFFLINE is set; "
-                "unset it once to download, or give a file"
-            )
-        sizes: dict[str, int] = json.loads(index.read_text(encoding="utf-8"))
-    else:
-        sizes = _modelscope_listing(place)
-        write_json(index, sizes)
-    configs = read_configs(_modelscope_file(place, folder, CARD, sizes[CARD])) if CARD in sizes else {}
-    chosen = choose_files(place, list(sizes), configs, split)
-    return [_modelscope_file(place, folder, name, sizes[name]) for name in chosen]
-
-
-def _modelscope_address(place: HubName, path: str, **query: str | int) -> str:
-    domain = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
-    root = domain if "://" in domain else f"https://{domain}"
-    return f"{root.rstrip('/')}/api/v1/datasets/{quote(place.name)}/{path}?{urlencode(query)}"
-
-
-def _modelscope_listing(place: HubName) -> dict[str, int]:
-    """Name to size in bytes of each file."""
-    sizes: dict[str, int] = {}
-    page = 1
-    while True:
-        address = _modelscope_address(
-            place, "repo/tree", Revision="master", Recursive="True", Root="/", PageNumber=page, PageSize=_PAGE
-        )
-        with _modelscope_answer(place, address) as answer:
-            value: Any = json.load(answer)
-        files = ((value.get("Data") or {}).get("Files") or []) if isinstance(value, dict) else []
-        for file in files:
-            name = PurePosixPath(str(file.get("Path", "")))
-            if file.get("Type") == "blob" and not name.is_absolute() and ".." not in name.parts:
-                sizes[str(name)] = int(file.get("Size") or 0)
-        if len(files) < _PAGE:
-            return sizes
-        page += 1
-
-
-def _modelscope_file(place: HubName, folder: Path, name: str, size: int) -> Path:
-    path = folder / name
-    if path.is_file() and path.stat().st_size == size:
-        return path
-    if _is_offline():
-        raise DataError(
-            f"{place.name}: {name} is not in the cache, and HF_HUB_OFFLINE is set; unset it once to download"
-        )
-    address = _modelscope_address(place, "repo", Source="SDK", Revision="master", FilePath=name)
-    with new_file(path) as temporary, _modelscope_answer(place, address) as answer, temporary.open("wb") as file:
-        while chunk := answer.read(_CHUNK):
-            file.write(chunk)
-        if size and file.tell() != size:
-            raise DataError(f"{place.name}: {name} came with {file.tell()} bytes of {size}; try again")
-    return path
-
-
-@contextmanager
-def _modelscope_answer(place: HubName, address: str) -> Iterator[IO[bytes]]:
-    request = Request(address, headers={"User-Agent": "macft"})
     try:
-        with urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
-            yield cast(IO[bytes], answer)
-    except (URLError, OSError, json.JSONDecodeError) as error:
-        host = address.split("/api/")[0]
-        code = getattr(error, "code", None)
-        if code == 404:
-            raise DataError(f"{place.name}: no such data set or file on {host}; look up its name there") from None
-        reason = getattr(error, "reason", None) or error
-        raise DataError(
-            f"{place.name}: cannot be downloaded from {host} ({reason}); check the network, or give a file"
-        ) from None
+        sizes = list_files("datasets", place.name)
+        configs = read_configs(fetch_file("datasets", place.name, CARD, sizes[CARD])) if CARD in sizes else {}
+        chosen = choose_files(place, list(sizes), configs, split)
+        return [fetch_file("datasets", place.name, name, sizes[name]) for name in chosen]
+    except ModelScopeError as error:
+        raise DataError(str(error)) from None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from fnmatch import fnmatch
 from pathlib import Path
 
 from macft.errors import ModelError
+from macft.modelscope import ModelScopeError, fetch_file, folder_of, list_files
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # subfolders and "consolidated" files repeat the weights in layouts of other programs
@@ -66,3 +69,26 @@ def download_snapshot(name: str) -> Path:
             f"{name}: cannot be downloaded from {constants.ENDPOINT} ({cause[0] if cause else 'no answer'}), "
             f"{here}; check the network, set HF_ENDPOINT to a mirror, or give a folder"
         ) from None
+
+
+def asks_modelscope(hub: str | None) -> bool:
+    """Whether models come from ModelScope: `hub` says so, or, where it is None, $USE_MODELSCOPE_HUB."""
+    if hub is None:
+        return os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true", "yes", "on")
+    return hub == "modelscope"
+
+
+def modelscope_snapshot(name: str) -> Path:
+    """The same files of a model on ModelScope, from the cache where they are there already.
+
+    Raises ModelError, in one line, when there is no such model or ModelScope is out of reach.
+    """
+    try:
+        sizes = list_files("models", name)
+        wanted = [file for file in sizes if any(fnmatch(file, pattern) for pattern in _WANTED)]
+        for file in wanted:
+            if not any(fnmatch(file, pattern) for pattern in _UNWANTED):
+                fetch_file("models", name, file, sizes[file])
+    except ModelScopeError as error:
+        raise ModelError(str(error)) from None
+    return folder_of("models", name)

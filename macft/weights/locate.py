@@ -17,7 +17,13 @@ from pathlib import Path
 
 from macft.errors import MissingPackageError, ModelError
 from macft.files import cache_dir
-from macft.weights.hub import cached_snapshot, download_snapshot, partial_snapshot
+from macft.weights.hub import (
+    asks_modelscope,
+    cached_snapshot,
+    download_snapshot,
+    modelscope_snapshot,
+    partial_snapshot,
+)
 
 log = logging.getLogger("macft")
 
@@ -37,9 +43,10 @@ class ModelFolder:
     path: Path
 
 
-def locate_model(name: str) -> ModelFolder:
+def locate_model(name: str, hub: str | None = None) -> ModelFolder:
     """Find a model by built-in name, .gguf path, local folder or hub id; imports and downloads are cached.
 
+    `hub` is hf or modelscope; None leaves it to $USE_MODELSCOPE_HUB.
     Raises ModelError when there is none, MissingPackageError for a built-in model whose package is missing.
     """
     if name in _BUILT_IN:
@@ -52,6 +59,8 @@ def locate_model(name: str) -> ModelFolder:
             raise ModelError(f"{name}: a {path.suffix or 'nameless'} file; give a model folder or a .gguf file")
         return ModelFolder(name, _imported(path))
     if path.suffix.lower() != ".gguf" and _HUB_ID.fullmatch(name):
+        if asks_modelscope(hub):
+            return ModelFolder(name, _checked_model(modelscope_snapshot(name)))
         return ModelFolder(name, _from_hub(name, "config.json", _model_fault))
     raise ModelError(_not_found(name, path))
 

@@ -32,10 +32,10 @@ def has_weights(name: str) -> bool:
     return not (path / "config.json").is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
 
 
-def locate_shape(name: str) -> ModelFolder:
+def locate_shape(name: str, hub: str | None = None) -> ModelFolder:
     """The folder whose config.json gives a new model its shape: one without weights, or any model's."""
     path = Path(name).expanduser()
-    return locate_model(name) if has_weights(name) else ModelFolder(name, path)
+    return locate_model(name, hub) if has_weights(name) else ModelFolder(name, path)
 
 
 def new_model(
