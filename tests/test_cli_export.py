@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -212,4 +214,19 @@ def test_create_says_that_nobody_answers_before_anything_is_written(model, tmp_p
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     said = refusal("ollama", model, "--output", tmp_path / "o", "--create", "--no-verify", code=1)
     assert said.startswith("no Ollama answers at http://127.0.0.1:9 (") and "ollama serve" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_create_tells_another_program_from_ollama_without_its_page(model, tmp_path, monkeypatch):
+    class Pages(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Pages) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{server.server_port}")
+        said = refusal("ollama", model, "--output", tmp_path / "o", "--create", "--no-verify", code=1)
+        server.shutdown()
+    wanted = "GET /api/version failed with 404: File not found; is this Ollama? Correct OLLAMA_HOST"
+    assert said == f"http://127.0.0.1:{server.server_port}: {wanted}"
     assert list(tmp_path.iterdir()) == []

@@ -85,11 +85,10 @@ def torch_logps(model: Path, tokens: list[int]) -> np.ndarray:
 def test_next_tokens_are_those_of_transformers_whatever_comes_first(file, model, tokenizer):
     wanted = torch_logps(model, PROMPT)
     with llama_cpp(file, threads=1) as server:
-        prompts = [PROMPT[:length] for length in range(1, len(PROMPT) + 1)]
-        found = server.all_next_logps(prompts, tokenizer.vocab_size)
-    for expected, (ids, logps) in zip(wanted, found, strict=True):
-        assert sorted(ids) == list(range(tokenizer.vocab_size))
-        assert np.abs(logps - expected[ids]).max() < 1e-4
+        for length in range(1, len(PROMPT) + 1):
+            ids, logps = server.next_logps(PROMPT[:length], tokenizer.vocab_size)
+            assert sorted(ids) == list(range(tokenizer.vocab_size))
+            assert np.abs(logps - wanted[length - 1][ids]).max() < 1e-4
 
 
 def test_the_likeliest_token_may_be_a_part_of_a_character(file, tokenizer):
@@ -269,7 +268,7 @@ def test_a_crash_of_llama_cpp_is_one_line(file):
 
 def test_a_refusal_of_the_server_is_one_line(file):
     with llama_cpp(file, context=256, threads=1) as server, pytest.raises(ModelError) as caught:
-        server.all_next_logps([[5] * 300, [5]], 10)
+        server.next_logps([5] * 300, 10)
     assert "llama.cpp refuses /completion: " in str(caught.value) and "context size" in str(caught.value)
 
 

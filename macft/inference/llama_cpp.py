@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -83,34 +81,21 @@ class LlamaCpp:
 
     def post(self, route: str, content: dict[str, Any]) -> Any:
         """The JSON answer of a route; ModelError with llama.cpp's reason when there is none."""
-        return self._read(route, *self._fetch(route, content))
-
-    def _fetch(self, route: str, content: dict[str, Any]) -> tuple[int, bytes]:
-        """Status and body of the answer."""
         # http.client, as urllib would go through a proxy that the environment names
         connection = http.client.HTTPConnection(self._place, timeout=3600)
         try:
             connection.request("POST", route, json.dumps(content), {"Content-Type": "application/json"})
             answer = connection.getresponse()
-            return answer.status, answer.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise self._silence(route, error) from None
+            value = json.loads(answer.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = _ended(self._process) or str(error) or type(error).__name__
+            raise ModelError(f"{self._path}: llama.cpp gave no answer at {route}: {reason}") from None
         finally:
             connection.close()
-
-    def _read(self, route: str, status: int, body: bytes) -> Any:
-        try:
-            value = json.loads(body)
-        except ValueError as error:
-            raise self._silence(route, error) from None
-        if status != 200:
+        if answer.status != 200:
             reason = value.get("error", {}).get("message", value) if isinstance(value, dict) else value
             raise ModelError(f"{self._path}: llama.cpp refuses {route}: {reason}")
         return value
-
-    def _silence(self, route: str, error: Exception) -> ModelError:
-        reason = _ended(self._process) or str(error) or type(error).__name__
-        return ModelError(f"{self._path}: llama.cpp gave no answer at {route}: {reason}")
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids; special tokens in the text are special."""
@@ -123,26 +108,13 @@ class LlamaCpp:
 
     def next_logps(self, tokens: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
         """The `count` likeliest next tokens: ids int64 [count] and log-probabilities float64 [count]."""
-        return self.all_next_logps([tokens], count)[0]
-
-    def all_next_logps(self, prompts: Sequence[Sequence[int]], count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """`next_logps` of many prompts, in less time."""
         # the server is silent where the likeliest token is a part of a character: another is forced on it, which
         # leaves the probabilities before sampling as they are
         bias = [[self.tokenize("a")[-1], 1e6]]
-        common = {"n_predict": 1, "n_probs": count, "logit_bias": bias, "temperature": 0.0}
-        found = []
-        # an answer is megabytes of JSON: it is read while the server writes the next
-        with ThreadPoolExecutor(1) as pool:
-            contents = [{**common, "prompt": list(prompt)} for prompt in prompts]
-            answers = deque(pool.submit(self._fetch, "/completion", content) for content in contents)
-            try:
-                while answers:
-                    found.append(_likeliest(self._read("/completion", *answers.popleft().result())))
-            finally:
-                for answer in answers:
-                    answer.cancel()
-        return found
+        content = {"prompt": list(tokens), "n_predict": 1, "n_probs": count, "logit_bias": bias, "temperature": 0.0}
+        top = self.post("/completion", content)["completion_probabilities"][0]["top_logprobs"]
+        ids = np.array([entry["id"] for entry in top], dtype=np.int64)
+        return ids, np.array([entry["logprob"] for entry in top], dtype=np.float64)
 
     def complete(self, prompt: str, *, max_new_tokens: int) -> str:
         """The greedy continuation of a text."""
@@ -153,12 +125,6 @@ class LlamaCpp:
         """The greedy answer in a conversation, as clients of the chat endpoint get it."""
         content = {"messages": list(messages), "max_tokens": max_new_tokens, "temperature": 0.0, "repeat_penalty": 1.0}
         return str(self.post("/v1/chat/completions", content)["choices"][0]["message"]["content"])
-
-
-def _likeliest(answer: Any) -> tuple[np.ndarray, np.ndarray]:
-    top = answer["completion_probabilities"][0]["top_logprobs"]
-    ids = np.array([entry["id"] for entry in top], dtype=np.int64)
-    return ids, np.array([entry["logprob"] for entry in top], dtype=np.float64)
 
 
 def is_installed() -> bool:
@@ -222,7 +188,7 @@ def verify_gguf(
         count = max(tokenizer.vocab_size, max(tokens) + 1)
         engines = [name for name in BACKENDS if engine_is_installed(name)]
         places = _places(len(tokens), count) if source is not None and engines else []
-        found = server.all_next_logps([tokens[:place] for place in places], count)
+        found = [server.next_logps(tokens[:place], count) for place in places]
         if template is not None:
             answer = server.chat(conversation, max_new_tokens=_ANSWER_TOKENS)
         else:
