@@ -89,6 +89,7 @@ def test_all_faults_come_in_one_message(tmp_path):
         ("quantization_bit=5", "found 5, wanted 4 or 8"),
         ("stage=sfp", "found 'sfp', wanted 'pt', 'sft', 'dpo' or 'foodpo'"),
         ("template=[a]", "found ['a'], wanted text (a number or a date in quotes)"),
+        ("enable_thinking=null", "found null, wanted true, or false to train the form without thinking"),
         ("resume_from_checkpoint=[]", "found [], wanted true, false or the path of a checkpoint"),
         ("warmup_ratio=2", "found 2, wanted less than or equal to 1"),
         ("disable_gradient_checkpointing=maybe", "found 'maybe', wanted true or false"),

@@ -26,6 +26,7 @@ SAME = [
     ("evaluation_strategy=epoch", "eval_strategy", "epoch", ["val_size=0.1"]),
     ("max_length=77", "cutoff_len", 77, []),
     ("max_seq_length=77", "cutoff_len", 77, []),
+    ("block_size=77", "cutoff_len", 77, ["stage=pt"]),
     ("beta=0.3", "pref_beta", 0.3, ["stage=dpo"]),
     ("dpo_ftx=1.0", "pref_ftx", 1.0, ["stage=dpo"]),
     ("label_smoothing=0.2", "dpo_label_smoothing", 0.2, ["stage=dpo"]),
@@ -171,7 +172,6 @@ REFUSALS = [
     ("model_revision=v2", "'v2' is not supported; download that revision and write its folder"),
     ("do_train=false", "false is not supported; macft train trains"),
     ("ignore_pad_token_for_loss=false", "false is not supported; padding is never trained on"),
-    ("mix_strategy=interleave_once", "interleave_once is not supported; write concat: the order is shuffled anyway"),
 ]
 
 

@@ -17,8 +17,11 @@ from macft.config.load import dump_yaml, load_settings
 from macft.config.settings import SCHEDULE_OPTIONS, Settings
 
 REQUIRED = {"model_name_or_path": "m", "dataset": "d.jsonl", "output_dir": "o"}
-TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(
-    lambda t: t.strip() == t
+# an x in front: bare words such as null, False or 0E0 are no text
+TEXTS = (
+    st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
+    .map("x".__add__)
+    .filter(lambda t: t.strip() == t)
 )
 OPTIONS = sorted({name for names in SCHEDULE_OPTIONS.values() for name in names})
 

@@ -125,6 +125,7 @@ def test_unusual_roles_of_messages_are_notes(model: Path, folder: Path, capsys: 
         chat(answer, user, answer),
         chat(user, ("user", "more"), answer),
         chat(user, ("assistant", "one"), user),
+        chat(user, ("tool", "12:00"), answer),
     )
     code, value = found(model, capsys, "d.jsonl")
     assert code == 0
@@ -133,6 +134,7 @@ def test_unusual_roles_of_messages_are_notes(model: Path, folder: Path, capsys: 
         ("d.jsonl:3", "message 1, the first, is an answer"),
         ("d.jsonl:4", "messages 1 and 2 are both of the user"),
         ("d.jsonl:5", "message 3, the last, is of the user and has no answer: it is not trained on"),
+        ("d.jsonl:6", "message 2 is a tool's result that follows no call"),
     ]
 
 

@@ -267,6 +267,27 @@ def test_a_packed_run_trains_on_every_example_and_evaluates_them_one_a_row(model
     assert results["total_tokens"] == packed.plan.lengths.sum()
 
 
+@pytest.mark.parametrize("keys", [{}, {"mask_history": True}, {"train_on_prompt": True}], ids=str)
+def test_packed_rows_train_on_what_the_keys_say(model, tmp_path, keys):
+    data = tmp_path / "rows.jsonl"
+    roles, texts = ("user", "assistant") * 2, [("hello", "you", "how", f"one {n} two") for n in range(20)]
+    rows = [[{"role": role, "content": text} for role, text in zip(roles, row, strict=True)] for row in texts]
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    prepared = prepare(toy_settings(model, data, tmp_path / "run", "torch", packing=True, cutoff_len=128, **keys))
+    assert isinstance(prepared.train, PackedRows) and len(prepared.train) < 20
+    batch = unpack(collate([prepared.train[i] for i in range(len(prepared.train))]))
+    trained = {
+        prepared.tokenizer.decode(tokens[mask].tolist(), skip_special=False)
+        for tokens, mask in zip(batch.tokens, batch.loss_mask, strict=True)
+    }
+    last = [f"one {n} two<|im_end|>\n" for n in range(20)]
+    whole = "user\nhello<|im_end|>\n<|im_start|>assistant\nyou<|im_end|>\n<|im_start|>user\nhow<|im_end|>\n"
+    before = "" if "mask_history" in keys else "you<|im_end|>\n"
+    if "train_on_prompt" in keys:
+        before = f"{whole}<|im_start|>assistant\n"
+    assert trained == {before + text for text in last}
+
+
 def test_a_packed_run_goes_on_to_the_bit(model, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", 30)
     keys = {**PACKED, "save_strategy": "steps", "save_steps": 3}

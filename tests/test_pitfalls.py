@@ -35,7 +35,7 @@ Those whose test is named after them stand here and in test_data_pitfalls.py. Ot
 
 P33, P34, P44 and P54 cannot happen: nothing is offloaded, a batch goes where the model is, and none of those packages
 is needed (P42). P16 and P29 are habits of documents and of one function that renders. P21 to P23 (evaluation tasks),
-P38 and P60 (memorising), P39 (memory) and P55 (several GPUs) are of commands to come.
+P60 (answers that repeat themselves), P39 (memory) and P55 (several GPUs) are of commands to come.
 """
 
 from __future__ import annotations
@@ -164,6 +164,24 @@ def test_p26_an_answer_ends_where_the_template_ends_it_not_at_another_models_tok
     template = load_template(model, tokenizer.special_map)
     assert template.source == CHATML and "<|eot_id|>" in tokenizer.special_strings
     assert template_end_ids(template, tokenizer) == set(tokenizer.encode("<|im_end|>").ids)
+
+
+def test_p38_many_epochs_without_evaluation_data_are_doubted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    doubt = (
+        "20 epochs without evaluation data: nothing shows when the rows are learned by heart; "
+        "set val_size (0.1) or eval_dataset"
+    )
+    for keys, is_doubted in (
+        ({}, True),
+        ({"stage": "dpo"}, True),
+        ({"num_train_epochs": 9.9}, False),
+        ({"max_steps": 5}, False),
+        ({"val_size": 0.1}, False),
+        ({"eval_dataset": "e"}, False),
+    ):
+        caplog.clear()
+        settings(tmp_path, **{"num_train_epochs": 20} | keys)
+        assert (doubt in caplog.messages) == is_doubted, keys
 
 
 def test_p40_the_steps_of_an_epoch_are_told_before_the_first(

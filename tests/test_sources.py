@@ -116,6 +116,12 @@ def test_other_encodings_are_placed_by_byte(tmp_path: Path) -> None:
         assert utf16 == f"{tmp_path / name}: UTF-16, not UTF-8; save the file as UTF-8"
 
 
+def test_a_file_without_an_ending_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_text("{}")
+    with pytest.raises(DataError, match=r"rows: has no ending that says what it is, wanted .jsonl, .json, "):
+        read_rows(tmp_path / "rows")
+
+
 def test_a_missing_file_offers_the_nearest(tmp_path: Path) -> None:
     written(tmp_path / "train.jsonl", "{}")
     assert fault(tmp_path / "trian.jsonl").endswith(f"did you mean {tmp_path / 'train.jsonl'}?")
@@ -262,6 +268,11 @@ def test_faults_of_all_files_come_together(tmp_path: Path) -> None:
     assert f"did you mean {tmp_path / 'good.jsonl'}?" in message
     with pytest.raises(ConfigError, match="dataset: found ' , '"):
         read_examples(" , ", str(tmp_path), None)
+
+
+def test_a_folder_of_data_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^name: no such data file; .*; dataset_dir .*/nowhere is no folder there$"):
+        read_examples("name", str(tmp_path / "nowhere"), None)
 
 
 def test_the_split_is_seeded_whole_and_ordered() -> None:

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_template import CHATS, chat
-from tiny_tokenizer import write_tiny_model
+from tiny_tokenizer import GEMMA, write_tiny_model
 
 from macft.backends.base import LoraSpec
+from macft.data.markers import warn_of_missing_marker
 from macft.data.spans import render_turn, render_with_spans
 from macft.data.template import ChatTemplate, load_template, template_end_ids
 from macft.data.template_names import NAMED, REFUSED
@@ -93,6 +94,12 @@ def test_an_earlier_answer_that_would_be_trained_otherwise_is_refused(name: str)
             render_with_spans(named(name), THREE, **options)
 
 
+def test_the_refusal_names_the_template_without_thoughts_where_there_is_one() -> None:
+    for name, move in (("qwen3", "write template: qwen3_nothink"), ("aeva", "give another template")):
+        with pytest.raises(DataError, match=rf"had when it was given; use mask_history.*, or {move}$"):
+            render_with_spans(named(name), THREE)
+
+
 def test_a_thought_inside_a_thought_ends_at_the_first_close() -> None:
     odd = "x<think>\na<think>\nb\n</think>\n\n\n</think>\n\ny<think>\nopen"
     text = named("qwen3").render(chat("q", odd, "q2", "a2"))
@@ -130,6 +137,37 @@ def test_the_models_own_template_takes_a_default_system_and_no_thinking(tmp_path
     assert plain.render(ONE[:1]) == "\n[user: Who's there?\n]"
     assert changed.render(ONE[:1]) == "\noff[system:It's\n{{ x }}][user: Who's there?\n]"
     assert changed.render(THREE[:2]) == "\noff[system:Be brief.][user:q1\n]"
+
+
+def test_a_default_system_that_the_models_own_template_refuses_or_leaves_out_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_tiny_model(tmp_path, GEMMA)
+    with pytest.raises(ModelError, match=r"^default_system: .*System role not supported; remove it, or give another"):
+        load_template(folder, TOKENS, default_system="hello")
+    write_tiny_model(tmp_path, "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+    for text in ("hello", ""):
+        caplog.clear()
+        load_template(folder, TOKENS, default_system=text)
+        assert ("writes no system text: default_system has no effect" in caplog.text) == bool(text)
+
+
+def test_a_template_of_another_model_is_said_once_by_its_first_marker(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer(model)
+    foreign = named("llama3")
+    for _ in range(2):
+        warn_of_missing_marker(foreign, tokenizer)
+    assert caplog.messages == [
+        "template llama3 writes <|start_header_id|>, for which this tokenizer has no token: it becomes plain text, in "
+        "several tokens; leave template out for the model's own"
+    ]
+    caplog.clear()
+    (tmp_path / "chat_template.jinja").write_text(foreign.source)
+    for fitting in (named("qwen"), named("vicuna"), named("alpaca"), load_template(tmp_path, TOKENS)):
+        warn_of_missing_marker(fitting, tokenizer)
+    assert not caplog.messages
 
 
 def test_thinking_switched_off_where_there_is_none_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -307,6 +307,7 @@ _CHAT_KEYS = ("template", "default_system", "enable_thinking")
 def without_effect(settings: Settings) -> list[str]:
     """Keys set to something that this run does not look at."""
     is_plain = settings.stage == "foodpo" and settings.pref_beta_scale <= 0
+    is_all_streamed = settings.streaming and settings.eval_dataset is None
     seeks_best = settings.load_best_model_at_end or settings.early_stopping_steps is not None
     owners = [
         ("finetuning_type is full", settings.finetuning_type == "full", _LORA_KEYS),
@@ -315,7 +316,8 @@ def without_effect(settings: Settings) -> list[str]:
         ("stage is pt", settings.stage == "pt", _CHAT_KEYS),
         ("streaming is off", not settings.streaming, ("buffer_size",)),
         ("disable_shuffling is set", settings.streaming and settings.disable_shuffling, ("buffer_size",)),
-        ("streaming caches nothing", settings.streaming, ("overwrite_cache",)),
+        ("streaming caches nothing", is_all_streamed, ("overwrite_cache",)),
+        ("streaming tokenizes in one process", is_all_streamed, ("preprocessing_num_workers",)),
         ("dataset is one", "," not in settings.dataset, ("mix_strategy",)),
         (f"stage is {settings.stage}", settings.stage != "foodpo", _FOODPO_KEYS),
         (f"pref_beta_scale is {settings.pref_beta_scale:g}", is_plain, _FOODPO_KEYS[1:]),
@@ -328,8 +330,23 @@ def without_effect(settings: Settings) -> list[str]:
     return [f"{key} ({why})" for why, applies, keys in owners for key in keys if applies and _is_changed(settings, key)]
 
 
+# passes over the same rows from which a model is more likely to repeat them than to learn from them
+_MANY_EPOCHS = 10
+
+
 def doubts(settings: Settings) -> list[str]:
     """Values that are allowed and hardly meant."""
+    found = []
+    has_evaluation = settings.eval_dataset is not None or settings.val_size > 0
+    if settings.num_train_epochs >= _MANY_EPOCHS and settings.max_steps <= 0 and not has_evaluation:
+        found.append(
+            f"{settings.num_train_epochs:g} epochs without evaluation data: nothing shows when the rows are learned by "
+            "heart; set val_size (0.1) or eval_dataset"
+        )
+    return found + _preference_doubts(settings)
+
+
+def _preference_doubts(settings: Settings) -> list[str]:
     if not settings.is_preference:
         return []
     if settings.pref_loss == "simpo" and settings.pref_beta < 1:

@@ -182,6 +182,8 @@ def _describe(detail: Any, entries: Mapping[str, Entry]) -> str:
     wanted = _WANTED.get(detail["type"]) or str(detail["msg"]).removeprefix("Input should be ")
     if key == "resume_from_checkpoint":
         wanted = "true, false or the path of a checkpoint"
+    if key == "enable_thinking" and entry.value is None:
+        wanted = "true, or false to train the form without thinking"
     if key in _COUNTS and isinstance(entry.value, float) and 0 < entry.value < 1:
         wanted = "a whole number of steps, not a share of them"
     return f"{place}: found {shown(detail['input'])}, wanted {wanted}"

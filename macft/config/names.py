@@ -26,6 +26,7 @@ ALIASES = {
     "dataset_num_proc": "preprocessing_num_workers",
     "max_length": "cutoff_len",
     "max_seq_length": "cutoff_len",
+    "block_size": "cutoff_len",
     "beta": "pref_beta",
     "label_smoothing": "dpo_label_smoothing",
     "lora_r": "lora_rank",
@@ -44,7 +45,7 @@ _NO_EFFECT = {
     "code from a model repository is never run": "trust_remote_code",
     "the device is found by itself": "use_mps_device no_cuda use_cpu device_map quantization_device_map offload_folder",
     "tokenized data is cached by itself, and this run trains": "tokenized_path data_shared_file_system",
-    "tokenizing needs no such setting": "preprocessing_batch_size dataset_kwargs",
+    "tokenizing needs no such setting": "preprocessing_batch_size dataset_batch_size dataset_kwargs",
     "batches are made in the training process": "dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "
     "accelerator_config dispatch_batches split_batches",
@@ -215,7 +216,6 @@ REFUSED_VALUES = {
     ("stage", "kto"): "macft learns preferences from pairs (dpo), not from single answers",
     ("finetuning_type", "freeze"): "macft trains an adapter or every parameter",
     ("finetuning_type", "oft"): "macft's adapter is LoRA",
-    ("mix_strategy", "interleave_once"): "write concat: the order is shuffled anyway",
     ("lr_scheduler_type", "reduce_lr_on_plateau"): "the learning rate of a step does not depend on an evaluation",
     ("report_to", "all"): "name the trackers",
 }

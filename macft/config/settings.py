@@ -127,10 +127,10 @@ class Settings(BaseModel):
     )
     eval_dataset: str | None = Field(None, description="As `dataset`; what `eval_loss` is computed on.")
     dataset_dir: str = Field("data", description="Folder where names in `dataset` are looked up.")
-    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = Field(
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = Field(
         "concat",
         description="Several data sets: one after the other, or drawn in turn until the first (`interleave_under`) "
-        "or the last (`interleave_over`) is used up.",
+        "or the last (`interleave_over`) is used up, or until all are, each once (`interleave_once`).",
     )
     interleave_probs: list[float] | None = Field(
         None, description="With what probability each data set is drawn from (`0.7,0.3`). Default: all alike."

@@ -23,6 +23,7 @@ from macft.data.build import Builder, Encoder, Kind, Row, chunks, default_worker
 from macft.data.contents import contents
 from macft.data.dataset import Gathering, iter_examples, iter_pairs, iter_texts
 from macft.data.find import DataSource, find_sources
+from macft.data.markers import warn_of_missing_marker
 from macft.data.rows import Table
 from macft.data.sources import counted
 from macft.data.store import read_part, read_table, table_bytes, with_digest, write_table
@@ -112,6 +113,8 @@ def tokenized(
         # reading tells the faults of the other files too
         for _ in request.rows():
             pass
+    if request.kind != "pt" and template is not None:
+        warn_of_missing_marker(template, tokenizer)
     files = tuple(dict.fromkeys(str(path) for source in sources for path in source.files))
     key = cache_key(request, sources, tokenizer, template)
     cache = _Cache(cache_dir() / "data" / key, files)

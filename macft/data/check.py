@@ -178,12 +178,24 @@ def _unusual_order(messages: Sequence[Message], is_whole: bool) -> str:
         return f"message {late[0]} is a system message, which belongs first"
     if turns and turns[0][1] == "assistant":
         return f"message {turns[0][0]}, the first, is an answer"
+    if result := _lone_result(messages):
+        return f"message {result} is a tool's result that follows no call"
     for (i, role), (_, after) in pairwise(turns):
         if role == after and role != "tool":
             return f"messages {i} and {i + 1} are both of the {role}"
     if is_whole and turns and turns[-1][1] != "assistant":
         return f"message {turns[-1][0]}, the last, is of the {turns[-1][1]} and has no answer: it is not trained on"
     return ""
+
+
+def _lone_result(messages: Sequence[Message]) -> int:
+    """The first result of a tool that follows neither a call nor another result; 0 if there is none."""
+    called = False
+    for i, message in enumerate(messages, 1):
+        if message["role"] == "tool" and not called:
+            return i
+        called = message["role"] == "tool" or bool(message.get("tool_calls"))
+    return 0
 
 
 def _note_tokens(chunk: Sequence[Row], encoder: Encoder, report: Check) -> None:

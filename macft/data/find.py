@@ -162,6 +162,8 @@ def _file(name: str, folder: Path, info: Path, entries: Sequence[str]) -> Path:
     unique = list(dict.fromkeys(map(str, looked)))
     if suffixes:
         unique = [*unique[:2], f"{folder / name}.jsonl and other suffixes"]
+    if suffixes and not info.parent.is_dir() and not hint:
+        hint = f"; dataset_dir {folder} is no folder there"
     raise DataError(f"{name}: no such data file; looked for {', '.join(unique)} in {Path.cwd()}{hint}")
 
 

@@ -27,7 +27,7 @@ def missing_marker(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
         text = template.render([_QUESTION, _ANSWER])
     except DataError:  # it says itself what it wants of a conversation
         return None
-    return next((found for found in _MARKER.findall(text) if found in tokenizer.vocabulary), None)
+    return next((found for found in _MARKER.findall(text) if found not in tokenizer.vocabulary), None)
 
 
 @lru_cache(maxsize=16)  # said once of a template, however many data sets it renders

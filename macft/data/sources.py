@@ -63,7 +63,7 @@ def scan(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row | Unr
     """
     suffix = kind(path)
     if suffix not in SUFFIXES:
-        raise DataError(f"{path}: ends in {path.suffix or 'nothing'!r}, wanted {_one_of(SUFFIXES)}, or one with .gz")
+        raise DataError(f"{path}: {_ending(path)}, wanted {_one_of(SUFFIXES)}, or one with .gz")
     if suffix in TABLES:
         items = table_rows(path, columns)
     elif suffix == ".txt":
@@ -101,6 +101,10 @@ def kind_of(value: object) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _ending(path: Path) -> str:
+    return f"ends in {path.suffix!r}" if path.suffix else "has no ending that says what it is"
 
 
 def _one_of(names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from macft.data.fast_render import compile_template
 from macft.data.template import ChatTemplate, Message
+from macft.data.template_names import NAMED
 from macft.data.tools import Tools, check_tools, uses_tools, with_objects
 from macft.errors import DataError
 
@@ -36,9 +37,11 @@ def render_with_spans(
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if template.one_answer is not None and len(turns) > 1 and not mask_history:
+        plain = f"{template.name}_nothink"
+        other = f"write template: {plain}" if plain in NAMED else "give another template"
         raise DataError(
             f"the chat template ({template.name}) is trained on one answer of a conversation, found {len(turns)}: "
-            f"{template.one_answer}; use mask_history, split the conversation, or give another template"
+            f"{template.one_answer}; use mask_history, split the conversation, or {other}"
         )
     if mask_history:
         turns = turns[-1:]

@@ -94,9 +94,12 @@ def load_template(
     source, name, is_named = _find_source(folder, special_map, template, default_system, enable_thinking)
     if not enable_thinking and "enable_thinking" not in source:
         logger.warning("the chat template (%s) knows no enable_thinking: it has no effect", name)
-    if not is_named:
-        source = _with_defaults(source, default_system, enable_thinking)
-    return ChatTemplate(source, name=name, special_map=special_map)
+    if is_named:
+        return ChatTemplate(source, name=name, special_map=special_map)
+    whole = ChatTemplate(_with_defaults(source, default_system, enable_thinking), name=name, special_map=special_map)
+    if default_system:
+        _check_default_system(whole, ChatTemplate(source, name=name, special_map=special_map), default_system)
+    return whole
 
 
 def _find_source(
@@ -159,6 +162,24 @@ def _with_defaults(source: str, default_system: str | None, enable_thinking: boo
     if not enable_thinking and "enable_thinking" in source:
         source = f"{{% set enable_thinking = {thinking_default(False)} %}}\n{source}"
     return source
+
+
+def _check_default_system(template: ChatTemplate, bare: ChatTemplate, default_system: str) -> None:
+    """ModelError if the template refuses a system text, which it then refuses in every row; a warning if it has none.
+
+    `bare` is the template without the default.
+    """
+    question = [{"role": "user", "content": "question"}]
+    try:
+        bare.render(question)
+    except DataError:  # it says itself what it wants of a conversation
+        return
+    try:
+        text = template.render(question)
+    except DataError as error:
+        raise ModelError(f"default_system: {error}; remove it, or give another template") from None
+    if default_system.strip() not in text:
+        logger.warning("the chat template (%s) writes no system text: default_system has no effect", template.name)
 
 
 def template_folder(base: Path, adapter: Path | None) -> Path:
