@@ -18,7 +18,7 @@ from macft.weights.locate import ModelFolder
 from macft.weights.mlx_adapter import convert_adapter, read_any_adapter
 from macft.weights.model_config import read_config
 
-pytestmark = [[pytest.mark.mlx, pytest.mark.torch], pytest.mark.usefixtures("small_threads")]
+pytestmark = [pytest.mark.mlx, pytest.mark.torch, pytest.mark.usefixtures("small_threads")]
 
 BASES = {
     "dense": "llama",

@@ -21,7 +21,7 @@ from macft.objectives.losses import make_objective
 from macft.objectives.ops import NumpyOps
 from macft.objectives.preference import Preference, PromptBeta, answer_positions, reference_columns
 
-pytestmark = [[pytest.mark.mlx, pytest.mark.torch], pytest.mark.usefixtures("small_threads")]
+pytestmark = [pytest.mark.mlx, pytest.mark.torch, pytest.mark.usefixtures("small_threads")]
 
 STEPS = 50
 LR = 1e-3

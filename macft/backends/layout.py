@@ -15,7 +15,7 @@ import numpy as np
 
 from macft.data.batches import Batch, NumpyBatch, unpack
 
-# On a CPU a pass of so many tokens is as fast as a larger one, and its activations are smaller.
+# On a CPU the activations of a step are bounded by passes of so many tokens.
 CPU_TOKENS_AT_ONCE = 1024
 # Sharing costs a second, masked attention: it must save at least this share of the tokens.
 MIN_SAVING = 0.05
