@@ -73,7 +73,7 @@ def test_the_check_is_told_before_the_file(model, tmp_path):
 
 def test_one_existing_file_of_two_is_refused_and_nothing_written(model, tmp_path):
     (tmp_path / "x-q8_0.gguf").write_text("kept")
-    said = refusal("gguf", model, "--output", tmp_path / "x.gguf", "--quant", "f16,q8_0", "--no-verify", code=1)
+    said = refusal("gguf", model, "--output", tmp_path / "x.gguf", "--quant", "f16,q8_0", "--no-verify", code=2)
     assert said == f"{tmp_path / 'x-q8_0.gguf'}: exists already; name a file that does not, or remove this one"
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x-q8_0.gguf", "kept")]
 

@@ -315,7 +315,7 @@ def test_paths_that_exist_are_refused_and_left_as_they_are(tmp_path):
     (tmp_path / "x.gguf").write_text("precious")
     (tmp_path / "y.gguf").symlink_to(tmp_path / "nowhere")
     for path in ("x.gguf", "y.gguf"):
-        with pytest.raises(ModelError, match=f"{path}: exists already"):
+        with pytest.raises(UsageError, match=f"{path}: exists already"):
             write_gguf(simple(matrix("x", 2, 32)), {"f16": tmp_path / "z.gguf", "q8_0": tmp_path / path})
     assert (tmp_path / "x.gguf").read_text() == "precious" and names(tmp_path) == ["x.gguf", "y.gguf"]
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from macft.config.settings import Settings
+from macft.data.template import ChatTemplate, load_template
 from macft.data.tokenizer import Tokenizer, load_tokenizer
-from macft.errors import ConfigError
+from macft.errors import ConfigError, ModelError
 from macft.weights.locate import ModelFolder, locate_model
 from macft.weights.model_config import read_config
 from macft.weights.scratch import has_weights, locate_shape, new_model
@@ -69,3 +70,20 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
         name: tokenizer.encode(tokenizer.special_map[name]).ids for name in _SPECIAL if name in tokenizer.special_map
     }
     return {f"{name}_id": ids[0] for name, ids in found.items() if len(ids) == 1}
+
+
+def find_template(settings: Settings, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template that the settings name, or the folder's; None for `stage: pt` where there is none."""
+    try:
+        return load_template(
+            folder,
+            tokenizer.special_map,
+            settings.template,
+            default_system=settings.default_system,
+            enable_thinking=settings.enable_thinking,
+        )
+    except ModelError:
+        # a base model has none, and texts need none
+        if settings.stage == "pt" and settings.template is None:
+            return None
+        raise

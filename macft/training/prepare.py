@@ -6,7 +6,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
 from macft.backends.base import LoraSpec, ModelSpec, Under
@@ -15,11 +14,11 @@ from macft.data.batches import NumpyBatch, Plan, StreamPlan, collate, lengths_of
 from macft.data.fate import TokenizeReport
 from macft.data.packing import PackedRows
 from macft.data.rows import Rows
-from macft.data.template import ChatTemplate, load_template, template_folder
+from macft.data.template import ChatTemplate, template_folder
 from macft.data.tokenizer import Tokenizer, load_tokenizer
-from macft.errors import ConfigError, ModelError
+from macft.errors import ConfigError
 from macft.training.data import read_data, read_stream, seed
-from macft.training.find_model import find_model
+from macft.training.find_model import find_model, find_template
 from macft.weights.adapter import Adapter
 from macft.weights.locate import ModelFolder, locate_adapter, locate_model
 from macft.weights.mlx_adapter import read_any_adapter
@@ -83,7 +82,7 @@ def prepare(settings: Settings) -> Prepared:
     reference = _named_reference(settings, base, tokenizer)
     loaded = start or under
     source = template_folder(found.tokenizer_folder, loaded.folder if loaded is not None else None)
-    template = _template(settings, source, tokenizer)
+    template = find_template(settings, source, tokenizer)
     train, valid, report, plan, data_hash = _data(settings, tokenizer, template)
     return Prepared(
         base=base,
@@ -123,22 +122,6 @@ def _data(
     )
     order = f"{plan.batch_size * plan.accumulation} {plan.seed} {plan.sort_by_length} {plan.shuffle}"
     return data.train, data.valid, data.report, plan, _hash(f"{order} {data.digest}")
-
-
-def _template(settings: Settings, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    try:
-        return load_template(
-            folder,
-            tokenizer.special_map,
-            settings.template,
-            default_system=settings.default_system,
-            enable_thinking=settings.enable_thinking,
-        )
-    except ModelError:
-        # a base model has none, and texts need none
-        if settings.stage == "pt" and settings.template is None:
-            return None
-        raise
 
 
 def _adapters(settings: Settings, base: ModelFolder) -> tuple[Adapter | None, Adapter | None]:

@@ -37,9 +37,10 @@ from macft.data.stats import as_json as stats_json
 from macft.data.stats import measure, plot
 from macft.data.stats import show as show_stats
 from macft.data.tables import is_table, table_columns
-from macft.data.template import ChatTemplate, load_template, template_folder
+from macft.data.template import ChatTemplate, template_folder
 from macft.data.tokenizer import Tokenizer, load_tokenizer
-from macft.errors import DataError, ModelError, UsageError
+from macft.errors import DataError, UsageError
+from macft.training.find_model import find_template
 from macft.training.progress import counting
 from macft.weights.locate import locate_adapter, locate_model
 from macft.weights.scratch import locate_shape
@@ -110,7 +111,7 @@ def look_at(source: str, overrides: Sequence[str], model: str | None) -> Look:
     tokenizer = load_tokenizer(folder)
     adapter = settings.adapter_name_or_path
     source_folder = template_folder(folder, locate_adapter(adapter) if adapter is not None else None)
-    template = _template(settings, source_folder, tokenizer)
+    template = find_template(settings, source_folder, tokenizer)
     if settings.stage != "pt" and template is not None:
         warn_of_missing_marker(template, tokenizer)
     return Look(settings, tokenizer, template)
@@ -173,22 +174,7 @@ def _tokenizer_folder(settings: Settings) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    return (locate_shape if settings.train_from_scratch else locate_model)(name).path
-
-
-def _template(settings: Settings, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    try:
-        return load_template(
-            folder,
-            tokenizer.special_map,
-            settings.template,
-            default_system=settings.default_system,
-            enable_thinking=settings.enable_thinking,
-        )
-    except ModelError:
-        if settings.stage == "pt" and settings.template is None:
-            return None
-        raise
+    return (locate_shape if settings.train_from_scratch else locate_model)(name, settings.hub).path
 
 
 def _kind(settings: Settings) -> Kind:

@@ -54,8 +54,9 @@ def write_gguf(
 
     Tensors stand in the order of llama.cpp's quantizer, and `general.quantization_version` and
     `general.file_type` last, so that the file is the one it would write. ModelError, with nothing left behind,
-    when a path exists, a disk has no room, or naming each tensor with numbers that are not finite
-    (`if_not_finite` is what that means) or too large for their type. UsageError for an unknown quantization.
+    when a disk has no room, or naming each tensor with numbers that are not finite
+    (`if_not_finite` is what that means) or too large for their type. UsageError for an unknown
+    quantization or a path that exists.
     """
     _check_outputs(outputs)
     _check_tensors(model.tensors)
@@ -106,7 +107,7 @@ def _check_outputs(outputs: Mapping[str, Path]) -> None:
         raise UsageError(join_faults("these files cannot be written:", faults or ["none is named"]))
     existing = [str(path) for path in outputs.values() if path.exists() or path.is_symlink()]
     if existing:
-        raise ModelError(f"{', '.join(existing)}: exists already; name a file that does not, or remove this one")
+        raise UsageError(f"{', '.join(existing)}: exists already; name a file that does not, or remove this one")
 
 
 def _check_tensors(tensors: Sequence[LazyTensor]) -> None:
