@@ -11,9 +11,11 @@ from typing import ClassVar
 from urllib.parse import parse_qs, urlparse
 
 import pytest
-from toy_backend import write_toy_model
+from toy_backend import write_rows, write_toy_model
 
+from macft.data.tokenizer import load_tokenizer
 from macft.errors import ModelError
+from macft.training.preview import look_at
 from macft.weights.locate import locate_model
 
 ROUTE = "/api/v1/models/org/toy/repo"
@@ -90,6 +92,14 @@ def test_offline_takes_the_cache_or_says_what_to_do(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Models.seen.clear()
     assert locate_model("org/toy", "modelscope").path == found and not Models.seen
+
+
+def test_looking_at_data_asks_the_hub_that_the_file_names(served: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model_name_or_path: org/toy\nhub: modelscope\ndataset: {rows}\noutput_dir: {tmp_path}/out\n")
+    look = look_at(str(config), (), None)
+    assert look.tokenizer.vocabulary == load_tokenizer(served).vocabulary and "tokenizer.json" in Models.seen
 
 
 def test_a_model_that_is_not_there_and_a_file_cut_short_are_one_line(served: Path) -> None:
