@@ -42,9 +42,10 @@ def macft(*arguments: object) -> Result:
     """Run `macft ARGUMENTS` in this process."""
     out, err = io.StringIO(), io.StringIO()
     logger = logging.getLogger("macft")
-    before = logger.handlers, logger.level, logger.propagate
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
     try:
         with (
+            patch.dict(os.environ),
             patch.object(sys, "argv", ["macft", *map(str, arguments)]),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
@@ -53,7 +54,9 @@ def macft(*arguments: object) -> Result:
     except SystemExit as stop:
         return Result(int(stop.code or 0), out.getvalue(), err.getvalue())
     finally:
-        logger.handlers, logger.level, logger.propagate = before
+        logger.handlers, logger.propagate = handlers, propagate
+        # not the attribute: a logger remembers which levels it passes on, and setLevel alone makes it forget
+        logger.setLevel(level)
     raise AssertionError("main() always exits")
 
 

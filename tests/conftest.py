@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MACFT_CACHE"] = tempfile.mkdtemp(prefix="macft-tests-")
 
 # Before any test imports MLX: it loads OpenBLAS, without which MLX is a hundred times slower on Linux.
+from support.isolation import isolated, pytest_fixture_setup  # noqa: F401
 from tiny_models import write_model
 from toy_backend import one_thread, toy_settings, write_pairs, write_rows, write_toy_model
 

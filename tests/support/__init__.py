@@ -1,0 +1,1 @@
+"""Help the tests: what more than one file of them uses."""
