@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MACFT_CACHE"] = tempfile.mkdtemp(prefix="macft-tests-")
 
 # Before any test imports MLX: it loads OpenBLAS, without which MLX is a hundred times slower on Linux.
+from support.data_folders import data_folder, qwen, skip_without_public_data  # noqa: F401
 from support.isolation import isolated, pytest_fixture_setup  # noqa: F401
 from tiny_models import write_model
 from toy_backend import one_thread, toy_settings, write_pairs, write_rows, write_toy_model
@@ -34,7 +35,8 @@ atexit.register(shutil.rmtree, os.environ["MACFT_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no worker is left with a long one at the end."""
+    """Skip what needs absent public files; slow files first, so that no worker is left with one at the end."""
+    skip_without_public_data(items)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.data_folders import own_and_public_data
 from tiny_tokenizer import write_tiny_model
 
 from macft.data.dataset import iter_examples, read_examples, read_pairs, read_texts
@@ -17,10 +18,6 @@ from macft.data.tokenize_pairs import tokenize_pairs
 from macft.data.tokenizer import load_tokenizer
 from macft.errors import DataError
 from macft.training.alarms import overlap_alarm
-
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-MINI_QWEN = DATA / "mini_qwen"
-needs_data = pytest.mark.skipif(not MINI_QWEN.is_dir(), reason="the trial data is not here")
 
 GSM8K = {"question": "How many are 2 and 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
 
@@ -156,13 +153,13 @@ def test_p41_a_few_rows_do_not_read_the_whole_file(tmp_path: Path) -> None:
     assert first.messages[1]["content"] == "a"
 
 
-@needs_data
-def test_p49_files_that_disagree_on_other_columns_are_read_together(tmp_path: Path) -> None:
-    names = [str(MINI_QWEN / f"{name}.parquet") for name in ("sft_7M", "sft_Gen")]
+@own_and_public_data
+def test_p49_files_that_disagree_on_other_columns_are_read_together(tmp_path: Path, data_folder: Path) -> None:
+    names = [str(data_folder / "mini_qwen" / f"{name}.parquet") for name in ("sft_7M", "sft_Gen")]
     schemas = [pq.read_schema(name) for name in names]
     assert schemas[0].field("id").type != schemas[1].field("id").type
     bare = read_examples(",".join(names), "", None)
-    assert len(bare) == 200
+    assert len(bare) == sum(pq.read_metadata(name).num_rows for name in names) > 100
     for i, name in enumerate(names):
         (tmp_path / f"{i}.parquet").symlink_to(name)
     mapped = {"formatting": "sharegpt", "columns": {"messages": "conversations"}}
@@ -187,16 +184,14 @@ def test_p49_a_column_that_cannot_be_read_does_not_matter_if_nothing_needs_it(tm
     assert len(read_examples(str(path), "", None)) == 1
 
 
-@needs_data
-def test_p50_no_row_is_lost_or_added() -> None:
+def test_p50_no_row_is_lost_or_added(data_folder: Path) -> None:
     for name, read in (("sft_7M", read_examples), ("dpo_train", read_pairs), ("pt_zh", read_texts)):
-        path = MINI_QWEN / f"{name}.parquet"
-        assert len(read(str(path), "", None)) == pq.read_metadata(path).num_rows == 100
+        path = data_folder / "mini_qwen" / f"{name}.parquet"
+        assert len(read(str(path), "", None)) == pq.read_metadata(path).num_rows > 50
 
 
-@needs_data
-def test_p59_every_turn_of_a_conversation_is_kept_in_order() -> None:
-    path = MINI_QWEN / "sft_7M.parquet"
+def test_p59_every_turn_of_a_conversation_is_kept_in_order(data_folder: Path) -> None:
+    path = data_folder / "mini_qwen" / "sft_7M.parquet"
     rows = pq.read_table(path, columns=["conversations"]).to_pylist()
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     turns = [[(roles[t["from"]], t["value"]) for t in row["conversations"]] for row in rows]

@@ -12,8 +12,9 @@ import gguf
 import numpy as np
 import pytest
 from gguf_converter import Job, convert
+from support.data_folders import own_and_public_qwen
 from test_gguf_import import ids, random_texts
-from test_gguf_tokenizer import GEMMA_PIECES, PHI_PIECES, QWEN, added, sentencepiece_ids, write_weights
+from test_gguf_tokenizer import GEMMA_PIECES, PHI_PIECES, added, sentencepiece_ids, write_weights
 from tiny_gguf import CONTROL, TEXT, TinyGguf, hf_weights, llama_cpp, sentencepiece, write_gguf, write_spm_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -96,13 +97,6 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_weights(root / "smollm2", "llama", 49152)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copy(source / name, root / "smollm2" / name)
-    if QWEN.is_dir():
-        write_weights(root / "qwen", "qwen2", 151936)
-        for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "generation_config.json"):
-            shutil.copy(QWEN / name, root / "qwen" / name)
-        config = {key: value for key, value in read_config(root / "qwen").items() if key != "pad_token_id"}
-        config |= {key: read_config(QWEN)[key] for key in ("bos_token_id", "eos_token_id")}
-        (root / "qwen" / "config.json").write_text(json.dumps(config))
     for model_type, (own, special) in SPM_CASES.items():
         settings = added(own, 6, special=special) if special else {}
         rows = write_spm_model(root / model_type, own=own, settings=settings) + 3  # an embedding with rows to spare
@@ -116,16 +110,25 @@ def test_smollm2_fields_equal_the_converter(converted: Path) -> None:
     assert differing(converted / "smollm2") == {}
 
 
+@own_and_public_qwen
 @pytest.mark.torch
-def test_real_qwen_fields_equal_the_converter(converted: Path) -> None:
-    if not QWEN.is_dir():
-        pytest.skip(f"{QWEN} is absent")
-    assert differing(converted / "qwen") == {
+def test_qwen_fields_equal_the_converter(tmp_path: Path, qwen: Path) -> None:
+    folder, original = tmp_path / "qwen", read_config(qwen)
+    write_weights(folder, "qwen2", original["vocab_size"])
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(qwen / name, folder / name)
+    config = {key: value for key, value in read_config(folder).items() if key != "pad_token_id"}
+    config |= {key: original[key] for key in ("bos_token_id", "eos_token_id")}
+    (folder / "config.json").write_text(json.dumps(config))
+    # the converter finds the pre-tokenizer of the real one by itself
+    convert([Job(str(folder), f"{folder}.gguf", pre="" if original["vocab_size"] > 100_000 else "qwen2")])
+    end, turn_end = original["bos_token_id"], original["eos_token_id"]
+    assert differing(folder) == {
         # without a tokenizer.json the converter reads no roles but those in config.json
-        "tokenizer.ggml.padding_token_id": (None, 151643),
+        "tokenizer.ggml.padding_token_id": (None, end),
         # generation_config.json names <|endoftext|> as an end too, which the converter does not read
-        "tokenizer.ggml.eot_token_id": (None, 151643),
-        "tokenizer.ggml.eos_token_ids": (None, [151645, 151643]),
+        "tokenizer.ggml.eot_token_id": (None, end),
+        "tokenizer.ggml.eos_token_ids": (None, [turn_end, end]),
         # said as it is, where the converter leaves it to what llama.cpp assumes
         "tokenizer.ggml.add_eos_token": (None, False),
     }
@@ -177,17 +180,15 @@ def test_smollm2_ids_in_llama_cpp_equal_the_original(tmp_path: Path, has_new_tok
     assert_llama_cpp_agrees(written(tmp_path / "m.gguf", fields), lambda text: ids(core, text), texts)
 
 
-def test_real_qwen_ids_in_llama_cpp_equal_the_original(tmp_path: Path) -> None:
-    if not QWEN.is_dir():
-        pytest.skip(f"{QWEN} is absent")
+def test_qwen_ids_in_llama_cpp_equal_the_original(tmp_path: Path, qwen: Path) -> None:
     import unicodedata
 
-    tokenizer = load_tokenizer(QWEN)
-    fields = fields_of(QWEN, rows=151936, **read_config(QWEN))
+    tokenizer, config = load_tokenizer(qwen), read_config(qwen)
+    fields = fields_of(qwen, rows=config["vocab_size"], **config)
     # the original composes characters first (NFC), llama.cpp takes them as they are
     texts = [unicodedata.normalize("NFC", text) for text in (TEXT, CHAT, *random_texts(60, 6))]
     assert_llama_cpp_agrees(written(tmp_path / "m.gguf", fields), lambda text: tokenizer.encode(text).ids, texts)
-    assert vocabulary_size(QWEN) == 151665
+    assert vocabulary_size(qwen) == tokenizer.vocab_size < config["vocab_size"]
 
 
 ASCII_AND_HAN = [

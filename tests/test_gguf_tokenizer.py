@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from gguf_converter import Job, convert
+from support.data_folders import own_and_public_qwen
 from test_gguf_import import ids, random_texts
 from tiny_gguf import CONTROL, TEXT, llama_cpp, write_spm_model
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from macft.weights.gguf_import import import_gguf
 
-QWEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "qwen2.5-0.5b-instruct"
 GEMMA_PIECES = ("<start_of_turn>", "<end_of_turn>", "\n\n", "▁▁", "▁▁▁▁", "\t\t")
 PHI_PIECES = ("<|user|>", "<|end|>", "<|assistant|>")
 CHAT = "<|im_start|>user\nhi  there<|im_end|>\n <|im_start|>assistant\n\n"
@@ -72,25 +72,26 @@ def texts(count: int = 60, seed: int = 5) -> Iterator[str]:
     yield from random_texts(count, seed)
 
 
+@own_and_public_qwen
 @pytest.mark.torch
-def test_real_qwen_ids_equal_llama_cpp_and_the_original(tmp_path: Path) -> None:
-    if not QWEN.is_dir():
-        pytest.skip(f"{QWEN} is absent")
+def test_qwen_ids_equal_llama_cpp_and_the_original(tmp_path: Path, qwen: Path) -> None:
     from transformers import AutoTokenizer
 
     folder = tmp_path / "original"
-    write_weights(folder, "qwen2", 151936)
+    config = json.loads((qwen / "config.json").read_text(encoding="utf-8"))
+    write_weights(folder, "qwen2", config["vocab_size"])
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        shutil.copy(QWEN / name, folder / name)
-    result = imported(folder)  # the converter finds the pre-tokenizer by itself
+        shutil.copy(qwen / name, folder / name)
+    # the converter finds the pre-tokenizer of the real one by itself
+    result = imported(folder, pre="" if config["vocab_size"] > 100_000 else "qwen2")
     tokenizer = assert_llama_cpp_agrees(folder, texts())
-    original = AutoTokenizer.from_pretrained(QWEN)
+    original = AutoTokenizer.from_pretrained(qwen)
     for text in texts(200, seed=6):
         # the original composes characters first (NFC), llama.cpp takes them as they are
         composed = unicodedata.normalize("NFC", text)
         assert ids(tokenizer, composed) == original.encode(composed), text
     assert tokenizer.decode(ids(tokenizer, TEXT), skip_special_tokens=False) == TEXT
-    template = json.loads((QWEN / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    template = json.loads((qwen / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
     assert (result / "chat_template.jinja").read_text(encoding="utf-8") == template
 
 

@@ -14,8 +14,6 @@ from macft.data.formats import Example, to_examples
 from macft.data.sources import Row, read_rows
 from macft.errors import ConfigError, DataError
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the trial data is not here")
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
 
@@ -294,9 +292,10 @@ def test_a_split_that_cannot_be_is_refused(val_size: float) -> None:
         split_examples([Example((), f"x:{i}") for i in range(30)], val_size, seed=1)
 
 
-@needs_data
-def test_public_alpaca_files_are_read() -> None:
-    examples = read_examples("alpaca_zh_demo,identity.json", str(DATA), None)
-    assert len(examples) == 1091
-    assert examples[1000].source == f"{DATA / 'identity.json'}:2"
-    assert [m["role"] for m in examples[1000].messages] == ["user", "assistant"]
+def test_alpaca_files_are_read_one_after_the_other(data_folder: Path) -> None:
+    examples = read_examples("alpaca_zh_demo,identity.json", str(data_folder), None)
+    files = (data_folder / "alpaca_zh_demo.json", data_folder / "identity.json")
+    first, second = (len(json.loads(path.read_text(encoding="utf-8"))) for path in files)
+    assert len(examples) == first + second
+    assert examples[first].source == f"{files[1]}:2"
+    assert [m["role"] for m in examples[first].messages] == ["user", "assistant"]

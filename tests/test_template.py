@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.data_folders import own_and_public_qwen
 from tiny_tokenizer import CHATML, TEMPLATES, write_tiny_model
 
 from macft.data.template import ChatTemplate, load_template, template_end_ids
 from macft.data.tokenizer import load_tokenizer
 from macft.errors import DataError, ModelError
-
-QWEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "qwen2.5-0.5b-instruct"
-needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="the Qwen2.5 tokenizer files are not here")
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
@@ -57,12 +55,12 @@ def test_text_equals_transformers(tmp_path: Path, name: str, add_generation_prom
         assert ours.render(messages, add_generation_prompt=add_generation_prompt) == expected
 
 
-@needs_qwen
-def test_qwen_text_equals_transformers() -> None:
+@own_and_public_qwen
+def test_qwen_text_equals_transformers(qwen: Path) -> None:
     from transformers import AutoTokenizer
 
-    ours = load_template(QWEN, load_tokenizer(QWEN).special_map)
-    theirs = AutoTokenizer.from_pretrained(QWEN)
+    ours = load_template(qwen, load_tokenizer(qwen).special_map)
+    theirs = AutoTokenizer.from_pretrained(qwen)
     tool = {"type": "function", "function": {"name": "f", "description": "<天气> & 'x'", "parameters": {}}}
     for messages in CHATS:
         for tools in (None, [tool]):

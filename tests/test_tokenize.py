@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.own_qwen import write_own_qwen
 from test_template import build, chat
 from tiny_tokenizer import CHATML_GENERATION, TEMPLATES, write_tiny_model
 
@@ -21,9 +22,6 @@ from macft.data.tokenize import TokenizedExample, encode_examples, fit_examples,
 from macft.data.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import DataError
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-QWEN = DATA / "qwen2.5-0.5b-instruct"
-needs_data = pytest.mark.skipif(not QWEN.is_dir(), reason="the Qwen2.5 tokenizer files are not here")
 CHATML = build(TEMPLATES["chatml"])
 
 
@@ -128,13 +126,12 @@ def test_masks_equal_those_of_generation_tags_in_transformers(tmp_path: Path) ->
         assert tokenized.loss_mask.astype(int).tolist() == expected
 
 
-@needs_data
-def test_real_rows_are_trained_from_the_generation_prompt_on() -> None:
+def test_real_rows_are_trained_from_the_generation_prompt_on(qwen: Path, data_folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    ours, theirs = load_tokenizer(QWEN), AutoTokenizer.from_pretrained(QWEN)
-    template = load_template(QWEN, ours.special_map)
-    examples = read_examples("alpaca_zh_demo,identity", str(DATA), 50)
+    ours, theirs = load_tokenizer(qwen), AutoTokenizer.from_pretrained(qwen)
+    template = load_template(qwen, ours.special_map)
+    examples = read_examples("alpaca_zh_demo,identity", str(data_folder), 50)
     kept, report = tokenize_examples(examples, ours, template, cutoff_len=4096)
     assert (report.kept, report.straddling, report.shortened) == (100, 0, 0)
     for chat_example, tokenized in zip(examples, kept, strict=True):
@@ -244,10 +241,9 @@ def test_shortening_never_halves_a_character(tokenizer: Tokenizer) -> None:
         assert cutoff - 4 < len(fitted.encoded.ids) <= cutoff
 
 
-@needs_data
-def test_shortening_keeps_accents_with_their_letters() -> None:
+def test_shortening_keeps_accents_with_their_letters(qwen: Path) -> None:
     # Qwen composes "e" with its accents before it encodes, so a token ends between the two
-    ours = load_tokenizer(QWEN)
+    ours = load_tokenizer(qwen)
     question = "e\u0301u\u0308" * 20
     full = len(one(ours, example(question, "ok")).tokens)
     for cutoff in range(full - 18, full):
@@ -331,7 +327,7 @@ def test_borders_are_placed_as_the_places_of_all_tokens_say(
 
 
 @pytest.fixture(scope="module")
-def others() -> list[Tokenizer]:
+def others(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
     """Tokenizers that compose letters, drop blanks, and mark words: characters with no token, or with several."""
     import tokenizers
     from tokenizers import models, normalizers, pre_tokenizers
@@ -344,7 +340,7 @@ def others() -> list[Tokenizer]:
     marked.normalizer = normalizers.NFC()
     marked.pre_tokenizer = pre_tokenizers.Metaspace()
     found = [Tokenizer(core, special_map={}, eos_ids=frozenset(), files={}) for core in (words, marked)]
-    return [*found, load_tokenizer(QWEN)] if QWEN.is_dir() else found
+    return [*found, load_tokenizer(write_own_qwen(tmp_path_factory.mktemp("qwen")))]
 
 
 @settings(max_examples=100, deadline=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +25,6 @@ from macft.errors import DataError, MacftError
 from macft.weights.locate import locate_model
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-DATA = CHECKOUT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the trial data is not here")
 CHATML_TEMPLATE = build(TEMPLATES["chatml"])
 EMPTY = load_template(Path(), {"eos_token": "</s>"}, "empty")
 
@@ -318,14 +315,10 @@ def smollm2() -> Path:
         pytest.skip(str(error))
 
 
-def qwen() -> Path:
-    folder = DATA / "qwen2.5-0.5b-instruct"
-    if not folder.is_dir():
-        pytest.skip("the Qwen2.5 tokenizer files are not here")
-    return folder
-
-
-each_model = pytest.mark.parametrize("folder", [smollm2, qwen], ids=["smollm2", "qwen2.5"])
+@pytest.fixture(scope="module", params=["smollm2", "qwen"])
+def folder(request: pytest.FixtureRequest, qwen: Path) -> Path:
+    """Tokenizers of two kinds."""
+    return smollm2() if request.param == "smollm2" else qwen
 
 
 def trl_rows(folder: Path, rows: list[dict[str, Any]]) -> list[tuple[list[int], list[int], list[int]]]:
@@ -353,10 +346,8 @@ def our_rows(
     return [(chosen[:n], chosen[n:], rejected[n:]) for n, chosen, rejected in rows]
 
 
-@needs_data
-@each_model
-def test_public_pairs_are_the_tokens_that_trl_trains_on(folder: Callable[[], Path]) -> None:
-    rows = json.loads((DATA / "dpo_zh_demo.json").read_text(encoding="utf-8"))[:60]
+def test_ranking_rows_are_the_tokens_that_trl_trains_on(folder: Path, data_folder: Path) -> None:
+    rows = json.loads((data_folder / "dpo_zh_demo.json").read_text(encoding="utf-8"))[:60]
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
 
     def messages(*turns: dict[str, str]) -> list[dict[str, str]]:
@@ -370,14 +361,11 @@ def test_public_pairs_are_the_tokens_that_trl_trains_on(folder: Callable[[], Pat
         }
         for row in rows
     ]
-    assert our_rows(folder(), read_pairs("dpo_zh_demo", str(DATA), 60)) == trl_rows(folder(), given)
+    assert our_rows(folder, read_pairs("dpo_zh_demo", str(data_folder), 60)) == trl_rows(folder, given)
 
 
-@each_model
-def test_text_pairs_with_the_empty_template_are_the_tokens_that_trl_trains_on(
-    folder: Callable[[], Path], tmp_path: Path
-) -> None:
-    ours = load_tokenizer(folder())
+def test_text_pairs_with_the_empty_template_are_the_tokens_that_trl_trains_on(folder: Path, tmp_path: Path) -> None:
+    ours = load_tokenizer(folder)
     end = ours.special_map["eos_token"]
     rows = [
         {"prompt": "The sea is", "chosen": " blue.", "rejected": " bl"},
@@ -388,7 +376,7 @@ def test_text_pairs_with_the_empty_template_are_the_tokens_that_trl_trains_on(
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pairs = read_pairs("rows", str(tmp_path), None)
-    assert our_rows(folder(), pairs, "empty") == trl_rows(folder(), rows)
+    assert our_rows(folder, pairs, "empty") == trl_rows(folder, rows)
 
 
 # --- the shipped pairs

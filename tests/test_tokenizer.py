@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.data_folders import own_and_public_qwen
 from tiny_tokenizer import SPECIAL, write_tiny_model
 
 from macft.data.tokenizer import load_tokenizer
 from macft.errors import ModelError
 
-QWEN = Path(__file__).resolve().parents[2] / "shared" / "data" / "qwen2.5-0.5b-instruct"
-needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason="the Qwen2.5 tokenizer files are not here")
 TEXTS = (
     "Hello, world!  It's 2024, isn't it?\n\n  indented\tand\r\nWindows   ",
     "你好，世界！今天是星期六。𠮷野家 café",
@@ -38,18 +37,21 @@ def test_ids_equal_those_of_transformers(tmp_path: Path, text: str) -> None:
     assert load_tokenizer(folder).encode(text).ids == theirs.encode(text, add_special_tokens=False)
 
 
-@needs_qwen
-def test_qwen_without_tokenizer_json_equals_transformers() -> None:
+@own_and_public_qwen
+def test_qwen_without_tokenizer_json_equals_transformers(qwen: Path, data_folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    ours, theirs = load_tokenizer(QWEN), AutoTokenizer.from_pretrained(QWEN)
-    rows = json.loads((QWEN.parent / "alpaca_zh_demo.json").read_text(encoding="utf-8"))[:200]
+    ours, theirs = load_tokenizer(qwen), AutoTokenizer.from_pretrained(qwen)
+    rows = json.loads((data_folder / "alpaca_zh_demo.json").read_text(encoding="utf-8"))[:200]
     for text in [*TEXTS, *(row["output"] for row in rows)]:
         ids = ours.encode(text).ids
         assert ids == theirs.encode(text, add_special_tokens=False)
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    assert ours.vocab_size == len(theirs) == 151665
-    assert ours.eos_ids == {151645, 151643}  # generation_config.json names both
+    vocab = json.loads((qwen / "vocab.json").read_text(encoding="utf-8"))
+    settings = json.loads((qwen / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert ours.vocab_size == len(theirs) == len(vocab) + len(settings["added_tokens_decoder"])
+    # generation_config.json names both
+    assert ours.eos_ids == {len(vocab), len(vocab) + 2} == set(ours.encode("<|endoftext|><|im_end|>").ids)
     # only those flagged special: <tool_call> is an added token of plain text
     assert "<|im_end|>" in ours.special_strings and "<tool_call>" not in ours.special_strings
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_template import QWEN, build, chat, needs_qwen
+from support.data_folders import own_and_public_qwen
+from test_template import build, chat
 from tiny_tokenizer import CHATML, TEMPLATES
 
 from macft.data.spans import render_with_spans
@@ -15,8 +16,6 @@ from macft.data.template import ChatTemplate, load_template
 from macft.data.tokenizer import load_tokenizer
 from macft.errors import DataError
 
-GLAIVE = QWEN.parent / "glaive_toolcall_zh_demo.json"
-needs_glaive = pytest.mark.skipif(not GLAIVE.is_file(), reason="glaive_toolcall_zh_demo.json is not here")
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "<二>"}}}
 TOOL = {"type": "function", "function": {"name": "add", "description": "加", "parameters": {"type": "object"}}}
 DIALOGUE: list[dict[str, Any]] = [
@@ -37,11 +36,11 @@ def trained(template: ChatTemplate, messages: list[dict[str, Any]], **options: A
     return [rendered.text[start:end] for start, end in rendered.spans]
 
 
-def glaive() -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
+def glaive(folder: Path) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
     """The rows as (messages, tools)."""
     roles = {"human": "user", "gpt": "assistant", "observation": "tool"}
     rows = []
-    for row in json.loads(GLAIVE.read_text(encoding="utf-8")):
+    for row in json.loads((folder / "glaive_toolcall_zh_demo.json").read_text(encoding="utf-8")):
         messages: list[dict[str, Any]] = []
         for turn in row["conversations"]:
             if turn["from"] == "function_call":
@@ -54,15 +53,13 @@ def glaive() -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
     return rows
 
 
-@needs_qwen
-@needs_glaive
-def test_real_rows_are_rendered_as_transformers_does() -> None:
+def test_real_rows_are_rendered_as_transformers_does(qwen: Path, data_folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    ours = load_template(QWEN, load_tokenizer(QWEN).special_map)
-    theirs = AutoTokenizer.from_pretrained(QWEN)
+    ours = load_template(qwen, load_tokenizer(qwen).special_map)
+    theirs = AutoTokenizer.from_pretrained(qwen)
     calls = 0
-    for messages, tools in glaive():
+    for messages, tools in glaive(data_folder):
         rendered = render_with_spans(ours, messages, tools=tools)
         assert rendered.text == theirs.apply_chat_template(messages, tools=tools, tokenize=False)
         turns = [message for message in messages if message["role"] == "assistant"]
@@ -77,13 +74,12 @@ def test_real_rows_are_rendered_as_transformers_does() -> None:
     assert calls > 100
 
 
-@needs_qwen
-@needs_glaive
+@own_and_public_qwen
 @pytest.mark.parametrize("name", ["qwen", "qwen3_nothink", "qwen3"])
-def test_named_templates_list_and_call_tools_as_qwens_own(name: str) -> None:
+def test_named_templates_list_and_call_tools_as_qwens_own(qwen: Path, data_folder: Path, name: str) -> None:
     # with a system text all of them agree; without one, LLaMA-Factory's qwen3 has two empty lines in its place
-    own, ours = load_template(QWEN, {}), named(name)
-    for messages, tools in glaive()[:60]:
+    own, ours = load_template(qwen, {}), named(name)
+    for messages, tools in glaive(data_folder)[:60]:
         messages = [{"role": "system", "content": "Be brief."}, *messages]
         expected = render_with_spans(own, messages, tools=tools, mask_history=True)
         rendered = render_with_spans(ours, messages, tools=tools, mask_history=True)
