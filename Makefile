@@ -69,7 +69,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix macft tests benchmarks
 
 docs: $(VENV)/.dev
-	$(BIN)/python -m macft.config.reference > docs/configuration.md
+	$(BIN)/python -m macft.docs > docs/configuration.md
 
 clean:
 	rm -rf $(VENV) runs build .mypy_cache .pytest_cache .ruff_cache

@@ -28,8 +28,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from macft.weights.lazy import LazyTensor
-from macft.weights.locate import ModelFolder, locate_model
+from macft.models.locate import resolve_model
+from macft.weights.folder import ModelFolder
+from macft.weights.tensors.lazy import LazyTensor
 from macft.weights.writer import write_model
 
 HIDDEN, FFN, VOCABULARY = 2048, 8192, 49152
@@ -85,12 +86,12 @@ def make_model(folder: Path, layers: int) -> None:
         "tie_word_embeddings": True,
         "dtype": "bfloat16",
     }
-    write_model(folder, config, tensors, source_folder=locate_model("smollm2-135m").path, layout="hf")
+    write_model(folder, config, tensors, source_folder=resolve_model("smollm2-135m").path, layout="hf")
 
 
 def run_macft(model: Path, out: Path, *quants: str) -> float | None:
     """What `macft export gguf` does."""
-    from macft.export.gguf.export import export_gguf, template_source
+    from macft.gguf.exporter.export import export_gguf, template_source
 
     export_gguf(
         ModelFolder(str(model), model),
@@ -119,8 +120,8 @@ def run_converter(model: Path, out: Path) -> float | None:
 
 def run_ggml(model: Path, _out: Path) -> float | None:
     """Seconds of the calls alone; everything is in memory before, as float32 in parts of what macft packs at a time."""
-    from macft.export.gguf.export import read_gguf_model, template_source
-    from macft.export.gguf.quantize import pack, plan_types
+    from macft.gguf.exporter.export import read_gguf_model, template_source
+    from macft.gguf.writing.quantize import pack, plan_types
 
     folder = ModelFolder(str(model), model)
     gguf, _ = read_gguf_model(folder, [], tokenizer_folder=model, template=template_source(model))

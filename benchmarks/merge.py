@@ -25,8 +25,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from macft.weights.adapter import AdapterConfig, write_adapter
-from macft.weights.lazy import LazyTensor
+from macft.weights.adapters.peft import AdapterConfig, write_adapter
+from macft.weights.tensors.lazy import LazyTensor
 from macft.weights.writer import write_model
 
 HIDDEN, FFN, VOCABULARY, RANK = 2048, 8192, 32000, 16
@@ -94,11 +94,11 @@ def make_files(model: Path, adapter: Path, layers: int) -> None:
 
 def run_macft(model: Path, adapter: Path, destination: Path) -> None:
     """`macft export merged` without the command line."""
-    from macft.weights.adapter import read_adapter
-    from macft.weights.export import export_merged
-    from macft.weights.locate import locate_model
+    from macft.convert.merged import export_merged
+    from macft.models.locate import resolve_model
+    from macft.weights.adapters.peft import read_adapter
 
-    export_merged(locate_model(str(model)), [read_adapter(adapter)], destination)
+    export_merged(resolve_model(str(model)), [read_adapter(adapter)], destination)
 
 
 def run_peft(model: Path, adapter: Path, destination: Path) -> None:

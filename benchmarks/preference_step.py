@@ -50,13 +50,13 @@ class Result:
 
 def read_job(path: Path, steps: int, batch_size: int) -> Job:
     """The first pairs of a file, from its start again when they do not suffice."""
-    from macft.data.dataset import read_pairs
-    from macft.data.template import load_template
-    from macft.data.tokenize_pairs import tokenize_pairs
-    from macft.data.tokenizer import load_tokenizer
-    from macft.weights.locate import locate_model
+    from macft.data.formats.dataset import read_pairs
+    from macft.data.templates.chat_template import load_template
+    from macft.data.tokenization.pairs import tokenize_pairs
+    from macft.data.tokenization.tokenizer import load_tokenizer
+    from macft.models.locate import resolve_model
 
-    folder = locate_model("smollm2-135m").path
+    folder = resolve_model("smollm2-135m").path
     tokenizer = load_tokenizer(folder)
     template = load_template(folder, tokenizer.special_map)
     count = steps * batch_size
@@ -91,7 +91,7 @@ def run_macft(job: Job, engine: str) -> Result:
 def with_reference(backend, pairs: Sequence, batch_size: int) -> list:
     """The pairs with what the policy says of them now."""
     from macft.data.batches import in_order
-    from macft.data.tokenize_pairs import Reference
+    from macft.data.tokenization.pairs import Reference
     from macft.objectives.preference import answer_positions, reference_columns
 
     filled = list(pairs)
@@ -180,7 +180,7 @@ def run_mlx_lm_lora(job: Job) -> Result:
     from mlx_lm.utils import load_model
     from mlx_lm_lora.trainer.dpo_trainer import DPOTrainingArgs, train_dpo
 
-    from macft.weights.model_config import normalise_config, read_config
+    from macft.weights.model_config import normalize_config, read_config
 
     if not mx.metal.is_available():
         # Its trainer asks for a limit that only Metal has.
@@ -188,7 +188,7 @@ def run_mlx_lm_lora(job: Job) -> Result:
         mx.set_wired_limit = lambda _limit: 0
 
     def load():
-        model, _ = load_model(job.folder, model_config=normalise_config(read_config(job.folder)))
+        model, _ = load_model(job.folder, model_config=normalize_config(read_config(job.folder)))
         model.set_dtype(mx.float32)
         model.freeze()
         return model
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps <= WARM_UP:
-        parser.error(f"--steps: {options.steps}, wanted more than the {WARM_UP} of the warm-up")
+        parser.error(f"--steps: {options.steps}, expected more than the {WARM_UP} of the warm-up")
     if unknown := [name for name in options.contenders if name not in CONTENDERS]:
         parser.error(f"no contender {unknown[0]!r}; there are {', '.join(CONTENDERS)}")
     if options.child:

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from macft.data.tokenizer import load_tokenizer
-from macft.export.gguf.export import export_gguf, template_source
-from macft.export.gguf.quantize import QUANTS
-from macft.inference.llama_cpp import LlamaCpp, llama_cpp
-from macft.weights.lazy import from_array
-from macft.weights.locate import ModelFolder, locate_model
+from macft.data.tokenization.tokenizer import load_tokenizer
+from macft.gguf.exporter.export import export_gguf, template_source
+from macft.gguf.writing.quantize import QUANTS
+from macft.models.locate import resolve_model
+from macft.verify.llama_cpp import LlamaCpp, llama_cpp
+from macft.weights.folder import ModelFolder
 from macft.weights.source import open_model
+from macft.weights.tensors.lazy import from_array
 from macft.weights.writer import write_model
 
 HEAD, WIDTH, KEY_WIDTH = 64, 768, 256
@@ -73,11 +74,11 @@ def distributions(path: Path, tokens: list[int], places: list[int], count: int) 
     found = np.empty((len(places), count))
     with llama_cpp(path) as server:
         for row, place in enumerate(places):
-            found[row] = _normalised(server, tokens[:place], count)
+            found[row] = _normalized(server, tokens[:place], count)
     return found
 
 
-def _normalised(server: LlamaCpp, tokens: list[int], count: int) -> np.ndarray:
+def _normalized(server: LlamaCpp, tokens: list[int], count: int) -> np.ndarray:
     ids, logps = server.next_logps(tokens, count)
     row = np.full(count, -np.inf)
     row[ids] = np.maximum(logps, -110.0)
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=64)
     parser.add_argument("--json", type=Path, help="Also write the rows here.")
     arguments = parser.parse_args()
-    narrow = locate_model("smollm2-135m").path
+    narrow = resolve_model("smollm2-135m").path
     print("| model | quant | MB | KL (nats) | worst KL | top-1 | tensors |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="macft-quantization-") as folder:
         widen(narrow, Path(folder) / "wide")

@@ -53,9 +53,9 @@ def write_rows(path: Path, rows: int) -> None:
 
 def run_macft(rows: Path, template: Path, model: Path, cores: int) -> tuple[int, int]:
     """Tokenizes, or finds what an earlier process has left."""
-    from macft.data.cache import Request, tokenized
-    from macft.data.template import load_template
-    from macft.data.tokenizer import load_tokenizer
+    from macft.data.cache.cache import Request, tokenized
+    from macft.data.templates.chat_template import load_template
+    from macft.data.tokenization.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     rendered_by = load_template(model, tokenizer.special_map, str(template))
@@ -153,9 +153,9 @@ def main() -> None:
     if given.alone:
         run_alone(given.alone, given.folder, Path(given.model), given.cores)
         return
-    from macft.weights.locate import locate_model
+    from macft.models.locate import resolve_model
 
-    model = locate_model(given.model).path
+    model = resolve_model(given.model).path
     with tempfile.TemporaryDirectory(prefix="macft-benchmark-") as name:
         folder = Path(name)
         write_rows(folder / "rows.jsonl", given.rows)

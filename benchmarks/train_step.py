@@ -23,13 +23,13 @@ RANK, ALPHA, LR = 8, 16, 1e-4
 
 def rows(count: int) -> tuple[Path, list]:
     """The model's folder, and tokenized rows of the quickstart data."""
-    from macft.data.dataset import read_examples
-    from macft.data.template import load_template
-    from macft.data.tokenize import tokenize_examples
-    from macft.data.tokenizer import load_tokenizer
-    from macft.weights.locate import locate_model
+    from macft.data.formats.dataset import read_examples
+    from macft.data.templates.chat_template import load_template
+    from macft.data.tokenization.conversations import tokenize_examples
+    from macft.data.tokenization.tokenizer import load_tokenizer
+    from macft.models.locate import resolve_model
 
-    folder = locate_model("smollm2-135m").path
+    folder = resolve_model("smollm2-135m").path
     tokenizer = load_tokenizer(folder)
     template = load_template(folder, tokenizer.special_map)
     examples = read_examples(str(ROOT / "data" / "quickstart.jsonl"), "data", None)
@@ -68,10 +68,10 @@ def run_mlx_lm(steps: int, batch_size: int) -> tuple[float, int]:
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
-    from macft.weights.model_config import normalise_config, read_config
+    from macft.weights.model_config import normalize_config, read_config
 
     folder, examples = rows(steps * batch_size)
-    model, _ = load_model(folder, model_config=normalise_config(read_config(folder)))
+    model, _ = load_model(folder, model_config=normalize_config(read_config(folder)))
     model.set_dtype(__import__("mlx.core").core.float32)
     model.freeze()
     linear_to_lora_layers(model, -1, {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0})

@@ -14,10 +14,10 @@ from typing import Any
 import click
 
 from macft import __version__
-from macft.cli_config import config
-from macft.cli_data import data
-from macft.cli_export import gguf, ollama
-from macft.cli_weights import convert, export
+from macft.commands.config import config
+from macft.commands.convert import convert, export
+from macft.commands.data import data
+from macft.commands.export import gguf, ollama
 from macft.errors import MacftError, StoppedError, UsageError
 
 BACKEND = click.Choice(["auto", "mlx", "torch"])

@@ -89,10 +89,10 @@ def examine() -> list[Finding]:
 def show(findings: list[Finding], console: Console) -> None:
     """One aligned line per finding, and under what is missing the way to get it."""
     width = max(len(finding.name) for finding in findings)
-    colours = {"ok": "green", "optional": "cyan", "missing": "yellow", "warning": "red"}
+    colors = {"ok": "green", "optional": "cyan", "missing": "yellow", "warning": "red"}
     for finding in findings:
         line = Text.assemble(
-            (f"{finding.status:<9}", colours[finding.status]), f"{finding.name:<{width}}  {finding.detail}"
+            (f"{finding.status:<9}", colors[finding.status]), f"{finding.name:<{width}}  {finding.detail}"
         )
         console.print(line, soft_wrap=True)
         if finding.remedy:

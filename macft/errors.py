@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class MacftError(Exception):
-    """Something failed; the message names the thing, what was found, what was wanted, what to do."""
+    """Something failed; the message names the thing, what was found, what was expected, what to do."""
 
     exit_code = 1
 
@@ -16,7 +16,7 @@ class UsageError(MacftError):
 
 
 class ConfigError(UsageError):
-    """A configuration file or override is wrong; lists every fault found."""
+    """A configuration file or override is wrong; lists every problem found."""
 
 
 class StoppedError(MacftError):
@@ -26,7 +26,7 @@ class StoppedError(MacftError):
 
 
 class DataError(MacftError):
-    """A data file is wrong; lists every fault found in it."""
+    """A data file is wrong; lists every problem found in it."""
 
 
 class ModelError(MacftError):
@@ -37,9 +37,9 @@ class MissingPackageError(MacftError):
     """A package that this job needs is not installed; the message holds the command to install it."""
 
 
-def join_faults(headline: str, faults: list[str], limit: int = 20) -> str:
-    """One message for all faults of one file; past `limit` the rest are counted, not listed."""
-    shown = faults[:limit]
-    if len(faults) > limit:
-        shown.append(f"... and {len(faults) - limit} more")
-    return "\n".join([headline, *(f"  {fault}" for fault in shown)])
+def join_problems(headline: str, problems: list[str], limit: int = 20) -> str:
+    """One message for all problems of one file; past `limit` the rest are plural, not listed."""
+    shown = problems[:limit]
+    if len(problems) > limit:
+        shown.append(f"... and {len(problems) - limit} more")
+    return "\n".join([headline, *(f"  {problem}" for problem in shown)])

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed."""
+"""Write files that are either complete or absent: to a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +104,17 @@ def remove_leftovers(folder: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def new_parents(paths: Iterable[Path]) -> Iterator[None]:
+    """Remove the folders above `paths` that the block made, if it fails and they are empty."""
+    parents = dict.fromkeys(parent for path in paths for parent in path.absolute().parents)
+    missing = [parent for parent in parents if not parent.exists()]
+    try:
+        yield
+    except BaseException:
+        for parent in sorted(missing, key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):
+                parent.rmdir()
+        raise

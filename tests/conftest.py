@@ -21,12 +21,12 @@ os.environ["MACFT_CACHE"] = tempfile.mkdtemp(prefix="macft-tests-")
 # Before any test imports MLX: it loads OpenBLAS, without which MLX is a hundred times slower on Linux.
 from support.data_folders import data_folder, qwen, skip_without_public_data  # noqa: F401
 from support.isolation import isolated, pytest_fixture_setup  # noqa: F401
-from tiny_models import write_model
-from toy_backend import one_thread, toy_settings, write_pairs, write_rows, write_toy_model
+from support.tiny_models import write_model
+from support.toy_backend import one_thread, toy_settings, write_pairs, write_rows, write_toy_model
 
 import macft.backends.mlx  # noqa: F401
 from macft.training.run import train
-from macft.weights.adapter import read_adapter
+from macft.weights.adapters.peft import read_adapter
 
 # property tests draw the same cases each time, so that a change is what makes one fail
 hypothesis.settings.register_profile("same", derandomize=True)

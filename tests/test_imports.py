@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import CHECKOUT, macft_process, write_chat_data, write_chat_model, write_config
+from support.commands import CHECKOUT, macft_process, write_chat_data, write_chat_model, write_config
 
 MLX = ("mlx", "mlx_lm")
 TORCH = ("torch",)

@@ -10,18 +10,18 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from commands import CHECKOUT
+from support.commands import CHECKOUT
 
 HEADER = """
     import colorsys, json, logging, os, random, signal, sys, types
     from pathlib import Path
     import mlx.core as mx, numpy as np, pytest, torch
-    from macft.data.fast_render import compile_template
-    from macft.data.template import ChatTemplate
+    from macft.data.templates.fast_render import compile_template
+    from macft.data.templates.chat_template import ChatTemplate
 
     logger = logging.getLogger("macft")
 """
-# kind -> (what a test does, the beginning of its fault, what holds for the test after it)
+# kind -> (what a test does, the beginning of its problem, what holds for the test after it)
 LEAKS = {
     "level": ("logger.setLevel('INFO')", "the logger macft at INFO", "logger.level == 0"),
     "root": ("logging.root.setLevel(10)", "the logger root at DEBUG", "logging.root.level == 30"),
@@ -118,8 +118,8 @@ REQUESTS = {
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """name -> fault of each test of a small suite, run with the guard of this one; "" if it passed."""
+def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """name -> problem of each test of a small suite, run with the guard of this one; "" if it passed."""
     folder = tmp_path_factory.mktemp("inner")
     tests = [f"def test_{name}(): {code}\n\ndef test_after_{name}(): assert {after}"
              for name, (code, _, after) in LEAKS.items()]  # fmt: skip
@@ -148,11 +148,11 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", LEAKS)
-def test_what_a_test_leaves_is_named_and_put_back(faults: dict[str, str], kind: str) -> None:
-    assert f"the test leaves {LEAKS[kind][1]}" in faults[kind]
-    assert faults[f"after_{kind}"] == ""
+def test_what_a_test_leaves_is_named_and_put_back(problems: dict[str, str], kind: str) -> None:
+    assert f"the test leaves {LEAKS[kind][1]}" in problems[kind]
+    assert problems[f"after_{kind}"] == ""
 
 
 @pytest.mark.parametrize("name", ALLOWED)
-def test_numbers_caches_imports_and_shared_fixtures_are_no_fault(faults: dict[str, str], name: str) -> None:
-    assert faults[name] == ""
+def test_numbers_caches_imports_and_shared_fixtures_are_no_problem(problems: dict[str, str], name: str) -> None:
+    assert problems[name] == ""

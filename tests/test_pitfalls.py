@@ -2,36 +2,36 @@
 
 Those whose test is named after them stand here and in test_data_pitfalls.py. Others are held by these tests:
 
-    P4 test_preference_run.py test_a_run_starts_at_ln_2_with_rewards_0
-    P4 test_preference_run.py test_a_start_that_is_not_its_own_reference_stops_and_leaves_no_checkpoint
-    P5 test_data_check.py test_evaluation_rows_that_are_trained_on_are_named
-    P7 test_chat.py test_one_shot_prompts_print_only_answers_each_from_the_same_seed
-    P8 test_adapter.py test_the_base_is_named_as_typed_and_by_its_hash
-    P9 test_alarms.py test_chosen_that_falls_while_margins_rise_is_said_once
-    P10 test_alarms.py test_preference_training_has_a_range_of_rates_and_its_ends_belong_to_it
-    P13 test_verify.py test_a_wrong_rope_base_fails
-    P13 test_litgpt.py test_a_checkpoint_of_litgpt_itself_computes_the_same_after_import
-    P15 test_generate.py test_greedy_tokens_equal_those_of_transformers
-    P19 test_preview.py test_a_pipe_shows_trained_text_in_marks
-    P25 test_examples_data.py test_an_example_trains_for_its_two_steps
-    P27 test_ollama_template.py test_real_go_writes_the_prompts_of_published_templates
-    P28 test_ollama_export.py test_the_embedded_template_is_out_of_ollamas_reach_and_prompts_as_trained
-    P30 test_chat.py test_without_a_template_each_line_is_continued_as_it_is
-    P31 test_generate.py test_an_answer_is_no_longer_than_asked
-    P32 test_run.py test_eight_rows_a_step_give_one_curve_however_they_are_cut
-    P35 test_run.py test_a_full_disk_leaves_no_half_file
-    P35 test_adapter.py test_all_faults_of_an_adapter_come_in_one_error
-    P36 test_gguf_writer.py test_gguf_py_reads_every_field_and_number
-    P37 test_ollama_export.py test_the_folder_holds_the_file_the_modelfile_and_both_reports
-    P43 test_cache.py test_processes_make_what_one_process_makes
-    P45 test_from_scratch.py test_all_faults_of_a_shape_come_together
-    P46 test_texts.py test_packed_rows_hold_all_tokens_in_order_and_are_full_but_the_last
-    P46 test_packing.py test_every_example_is_in_one_row_and_no_row_is_too_long
-    P47 test_checkpoint.py test_checkpoints_are_written_when_asked_and_the_newest_kept
-    P48 test_run.py test_a_run_folder_holds_everything
-    P56 test_run.py test_a_dry_run_keeps_nothing
-    P58 test_ollama_export.py test_a_system_text_is_written_only_if_given
-    P61 test_alarms.py test_preference_training_has_a_range_of_rates_and_its_ends_belong_to_it
+    P4 training/test_preference_run.py test_a_run_starts_at_ln_2_with_rewards_0
+    P4 training/test_preference_run.py test_a_start_that_is_not_its_own_reference_stops_and_leaves_no_checkpoint
+    P5 inspection/test_check.py test_evaluation_rows_that_are_trained_on_are_named
+    P7 inference/test_chat.py test_one_shot_prompts_print_only_answers_each_from_the_same_seed
+    P8 weights/adapters/test_peft.py test_the_base_is_named_as_typed_and_by_its_hash
+    P9 training/checks/test_alarms.py test_chosen_that_falls_while_margins_rise_is_said_once
+    P10 training/checks/test_alarms.py test_preference_training_has_a_range_of_rates_and_its_ends_belong_to_it
+    P13 verify/test_logits.py test_a_wrong_rope_base_fails
+    P13 weights/layouts/test_litgpt.py test_a_checkpoint_of_litgpt_itself_computes_the_same_after_import
+    P15 backends/test_generate.py test_greedy_tokens_equal_those_of_transformers
+    P19 inspection/test_preview.py test_a_pipe_shows_trained_text_in_marks
+    P25 examples/test_data_examples.py test_an_example_trains_for_its_two_steps
+    P27 ollama/test_template.py test_real_go_writes_the_prompts_of_published_templates
+    P28 ollama/test_ollama_export.py test_the_embedded_template_is_out_of_ollamas_reach_and_prompts_as_trained
+    P30 inference/test_chat.py test_without_a_template_each_line_is_continued_as_it_is
+    P31 backends/test_generate.py test_an_answer_is_no_longer_than_asked
+    P32 training/test_run.py test_eight_rows_a_step_give_one_curve_however_they_are_cut
+    P35 training/test_run.py test_a_full_disk_leaves_no_half_file
+    P35 weights/adapters/test_peft.py test_all_problems_of_an_adapter_come_in_one_error
+    P36 gguf/writing/test_gguf_writer.py test_gguf_py_reads_every_field_and_number
+    P37 ollama/test_ollama_export.py test_the_folder_holds_the_file_the_modelfile_and_both_reports
+    P43 data/cache/test_cache.py test_processes_make_what_one_process_makes
+    P45 models/test_from_config.py test_all_problems_of_a_shape_come_together
+    P46 data/tokenization/test_texts.py test_packed_rows_hold_all_tokens_in_order_and_are_full_but_the_last
+    P46 data/tokenization/test_packing.py test_every_example_is_in_one_row_and_no_row_is_too_long
+    P47 training/test_checkpoint.py test_checkpoints_are_written_when_asked_and_the_newest_kept
+    P48 training/test_run.py test_a_run_folder_holds_everything
+    P56 training/test_run.py test_a_dry_run_keeps_nothing
+    P58 ollama/test_ollama_export.py test_a_system_text_is_written_only_if_given
+    P61 training/checks/test_alarms.py test_preference_training_has_a_range_of_rates_and_its_ends_belong_to_it
 
 P33, P34, P44 and P54 cannot happen: nothing is offloaded, a batch goes where the model is, and none of those packages
 is needed (P42). P16 and P29 are habits of documents and of one function that renders. P21 to P23 (evaluation tasks),
@@ -48,26 +48,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import CHECKOUT
 from safetensors.numpy import load_file
+from support.commands import CHECKOUT
+from support.paths import TESTS
+from support.tiny_tokenizer import CHATML, write_tiny_model
+from support.toy_backend import toy_settings, write_pairs, write_rows, write_toy_model
 from test_stats import write
-from tiny_tokenizer import CHATML, write_tiny_model
-from toy_backend import toy_settings, write_pairs, write_rows, write_toy_model
 
 from macft.config.load import load_settings
 from macft.config.settings import Settings
-from macft.data.dataset import read_examples
-from macft.data.template import load_template, template_end_ids
-from macft.data.tokenize import fit_examples, tokenize_examples
-from macft.data.tokenizer import load_tokenizer
+from macft.data.formats.dataset import read_examples
+from macft.data.templates.chat_template import load_template, template_end_ids
+from macft.data.tokenization.conversations import fit_examples, tokenize_examples
+from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ModelError
-from macft.training.preview import look_at
+from macft.inspection.dataset import look_at
 from macft.training.run import train
 
 pytestmark = pytest.mark.usefixtures("small_threads")
 
 BASE = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
-LISTED = re.findall(r"^    (P\d+) (test_\w+\.py) (test_\w+)$", str(__doc__), flags=re.MULTILINE)
+LISTED = re.findall(r"^    (P\d+) ([\w/]+\.py) (test_\w+)$", str(__doc__), flags=re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def trained_text(model: Path, row: Any) -> str:
 
 @pytest.mark.parametrize(("file", "name"), [pytest.param(file, name, id=f"{p} {name}") for p, file, name in LISTED])
 def test_the_tests_that_the_list_names_are_there(file: str, name: str) -> None:
-    path = Path(__file__).parent / file
+    path = TESTS / file
     functions = [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")]
     assert name in functions
 

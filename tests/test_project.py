@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import CHECKOUT
+from support.commands import CHECKOUT
 from test_quickstart import project_files
 
 MODULES = sorted((CHECKOUT / "macft").rglob("*.py"))

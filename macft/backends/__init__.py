@@ -45,8 +45,8 @@ def choose_backend(name: str) -> str:
 def _choose() -> str:
     installed = [name for name in BACKENDS if is_installed(name)]
     if not installed:
-        wanted = "mlx" if sys.platform == "darwin" else "mlx]' or, for NVIDIA, 'macft[torch"
-        raise MissingPackageError(f"no training engine is installed: pip install 'macft[{wanted}]'")
+        expected = "mlx" if sys.platform == "darwin" else "mlx]' or, for NVIDIA, 'macft[torch"
+        raise MissingPackageError(f"no training engine is installed: pip install 'macft[{expected}]'")
     if len(installed) == 1:
         return installed[0]
     if sys.platform == "darwin" and platform.machine() == "arm64":

@@ -6,9 +6,9 @@ import logging
 
 from macft.backends.base import LoraSpec
 from macft.errors import ModelError
-from macft.weights.adapter import Adapter
-from macft.weights.adapter_experts import is_expert
-from macft.weights.locate import ModelFolder, weights_hash
+from macft.weights.adapters.experts import is_expert
+from macft.weights.adapters.peft import Adapter
+from macft.weights.folder import ModelFolder, weights_hash
 
 logger = logging.getLogger("macft")
 

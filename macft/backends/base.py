@@ -163,16 +163,16 @@ def is_decayed(shape: Sequence[int]) -> bool:
 NOT_TARGETS = frozenset({"gate", "router", "shared_expert_gate", "lm_head"})
 
 
-def select_targets(linears: Sequence[str], wanted: Sequence[str]) -> list[str]:
+def select_targets(linears: Sequence[str], expected: Sequence[str]) -> list[str]:
     """Full names of the linear modules that `lora_target` asks for.
 
     `linears` are the linear modules inside the blocks. `all` leaves out routers.
     Returns names in the model's order; an entry that matches nothing gives KeyError(entry).
     """
-    if tuple(wanted) == ("all",):
+    if tuple(expected) == ("all",):
         return [name for name in linears if name.rsplit(".", 1)[-1] not in NOT_TARGETS]
     chosen = set()
-    for entry in wanted:
+    for entry in expected:
         matches = [name for name in linears if name == entry or name.endswith("." + entry)]
         if not matches:
             raise KeyError(entry)

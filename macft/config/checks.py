@@ -42,7 +42,7 @@ def _run_checks(settings: Settings) -> Iterator[Check]:
     yield Check(
         "max_steps",
         settings.max_steps == 0 or settings.max_steps < -1,
-        f"max_steps {settings.max_steps}: wanted -1 or above 0",
+        f"max_steps {settings.max_steps}: expected -1 or above 0",
     )
 
 
@@ -71,7 +71,7 @@ def _schedule_checks(settings: Settings) -> Iterator[Check]:
         yield Check(
             "lr_scheduler_kwargs",
             value < 0 or (value == 0 and not may_be_zero),
-            f"lr_scheduler_kwargs: {name} {value:g}, wanted {'0 or above' if may_be_zero else 'above 0'}",
+            f"lr_scheduler_kwargs: {name} {value:g}, expected {'0 or above' if may_be_zero else 'above 0'}",
         )
     end = options.get("lr_end", 1e-7) if kind == "polynomial" else options.get("min_lr", 0.0)
     yield Check(
@@ -160,14 +160,14 @@ def _data_checks(settings: Settings) -> Iterator[Check]:
         "interleave_probs",
         settings.interleave_probs is not None
         and (min(probabilities, default=-1) < 0 or abs(sum(probabilities) - 1) > 1e-6),
-        f"interleave_probs {', '.join(f'{p:g}' for p in probabilities)}: wanted shares that add up to 1",
+        f"interleave_probs {', '.join(f'{p:g}' for p in probabilities)}: expected shares that add up to 1",
     )
     for key, names in (("dataset", settings.dataset), ("eval_dataset", settings.eval_dataset)):
         count = len((names or "").split(","))
         yield Check(
             f"interleave_probs mix_strategy {key}",
             settings.mix_strategy != "concat" and probabilities and names is not None and count != len(probabilities),
-            f"interleave_probs: found {len(probabilities)}, wanted {count}, one for each data set of {key}",
+            f"interleave_probs: found {len(probabilities)}, expected {count}, one for each data set of {key}",
         )
 
 

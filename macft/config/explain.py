@@ -1,4 +1,4 @@
-"""A loaded configuration in, every value with where it came from out: as a coloured table or as JSON."""
+"""A loaded configuration in, every value with where it came from out: as a colored table or as JSON."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from macft.config.load import Loaded
+from macft.config.parse import COMMAND_LINE
 from macft.config.settings import Settings
 from macft.config.translate import shown
-from macft.config.written import COMMAND_LINE
 
 
 class Value(NamedTuple):

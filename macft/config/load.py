@@ -1,4 +1,4 @@
-"""A YAML file and overrides in, checked `Settings` out; every fault in one message."""
+"""A YAML file and overrides in, checked `Settings` out; every problem in one message."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from macft.config import mlx_lm
 from macft.config.checks import contradictions, doubts, without_effect
 from macft.config.names import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES, Verdict, judge
+from macft.config.parse import Entry, parse_overrides, read_yaml
 from macft.config.settings import Settings
 from macft.config.translate import TRANSLATIONS, own_name, shown, to_own_names
-from macft.config.written import Entry, parse_overrides, read_yaml
-from macft.errors import ConfigError, join_faults
+from macft.errors import ConfigError, join_problems
 
 logger = logging.getLogger("macft")
 
@@ -54,7 +54,7 @@ def load(config: Path | None, overrides: Sequence[str]) -> Loaded:
     """As `load_settings`, with where everything came from; logs nothing."""
     written = read_yaml(config) if config is not None else {}
     given = parse_overrides(overrides, own_name)
-    faults: list[str] = []
+    problems: list[str] = []
     notes: list[str] = []
     warnings: list[str] = []
     verdicts: dict[str, Verdict] = {}
@@ -63,24 +63,24 @@ def load(config: Path | None, overrides: Sequence[str]) -> Loaded:
         theirs = written | {key: entry for key, entry in given.items() if key in mlx_lm.DEFAULTS or not written}
         translation = mlx_lm.translate(theirs)
         written, given = translation.entries, {key: entry for key, entry in given.items() if key not in theirs}
-        faults += translation.faults
+        problems += translation.problems
         notes += [f"{config or 'command line'}: a configuration of mlx-lm", *translation.notes]
         warnings += translation.warnings
         verdicts = dict(translation.unused)
     # each source by itself, so that the command line may override a key by its other name
-    entries = to_own_names(written, faults) | to_own_names(given, faults)
+    entries = to_own_names(written, problems) | to_own_names(given, problems)
     _complete(entries)
     known: dict[str, Entry] = {}
     for key, entry in entries.items():
         if key in Settings.model_fields:
             known[key] = entry
-        elif (verdict := _verdict(key, entry, faults)) is not None:
+        elif (verdict := _verdict(key, entry, problems)) is not None:
             verdicts[key] = verdict
-    settings = _checked_settings(known, faults)
-    if faults:
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    settings = _checked_settings(known, problems)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         headline = f"{config}: " if config is not None else ""
-        raise ConfigError(join_faults(f"{headline}{count} in the configuration", faults))
+        raise ConfigError(join_problems(f"{headline}{count} in the configuration", problems))
     unused = {key: verdict.reason for key, verdict in verdicts.items()}
     if useless := without_effect(settings):
         warnings.append(f"no effect here: {'; '.join(useless)}")
@@ -111,17 +111,17 @@ def _complete(entries: dict[str, Entry]) -> None:
         entries["hub"] = Entry("modelscope", _HUB_VARIABLE)
 
 
-def _verdict(key: str, entry: Entry, faults: list[str]) -> Verdict | None:
-    """Why a key that is none of macft's has no effect; one that cannot be left out is a fault."""
+def _verdict(key: str, entry: Entry, problems: list[str]) -> Verdict | None:
+    """Why a key that is none of macft's has no effect; one that cannot be left out is a problem."""
     try:
         verdict = judge(key, entry.value)
     except KeyError:
-        faults.append(_unknown(key, entry))
+        problems.append(_unknown(key, entry))
         return None
     if verdict is not None and verdict.is_refused:
         value = shown(entry.value)
         what = f": {value}" if len(value) <= _LONGEST_VALUE else ""
-        faults.append(f"{key} ({entry.origin}){what} is not supported; {verdict.reason}")
+        problems.append(f"{key} ({entry.origin}){what} is not supported; {verdict.reason}")
         return None
     return verdict
 
@@ -136,24 +136,24 @@ def _unknown(key: str, entry: Entry) -> str:
     return f"{key} ({entry.origin}): unknown key{hint}"
 
 
-def _checked_settings(entries: Mapping[str, Entry], faults: list[str]) -> Settings:
-    """The settings, whose unsound keys have their defaults; the faults are added to `faults`."""
+def _checked_settings(entries: Mapping[str, Entry], problems: list[str]) -> Settings:
+    """The settings, whose unsound keys have their defaults; the problems are added to `problems`."""
     values = {key: entry.value for key, entry in entries.items()}
     unsound: set[str] = set()
     try:
         settings = Settings(**values)
     except ValidationError as error:
-        # one fault a key: a key of several types gives one error for each of them
+        # one problem a key: a key of several types gives one error for each of them
         details = {str(detail["loc"][0]): detail for detail in reversed(error.errors())}
-        faults += [_describe(detail, entries) for detail in reversed(details.values())]
+        problems += [_describe(detail, entries) for detail in reversed(details.values())]
         unsound = set(details)
         sound = {key: value for key, value in values.items() if key not in unsound}
         settings = Settings(**sound | {key: "" for key in unsound if Settings.model_fields[key].is_required()})
-    faults += contradictions(settings, unsound)
+    problems += contradictions(settings, unsound)
     return settings
 
 
-# kinds of pydantic errors -> what is wanted, in a user's words
+# kinds of pydantic errors -> what is expected, in a user's words
 _WANTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -179,14 +179,14 @@ def _describe(detail: Any, entries: Mapping[str, Entry]) -> str:
     reason = REFUSED_VALUES.get((key, entry.value)) if isinstance(entry.value, str) else None
     if reason is not None:
         return f"{place}: {entry.value} is not supported; {reason}"
-    wanted = _WANTED.get(detail["type"]) or str(detail["msg"]).removeprefix("Input should be ")
+    expected = _WANTED.get(detail["type"]) or str(detail["msg"]).removeprefix("Input should be ")
     if key == "resume_from_checkpoint":
-        wanted = "true, false or the path of a checkpoint"
+        expected = "true, false or the path of a checkpoint"
     if key == "enable_thinking" and entry.value is None:
-        wanted = "true, or false to train the form without thinking"
+        expected = "true, or false to train the form without thinking"
     if key in _COUNTS and isinstance(entry.value, float) and 0 < entry.value < 1:
-        wanted = "a whole number of steps, not a share of them"
-    return f"{place}: found {shown(detail['input'])}, wanted {wanted}"
+        expected = "a whole number of steps, not a share of them"
+    return f"{place}: found {shown(detail['input'])}, expected {expected}"
 
 
 def dump_yaml(settings: Settings) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from macft.config.names import Verdict
+from macft.config.parse import Entry
 from macft.config.translate import shown
-from macft.config.written import Entry
 
 # mlx-lm's own keys and defaults, without those that mean the same elsewhere: model, learning_rate, seed, report_to
 DEFAULTS: dict[str, Any] = {
@@ -79,12 +79,12 @@ TABLE = {
 
 @dataclass
 class Translation:
-    """The run in macft's keys, the differences, faults, and keys without effect."""
+    """The run in macft's keys, the differences, problems, and keys without effect."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     unused: dict[str, Verdict] = field(default_factory=dict)
 
 
@@ -127,10 +127,10 @@ class _Translator:
         return entry.value
 
     def count(self, key: str) -> int:
-        """A whole number; the default if it is none, which is a fault."""
+        """A whole number; the default if it is none, which is a problem."""
         value = self.value(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-            self.fault(key, "a whole number")
+            self.problem(key, "a whole number")
             return int(DEFAULTS[key])
         return int(value)
 
@@ -140,23 +140,23 @@ class _Translator:
         origin = entry.origin if entry is not None and entry.value is not None else DEFAULT
         self.result.entries[name] = Entry(value, origin, how or (key if key != name else None))
 
-    def fault(self, key: str, wanted: str) -> None:
+    def problem(self, key: str, expected: str) -> None:
         entry = self.written[key]
-        fault = f"{key} ({entry.origin}): found {shown(entry.value)}, wanted {wanted}"
-        if fault not in self.result.faults:
-            self.result.faults.append(fault)
+        problem = f"{key} ({entry.origin}): found {shown(entry.value)}, expected {expected}"
+        if problem not in self.result.problems:
+            self.result.problems.append(problem)
 
     def note(self, text: str) -> None:
         self.result.notes.append(text)
 
     def data(self) -> None:
         if self.value("hf_dataset"):
-            self.fault("hf_dataset", "data, a folder of JSONL files or the name of a data set")
+            self.problem("hf_dataset", "data, a folder of JSONL files or the name of a data set")
         source = self.value("data")
         if source is None:
             return
         if not isinstance(source, str):
-            self.fault("data", "a folder with train.jsonl, or the name of a data set")
+            self.problem("data", "a folder with train.jsonl, or the name of a data set")
             return
         folder = Path(source).expanduser()
         if not folder.is_dir():
@@ -164,7 +164,7 @@ class _Translator:
             self.mask(is_text=False)
             return
         if not (folder / "train.jsonl").is_file():
-            self.fault("data", "a folder that holds train.jsonl")
+            self.problem("data", "a folder that holds train.jsonl")
         self.set("dataset", str(folder / "train.jsonl"), "data")
         if (folder / "valid.jsonl").is_file() and (folder / "valid.jsonl").stat().st_size > 0:
             self.set("eval_dataset", str(folder / "valid.jsonl"), "data")
@@ -179,9 +179,9 @@ class _Translator:
     def mask(self, *, is_text: bool) -> None:
         masks = self.value("mask_prompt")
         if not isinstance(masks, bool):
-            self.fault("mask_prompt", "true or false")
+            self.problem("mask_prompt", "true or false")
         elif is_text and masks:
-            self.fault("mask_prompt", "false: rows of text have no prompt")
+            self.problem("mask_prompt", "false: rows of text have no prompt")
         elif masks:
             self.set("mask_history", True, "mask_prompt")
         elif not is_text:
@@ -191,7 +191,7 @@ class _Translator:
     def method(self) -> None:
         kind = self.value("fine_tune_type")
         if kind not in ("lora", "dora", "full"):
-            self.fault("fine_tune_type", "lora, dora or full")
+            self.problem("fine_tune_type", "lora, dora or full")
             return
         self.set("finetuning_type", "full" if kind == "full" else "lora", "fine_tune_type")
         if kind == "dora":
@@ -207,7 +207,7 @@ class _Translator:
         if resumed is not None:
             path = Path(str(resumed))
             if path.name != "adapters.safetensors":
-                self.fault("resume_adapter_file", "a file adapters.safetensors beside its adapter_config.json")
+                self.problem("resume_adapter_file", "a file adapters.safetensors beside its adapter_config.json")
             else:
                 self.set("adapter_name_or_path", str(path.parent), "resume_adapter_file")
 
@@ -215,11 +215,11 @@ class _Translator:
         parameters = self.value("lora_parameters")
         known = {"rank", "scale", "dropout", "keys"}
         if not isinstance(parameters, dict) or not set(parameters) <= known or not {"rank", "scale"} <= set(parameters):
-            self.fault("lora_parameters", "rank and scale, and perhaps dropout and keys")
+            self.problem("lora_parameters", "rank and scale, and perhaps dropout and keys")
             return
         rank, scale = parameters["rank"], parameters["scale"]
         if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in (rank, scale)):
-            self.fault("lora_parameters", "numbers for rank and scale")
+            self.problem("lora_parameters", "numbers for rank and scale")
             return
         self.set("lora_rank", rank, "lora_parameters", "lora_parameters.rank")
         self.set("lora_alpha", float(scale * rank), "lora_parameters", "lora_parameters.scale x rank")
@@ -256,7 +256,7 @@ class _Translator:
             return
         course = _course(schedule)
         if course is None:
-            self.fault("lr_schedule", "cosine_decay or linear_schedule with its numbers, and a rate that falls")
+            self.problem("lr_schedule", "cosine_decay or linear_schedule with its numbers, and a rate that falls")
             return
         self.set("learning_rate", course.start, "lr_schedule", "lr_schedule.arguments")
         self.set("lr_scheduler_type", course.kind, "lr_schedule", "lr_schedule.name")
@@ -275,12 +275,12 @@ class _Translator:
     def optimizer(self) -> None:
         name = self.value("optimizer")
         if name not in ("adam", "adamw"):
-            self.fault("optimizer", "adam or adamw")
+            self.problem("optimizer", "adam or adamw")
             return
         all_options = self.value("optimizer_config")
         options = (all_options.get(name) or {}) if isinstance(all_options, dict) else None
         if not isinstance(options, dict) or not set(options) <= {"betas", "eps", "weight_decay", "bias_correction"}:
-            self.fault("optimizer_config", f"{name}: with betas, eps, weight_decay or bias_correction")
+            self.problem("optimizer_config", f"{name}: with betas, eps, weight_decay or bias_correction")
             return
         how = f"optimizer_config.{name}"
         for key, number in zip(("adam_beta1", "adam_beta2"), options.get("betas") or (), strict=False):
@@ -302,7 +302,7 @@ class _Translator:
 
     def unused(self) -> None:
         if self.value("train") is not True:
-            self.fault("train", "true: macft train trains")
+            self.problem("train", "true: macft train trains")
         unused = {
             "val_batches": "the whole validation set is evaluated",
             "test": "test.jsonl is not evaluated",
@@ -342,7 +342,7 @@ def _course(schedule: Any) -> _Course | None:
 
 
 def _holds_texts(path: Path) -> bool:
-    """Whether the first row is a text, as mlx-lm decides it; faults of the file are for those who read it whole."""
+    """Whether the first row is a text, as mlx-lm decides it; problems of the file are for those who read it whole."""
     try:
         with path.open(encoding="utf-8") as file:
             row = json.loads(file.readline())

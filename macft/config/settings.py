@@ -91,7 +91,7 @@ class Settings(BaseModel):
     )
     pref_ftx: float = Field(0.0, ge=0, description="Weight of the supervised loss of the chosen answer, added.")
     dpo_label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of pairs taken to be labelled the wrong way; for `sigmoid` and `robust`."
+        0.0, ge=0, lt=0.5, description="Share of pairs taken to be labeled the wrong way; for `sigmoid` and `robust`."
     )
     simpo_gamma: float = Field(0.5, ge=0, description="Margin that `simpo` asks for.")
     ld_alpha: float | None = Field(

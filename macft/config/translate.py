@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from macft.config.names import ALIASES
-from macft.config.written import Entry
+from macft.config.parse import Entry
 
 Setting = tuple[str, Any]  # a key of macft's and its value
 
 
 class Translation(NamedTuple):
-    """How a key is said in macft's: in words, and by a function that raises ValueError(what is wanted)."""
+    """How a key is said in macft's: in words, and by a function that raises ValueError(what is expected)."""
 
     meaning: str
     function: Callable[[Any], Setting | None]  # None: nothing needs to be said
@@ -24,21 +24,21 @@ def own_name(key: str) -> str:
     return _NAMES.get(key) or ALIASES.get(key, key)
 
 
-def to_own_names(entries: Mapping[str, Entry], faults: list[str]) -> dict[str, Entry]:
-    """The entries of one source under macft's names; two names of one key that say unlike things are a fault."""
+def to_own_names(entries: Mapping[str, Entry], problems: list[str]) -> dict[str, Entry]:
+    """The entries of one source under macft's names; two names of one key that say unlike things are a problem."""
     result: dict[str, Entry] = {}
     first: dict[str, str] = {}
     for key, entry in entries.items():
         try:
             setting = _setting(key, entry.value)
         except ValueError as error:
-            faults.append(f"{key} ({entry.origin}): found {shown(entry.value)}, wanted {error}")
+            problems.append(f"{key} ({entry.origin}): found {shown(entry.value)}, expected {error}")
             continue
         if setting is None:
             continue
         name, value = setting
         if name in result and result[name].value != value:
-            faults.append(f"{key} ({entry.origin}): means the same as {first[name]}; keep one")
+            problems.append(f"{key} ({entry.origin}): means the same as {first[name]}; keep one")
         first.setdefault(name, key)
         result[name] = replace(entry, value=value, written=entry.written or (key if key != name else None))
     return result

@@ -10,9 +10,9 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from macft.data.packing import PackedExample
-from macft.data.rows import TokenizedExample, TokenizedPair
 from macft.data.stream import Stream
+from macft.data.tokenization.packing import PackedExample
+from macft.data.tokenization.table import TokenizedExample, TokenizedPair
 from macft.errors import UsageError
 
 # What a row of a batch is made of; of a pair, two rows.
@@ -146,7 +146,7 @@ def lengths_of(rows: Sequence[Row]) -> np.ndarray:
 
 
 def in_order(examples: Sequence[Row], batch_size: int) -> Iterator[tuple[np.ndarray, NumpyBatch]]:
-    """Batches of neighbouring lengths that cover all examples once, each with the indices of its examples."""
+    """Batches of neighboring lengths that cover all examples once, each with the indices of its examples."""
     order = np.argsort(-lengths_of(examples), kind="stable")
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]

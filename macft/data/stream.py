@@ -11,9 +11,9 @@ from functools import cached_property
 
 import numpy as np
 
-from macft.data.build import Encoder, Row, chunks
-from macft.data.packing import PackedExample
-from macft.data.rows import ANSWER_CUT, EMPTIED, SHORTENED, Table, TokenizedExample, fingerprint
+from macft.data.cache.workers import Encoder, Row, chunks
+from macft.data.tokenization.packing import PackedExample
+from macft.data.tokenization.table import ANSWER_CUT, EMPTIED, SHORTENED, Table, TokenizedExample, fingerprint
 from macft.errors import DataError
 
 logger = logging.getLogger("macft")
@@ -64,7 +64,7 @@ class Fates:
             (columns["flags"] & SHORTENED > 0, f"lost user text to fit cutoff_len {cutoff_len}"),
             (columns["flags"] & EMPTIED > 0, f"lost all user text to fit cutoff_len {cutoff_len}"),
             (columns["flags"] & ANSWER_CUT > 0, f"lost the end of their last answer to fit cutoff_len {cutoff_len}"),
-            (columns["obstacle"] > 0, left_out),
+            (columns["skip_reason"] > 0, left_out),
         ):
             if which.any():
                 count, first = self.losses.get(what, (0, rows[int(np.argmax(which))].source))
@@ -97,12 +97,12 @@ class Stream(Iterator[Streamed]):
         return self._digest.hexdigest()
 
     def check(self) -> None:
-        """Read up to the first example. Raises DataError: data missing, faulty up to there, or nothing to train on."""
+        """Read up to the first example. Raises DataError: data missing, invalid up to there, or nothing to train on."""
         if next(self._examples(Fates()), None) is None:
             raise DataError(_NOTHING)
 
     def __next__(self) -> Streamed:
-        """The next example. Raises DataError when it comes to a faulty row, naming all of that file."""
+        """The next example. Raises DataError when it comes to a invalid row, naming all of that file."""
         return next(self._passes)
 
     @cached_property
@@ -160,7 +160,7 @@ class Stream(Iterator[Streamed]):
         for chunk in self._chunks():
             table = self.encoder(chunk)
             fates.count(table, chunk, are_texts=are_texts, cutoff_len=cutoff_len)
-            for index in np.flatnonzero(table.columns["obstacle"] == 0).tolist():
+            for index in np.flatnonzero(table.columns["skip_reason"] == 0).tolist():
                 row = table.row(index)
                 if self.packing:
                     yield row

@@ -6,8 +6,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
 from macft.backends.base import Sampling
-from macft.data.template import ChatTemplate, Message
-from macft.data.tokenizer import Tokenizer
+from macft.data.templates.chat_template import ChatTemplate, Message
+from macft.data.tokenization.tokenizer import Tokenizer
 
 _BROKEN = "\ufffd"
 _WINDOW = 16

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TextIO
 
 from macft.backends.base import Sampling
-from macft.data.template import ChatTemplate, Message
-from macft.data.tokenizer import Tokenizer
+from macft.data.templates.chat_template import ChatTemplate, Message
+from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import DataError, MacftError
 from macft.files import write_text
 from macft.inference.answer import CanGenerate, encode_prompt, stream_text

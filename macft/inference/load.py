@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
 from macft.backends.base import Backend, LoadedModel, ModelSpec, Sampling
-from macft.data.template import Message, load_template, template_end_ids, template_folder
-from macft.data.tokenizer import load_tokenizer
+from macft.convert.adapter import read_any_adapter
+from macft.data.templates.chat_template import Message, load_template, template_end_ids, template_folder
+from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
 from macft.inference.answer import answer
 from macft.inference.chat import ChatModel
-from macft.weights.adapter import Adapter, fitting
-from macft.weights.locate import ModelFolder, locate_adapter, locate_model
-from macft.weights.mlx_adapter import read_any_adapter
+from macft.models.locate import resolve_adapter, resolve_model
+from macft.weights.adapters.peft import Adapter, naming_adapter
+from macft.weights.folder import ModelFolder
 from macft.weights.model_config import read_config
 
 logger = logging.getLogger("macft")
@@ -35,8 +36,8 @@ def load_chat_model(
 
     The adapter's template comes before the model's own; `template` names another; `raw` uses none.
     """
-    base = locate_model(model)
-    trained = read_any_adapter(locate_adapter(adapter), read_config(base.path)) if adapter is not None else None
+    base = resolve_model(model)
+    trained = read_any_adapter(resolve_adapter(adapter), read_config(base.path)) if adapter is not None else None
     tokenizer = load_tokenizer(base.path)
     chat_template = None
     if not raw:
@@ -69,11 +70,11 @@ def compare_answers(
     max_new_tokens: int,
 ) -> dict[str, list[str]]:
     """Greedy answers of the base alone and with each adapter, under the labels to show."""
-    base_config = read_config(locate_model(model).path)
+    base_config = read_config(resolve_model(model).path)
     for folder in adapters:
         read_any_adapter(
-            locate_adapter(folder), base_config
-        )  # a fault shows before the base has answered, which takes a while
+            resolve_adapter(folder), base_config
+        )  # a problem shows before the base has answered, which takes a while
     answers: dict[str, list[str]] = {}
     for adapter in (None, *adapters):
         chat, _ = load_chat_model(
@@ -110,8 +111,8 @@ def _load_backend(base: ModelFolder, adapter: Adapter | None, name: str) -> tupl
     if adapter is None:
         return backend, backend.load(ModelSpec(folder=base.path, lora=None))
     warn_of_other_base(adapter, base)
-    with fitting(adapter, base.name, ConfigError):
+    with naming_adapter(adapter, base.name, ConfigError):
         loaded = backend.load(ModelSpec(folder=base.path, lora=spec_of_adapter(adapter)))
-    with fitting(adapter, base.name, ModelError):
+    with naming_adapter(adapter, base.name, ModelError):
         backend.set_adapter_state(adapter.state)
     return backend, loaded

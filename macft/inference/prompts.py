@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from macft.data.sources import Row, nearest_file, read_rows
-from macft.data.template import Message
-from macft.errors import DataError, join_faults
+from macft.data.sources.rows import Row, nearest_file, read_rows
+from macft.data.templates.chat_template import Message
+from macft.errors import DataError, join_problems
 
-_WANTED = 'wanted {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+_WANTED = 'expected {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
 
 def read_prompts(path: Path) -> list[list[Message]]:
     """The conversations to answer: one prompt per line, or in a .jsonl file `prompt` or `messages` rows.
 
-    Answers at the end of a `messages` row are left out. Raises DataError naming every faulty line.
+    Answers at the end of a `messages` row are left out. Raises DataError naming every invalid line.
     """
     if path.suffix == ".jsonl":
         return _from_rows(path, read_rows(path))
@@ -48,15 +48,15 @@ def last_question(messages: list[Message]) -> str:
 
 
 def _from_rows(path: Path, rows: list[Row]) -> list[list[Message]]:
-    prompts, faults = [], []
+    prompts, problems = [], []
     for row in rows:
         prompt = _conversation(row)
         if prompt is None:
-            faults.append(f"line {row.number}: found keys {', '.join(row.value) or 'none'}; {_WANTED}")
+            problems.append(f"line {row.number}: found keys {', '.join(row.value) or 'none'}; {_WANTED}")
         else:
             prompts.append(prompt)
-    if faults:
-        raise DataError(join_faults(f"{path}: {len(faults)} lines hold no prompt", faults))
+    if problems:
+        raise DataError(join_problems(f"{path}: {len(problems)} lines hold no prompt", problems))
     return prompts
 
 

@@ -76,5 +76,5 @@ OBJECTIVES: dict[str, Callable[[Settings], Objective]] = {"pt": _sft, "sft": _sf
 
 
 def make_objective(settings: Settings) -> Objective:
-    """What a run of these settings minimises."""
+    """What a run of these settings minimizes."""
     return OBJECTIVES[settings.stage](settings)

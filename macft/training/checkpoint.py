@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 from macft.backends.base import State
 from macft.errors import MacftError
 from macft.files import new_dir, write_json
-from macft.training.best import Best
-from macft.training.report import StepRecord
-from macft.weights.stream import write_state
+from macft.training.early_stopping import Best
+from macft.training.log.report import StepRecord
+from macft.weights.tensors.stream import write_state
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
@@ -77,31 +77,31 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def find_checkpoint(output_dir: Path, wanted: bool | str) -> Path:
+def find_checkpoint(output_dir: Path, expected: bool | str) -> Path:
     """The checkpoint to resume from: a given path, or the newest whole one in `output_dir`.
 
     Raises MacftError when there is none, or when the given one is damaged (what is wrong with it).
     """
-    if isinstance(wanted, str):
-        path = Path(wanted).expanduser()
+    if isinstance(expected, str):
+        path = Path(expected).expanduser()
         if not path.is_dir():
-            raise MacftError(f"resume_from_checkpoint: {wanted} is no folder; give a checkpoint-N folder")
-        if fault := checkpoint_fault(path):
-            raise MacftError(f"resume_from_checkpoint: {path}: {fault}")
+            raise MacftError(f"resume_from_checkpoint: {expected} is no folder; give a checkpoint-N folder")
+        if problem := checkpoint_problem(path):
+            raise MacftError(f"resume_from_checkpoint: {path}: {problem}")
         return path
-    faults = []
+    problems = []
     for path in reversed(list_checkpoints(output_dir)):
-        fault = checkpoint_fault(path)
-        if fault is None:
+        problem = checkpoint_problem(path)
+        if problem is None:
             return path
-        faults.append(f"{path.name}: {fault}")
-    detail = f" ({'; '.join(faults)})" if faults else ""
+        problems.append(f"{path.name}: {problem}")
+    detail = f" ({'; '.join(problems)})" if problems else ""
     raise MacftError(
         f"resume_from_checkpoint: {output_dir} holds no checkpoint to go on from{detail}; remove the key to start anew"
     )
 
 
-def checkpoint_fault(path: Path) -> str | None:
+def checkpoint_problem(path: Path) -> str | None:
     """What keeps a checkpoint from being used, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -111,10 +111,10 @@ def checkpoint_fault(path: Path) -> str | None:
         return f"{MANIFEST} is not JSON"
     if not isinstance(manifest, dict):
         return f"{MANIFEST} is not what was written"
-    for name, wanted in manifest.items():
+    for name, expected in manifest.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _fingerprint(path / name) != wanted:
+        if _fingerprint(path / name) != expected:
             return f"{name} is not what was written"
     if OPTIMIZER not in manifest:
         return f"no {OPTIMIZER}: it was written with save_only_model"

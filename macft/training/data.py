@@ -12,23 +12,23 @@ from itertools import islice
 import numpy as np
 
 from macft.config.settings import Settings
-from macft.data.build import Encoder, Kind
-from macft.data.cache import Request, tokenized
-from macft.data.dataset import Gathering, split_examples
-from macft.data.fate import TokenizeReport
-from macft.data.find import find_sources
-from macft.data.markers import warn_of_missing_marker
-from macft.data.packing import PackedRows, pack
-from macft.data.rows import Examples, Rows, Table
-from macft.data.sources import counted
+from macft.data.cache.cache import Request, tokenized
+from macft.data.cache.workers import Encoder, Kind
+from macft.data.formats.dataset import Mixture, split_examples
+from macft.data.sources.resolve import resolve_sources
 from macft.data.stream import Once, Stream
-from macft.data.template import ChatTemplate
-from macft.data.texts import take_texts
-from macft.data.tokenize import take_examples
-from macft.data.tokenize_pairs import take_pairs
-from macft.data.tokenizer import Tokenizer
+from macft.data.templates.chat_template import ChatTemplate
+from macft.data.templates.markers import warn_of_missing_marker
+from macft.data.tokenization.conversations import take_examples
+from macft.data.tokenization.packing import PackedRows, pack
+from macft.data.tokenization.pairs import take_pairs
+from macft.data.tokenization.report import TokenizeReport
+from macft.data.tokenization.table import Examples, Rows, Table
+from macft.data.tokenization.texts import take_texts
+from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import ConfigError, DataError
-from macft.training.progress import counting
+from macft.progress import counting
+from macft.text import plural
 
 logger = logging.getLogger("macft")
 
@@ -81,7 +81,7 @@ def read_stream(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate
     """The data sets of the settings as a stream, read up to its first example.
 
     A count as `val_size` holds out the first rows. Raises ConfigError for packed conversations; DataError for data
-    that are missing, or faulty up to the first example.
+    that are missing, or invalid up to the first example.
     """
     if settings.is_packed and settings.stage != "pt":
         raise ConfigError(
@@ -90,16 +90,16 @@ def read_stream(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate
         )
     if settings.val_size != int(settings.val_size):
         raise ConfigError(
-            f"val_size: found {settings.val_size:g}, wanted a whole count, for no share of a stream is known"
+            f"val_size: found {settings.val_size:g}, expected a whole count, for no share of a stream is known"
         )
     if settings.group_by_length and "group_by_length" in settings.model_fields_set:
         logger.info("group_by_length: off, for the lengths of a stream are not known")
     job, once = _Job(settings, tokenizer, template), Once()
     request, held_out = job.request(settings.dataset), int(settings.val_size)
     with once.applied():
-        sources, faults = find_sources(settings.dataset, settings.dataset_dir, settings.hub)
-    if faults:
-        raise DataError("\n".join(faults))
+        sources, problems = resolve_sources(settings.dataset, settings.dataset_dir, settings.hub)
+    if problems:
+        raise DataError("\n".join(problems))
     if request.kind != "pt" and template is not None:
         warn_of_missing_marker(template, tokenizer)
     files = dict.fromkeys(str(path) for source in sources for path in source.files)
@@ -121,12 +121,12 @@ def read_stream(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate
             rows = list(islice(request.rows(), held_out + 1))
         if len(rows) <= held_out:
             raise ConfigError(
-                f"val_size: {held_out} leaves none of {counted(len(rows), 'example')} to train on; lower it"
+                f"val_size: {held_out} leaves none of {plural(len(rows), 'example')} to train on; lower it"
             )
         valid, _ = job.take(encoder(rows[:held_out]), np.arange(held_out))
     assert not isinstance(valid, PackedRows)
     stream.check()
-    return StreamedData(stream, valid, _stream_digest(stream, held_out, request.gathering))
+    return StreamedData(stream, valid, _stream_digest(stream, held_out, request.mixture))
 
 
 def seed(settings: Settings) -> int:
@@ -170,7 +170,7 @@ class _Job:
             dataset_dir=settings.dataset_dir,
             cutoff_len=settings.cutoff_len,
             max_samples=settings.max_samples,
-            gathering=Gathering(
+            mixture=Mixture(
                 hub=settings.hub,
                 mix_strategy=settings.mix_strategy if is_mixed else "concat",
                 interleave_probs=tuple(probs) if is_mixed and probs is not None else None,
@@ -210,11 +210,11 @@ def _digest(settings: Settings, table: Table, rows: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _stream_digest(stream: Stream, held_out: int, gathering: Gathering) -> str:
+def _stream_digest(stream: Stream, held_out: int, mixture: Mixture) -> str:
     encoder = stream.encoder
     parts = [
         *(encoder.kind, encoder.tokenizer.fingerprint, encoder.template, encoder.cutoff_len),
         *(encoder.train_on_prompt, encoder.mask_history, stream.packing, stream.buffer_size, stream.seed),
-        *(held_out, gathering.mix_strategy, gathering.interleave_probs),
+        *(held_out, mixture.mix_strategy, mixture.interleave_probs),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

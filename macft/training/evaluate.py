@@ -10,8 +10,8 @@ import numpy as np
 from macft.backends.base import Backend
 from macft.config.settings import Settings
 from macft.data.batches import NumpyBatch, Plan, StreamPlan, collate
-from macft.data.tokenize import TokenizedExample
-from macft.data.tokenize_pairs import Reference, TokenizedPair
+from macft.data.tokenization.conversations import TokenizedExample
+from macft.data.tokenization.pairs import Reference, TokenizedPair
 from macft.objectives.losses import Objective
 from macft.objectives.ops import NumpyOps
 

@@ -11,15 +11,15 @@ from safetensors.numpy import load_file
 
 from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import LoraSpec, State
-from macft.data.template import ChatTemplate
-from macft.data.tokenizer import Tokenizer
+from macft.data.templates.chat_template import ChatTemplate
+from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import MacftError, UsageError
 from macft.files import write_bytes, write_json, write_text
-from macft.weights.adapter import WEIGHTS_NAME, Adapter, AdapterConfig, read_adapter, write_adapter
-from macft.weights.locate import ModelFolder, weights_hash
-from macft.weights.model_config import normalise_config, read_config
-from macft.weights.stack import stack_adapters, unstack_adapter
-from macft.weights.stream import write_state
+from macft.weights.adapters.peft import WEIGHTS_NAME, Adapter, AdapterConfig, read_adapter, write_adapter
+from macft.weights.adapters.stack import stack_adapters, unstack_adapter
+from macft.weights.folder import ModelFolder, weights_hash
+from macft.weights.model_config import normalize_config, read_config
+from macft.weights.tensors.stream import write_state
 
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FULL_WEIGHTS = "model.safetensors"
@@ -76,7 +76,7 @@ class ModelFiles:
         return replace(config, rank=rank, alpha=lora.scale * rank, target_modules=tuple(targets), use_rslora=False)
 
     def _write_full(self, folder: Path, state: State, exact: bool) -> None:
-        config = normalise_config(read_config(self.base.path))
+        config = normalize_config(read_config(self.base.path))
         name = "float32" if exact else str(config.get("dtype") or "float32")
         dtype = _DTYPES.get(name, np.float32)
         config["dtype"] = config["torch_dtype"] = np.dtype(dtype).name
@@ -97,21 +97,21 @@ class ModelFiles:
                 return unstack_adapter(adapter.state, self.under.config.rank, self.target_modules)
             return adapter.state
         if self.lora is not None or not (folder / FULL_WEIGHTS).exists():
-            found, wanted = ("full", "lora") if self.lora is not None else ("lora", "full")
-            raise UsageError(f"{folder}: written with finetuning_type {found}, this run has {wanted}; set it back")
+            found, expected = ("full", "lora") if self.lora is not None else ("lora", "full")
+            raise UsageError(f"{folder}: written with finetuning_type {found}, this run has {expected}; set it back")
         return {name: value.astype(np.float32) for name, value in load_file(folder / FULL_WEIGHTS).items()}
 
-    def _check_shape(self, wanted: AdapterConfig, found: AdapterConfig, folder: Path) -> None:
+    def _check_shape(self, expected: AdapterConfig, found: AdapterConfig, folder: Path) -> None:
         pairs = {
-            "lora_rank": (found.rank, wanted.rank),
-            "lora_alpha": (found.alpha, wanted.alpha),
-            "use_rslora": (found.use_rslora, wanted.use_rslora),
-            "use_dora": (found.use_dora, wanted.use_dora),
-            "lora_target": (sorted(found.target_modules), sorted(wanted.target_modules)),
+            "lora_rank": (found.rank, expected.rank),
+            "lora_alpha": (found.alpha, expected.alpha),
+            "use_rslora": (found.use_rslora, expected.use_rslora),
+            "use_dora": (found.use_dora, expected.use_dora),
+            "lora_target": (sorted(found.target_modules), sorted(expected.target_modules)),
         }
-        faults = [f"{key} {old}, this run has {new}" for key, (old, new) in pairs.items() if old != new]
-        if faults:
-            raise UsageError(f"{folder}: written with {'; '.join(faults)}; set it back")
+        problems = [f"{key} {old}, this run has {new}" for key, (old, new) in pairs.items() if old != new]
+        if problems:
+            raise UsageError(f"{folder}: written with {'; '.join(problems)}; set it back")
 
 
 RUN_FILES = (

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
 from macft.backends.base import LoraSpec, ModelSpec, Under
 from macft.config.settings import Settings
+from macft.convert.adapter import read_any_adapter
 from macft.data.batches import NumpyBatch, Plan, StreamPlan, collate, lengths_of
-from macft.data.fate import TokenizeReport
-from macft.data.packing import PackedRows
-from macft.data.rows import Rows
-from macft.data.template import ChatTemplate, template_folder
-from macft.data.tokenizer import Tokenizer, load_tokenizer
+from macft.data.templates.chat_template import ChatTemplate, template_folder
+from macft.data.tokenization.packing import PackedRows
+from macft.data.tokenization.report import TokenizeReport
+from macft.data.tokenization.table import Rows
+from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import ConfigError
+from macft.models.locate import resolve_adapter, resolve_model
 from macft.training.data import read_data, read_stream, seed
-from macft.training.find_model import find_model, find_template
-from macft.weights.adapter import Adapter
-from macft.weights.locate import ModelFolder, locate_adapter, locate_model
-from macft.weights.mlx_adapter import read_any_adapter
+from macft.training.model import find_model, resolve_template
+from macft.weights.adapters.peft import Adapter
+from macft.weights.folder import ModelFolder
 from macft.weights.model_config import read_config
 
 logger = logging.getLogger("macft")
@@ -82,7 +83,7 @@ def prepare(settings: Settings) -> Prepared:
     reference = _named_reference(settings, base, tokenizer)
     loaded = start or under
     source = template_folder(found.tokenizer_folder, loaded.folder if loaded is not None else None)
-    template = find_template(settings, source, tokenizer)
+    template = resolve_template(settings, source, tokenizer)
     train, valid, report, plan, data_hash = _data(settings, tokenizer, template)
     return Prepared(
         base=base,
@@ -128,7 +129,7 @@ def _adapters(settings: Settings, base: ModelFolder) -> tuple[Adapter | None, Ad
     """(the adapter to go on training, the adapter that becomes part of the base); at most one of them."""
     if settings.adapter_name_or_path is None:
         return None, None
-    adapter = read_any_adapter(locate_adapter(settings.adapter_name_or_path), read_config(base.path))
+    adapter = read_any_adapter(resolve_adapter(settings.adapter_name_or_path), read_config(base.path))
     if not settings.create_new_adapter:
         _check_start(settings, adapter, base)
         return adapter, None
@@ -144,7 +145,7 @@ def _adapters(settings: Settings, base: ModelFolder) -> tuple[Adapter | None, Ad
 def _named_reference(settings: Settings, base: ModelFolder, tokenizer: Tokenizer) -> NamedReference | None:
     if not (settings.has_reference and settings.names_reference):
         return None
-    named = locate_model(settings.ref_model, settings.hub) if settings.ref_model is not None else base
+    named = resolve_model(settings.ref_model, settings.hub) if settings.ref_model is not None else base
     if named.path != base.path and load_tokenizer(named.path).vocabulary != tokenizer.vocabulary:
         raise ConfigError(
             f"ref_model: the vocabulary of {named.name} is not that of {base.name}, so its probabilities "
@@ -152,7 +153,7 @@ def _named_reference(settings: Settings, base: ModelFolder, tokenizer: Tokenizer
         )
     if settings.ref_model_adapters is None:
         return NamedReference(named, None)
-    adapter = read_any_adapter(locate_adapter(settings.ref_model_adapters), read_config(named.path))
+    adapter = read_any_adapter(resolve_adapter(settings.ref_model_adapters), read_config(named.path))
     warn_of_other_base(adapter, named)
     return NamedReference(named, adapter)
 
@@ -170,16 +171,18 @@ def _check_start(settings: Settings, start: Adapter, base: ModelFolder) -> None:
         "use_rslora": start.config.use_rslora,
         "use_dora": start.config.use_dora,
     }
-    faults = [
+    problems = [
         f"{key} is {getattr(settings, key)}, the adapter has {value}"
         for key, value in own.items()
         if key in settings.model_fields_set and getattr(settings, key) not in (None, value)
     ]
-    wanted = {name.strip() for name in settings.lora_target.split(",")}
-    if wanted != {"all"} and wanted != set(start.config.target_modules):
-        faults.append(f"lora_target is {settings.lora_target}, the adapter has {','.join(start.config.target_modules)}")
-    if faults:
-        raise ConfigError(f"{start.folder}: {'; '.join(faults)}; remove these keys")
+    expected = {name.strip() for name in settings.lora_target.split(",")}
+    if expected != {"all"} and expected != set(start.config.target_modules):
+        problems.append(
+            f"lora_target is {settings.lora_target}, the adapter has {','.join(start.config.target_modules)}"
+        )
+    if problems:
+        raise ConfigError(f"{start.folder}: {'; '.join(problems)}; remove these keys")
     warn_of_other_base(start, base)
 
 

@@ -25,17 +25,17 @@ from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import Backend, LoadedModel, ModelSpec, State
 from macft.config.settings import Settings
 from macft.data.batches import Plan, in_order
-from macft.data.rows import Pairs, TokenizedPair
-from macft.data.sources import counted
+from macft.data.tokenization.table import Pairs, TokenizedPair
 from macft.errors import ConfigError, ModelError
 from macft.files import cache_dir
 from macft.objectives.preference import answer_positions, reference_columns
+from macft.progress import tracked
+from macft.text import plural
 from macft.training.evaluate import will_evaluate
 from macft.training.prepare import NamedReference, Prepared, model_spec
-from macft.training.progress import tracked
-from macft.weights.adapter import Adapter, fitting
-from macft.weights.locate import ModelFolder, weights_hash
-from macft.weights.stream import write_state
+from macft.weights.adapters.peft import Adapter, naming_adapter
+from macft.weights.folder import ModelFolder, weights_hash
+from macft.weights.tensors.stream import write_state
 
 logger = logging.getLogger("macft")
 
@@ -76,9 +76,9 @@ def named_references(settings: Settings, prepared: Prepared, reference: NamedRef
 def _load(backend: Backend, spec: ModelSpec, adapter: Adapter | None, base: ModelFolder) -> LoadedModel:
     if adapter is None:
         return backend.load(spec)
-    with fitting(adapter, base.name, ConfigError):
+    with naming_adapter(adapter, base.name, ConfigError):
         loaded = backend.load(spec)
-    with fitting(adapter, base.name, ModelError):
+    with naming_adapter(adapter, base.name, ModelError):
         backend.set_adapter_state(adapter.state)
     return loaded
 
@@ -126,7 +126,7 @@ def _scored(settings: Settings, pairs: Pairs, scorer: _Scorer, what: str) -> np.
     path = cache_dir() / "reference" / f"{_key(settings, pairs, scorer.identity)}.safetensors"
     columns = _read(path, len(pairs), with_perplexity=settings.asks_prompts)
     if columns is not None:
-        logger.info("reference: %s, already known (%s)", counted(len(pairs), f"{what} pair"), path)
+        logger.info("reference: %s, already known (%s)", plural(len(pairs), f"{what} pair"), path)
     else:
         columns = _compute(settings, pairs, scorer.backend, what)
         _keep(path, columns)
@@ -134,8 +134,8 @@ def _scored(settings: Settings, pairs: Pairs, scorer: _Scorer, what: str) -> np.
 
 
 def _key(settings: Settings, pairs: Sequence[TokenizedPair], identity: str) -> str:
-    wanted = f"{_FORMAT} {settings.asks_prompts} {settings.ld_alpha} {identity} {len(pairs)}"
-    digest = hashlib.sha256(wanted.encode())
+    expected = f"{_FORMAT} {settings.asks_prompts} {settings.ld_alpha} {identity} {len(pairs)}"
+    digest = hashlib.sha256(expected.encode())
     for pair in pairs:
         digest.update(f"{pair.prompt_length} {len(pair.chosen.tokens)} {len(pair.rejected.tokens)} ".encode())
         digest.update(pair.chosen.tokens.tobytes())
@@ -173,7 +173,7 @@ def _compute(settings: Settings, pairs: Sequence[TokenizedPair], backend: Backen
         columns[indices, 0], columns[indices, 1] = chosen, rejected
         if settings.asks_prompts:
             columns[indices, 2] = perplexity
-    logger.info("reference: %s in %.1f s", counted(len(pairs), f"{what} pair"), time.perf_counter() - start)
+    logger.info("reference: %s in %.1f s", plural(len(pairs), f"{what} pair"), time.perf_counter() - start)
     if not np.isfinite(columns[:, :2]).all():
         raise ModelError("reference: log-probabilities that are not finite; compute in float32 (bf16=false)")
     return columns

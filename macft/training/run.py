@@ -18,35 +18,35 @@ from macft.backends.base import Backend, LoadedModel, LoraSpec, OptimizerSpec, S
 from macft.config.load import dump_yaml
 from macft.config.settings import Settings
 from macft.data.batches import NumpyBatch, StreamPlan, in_order
-from macft.data.sources import counted
 from macft.errors import ConfigError, MacftError, ModelError, StoppedError, UsageError
 from macft.files import remove_leftovers, write_text
 from macft.objectives.losses import make_objective
-from macft.training.alarms import CurveAlarms
-from macft.training.awake import keep_awake
-from macft.training.best import Goal, check_metric, goal, judge
+from macft.system import keep_awake
+from macft.text import plural
 from macft.training.checkpoint import (
     Progress,
-    checkpoint_fault,
+    checkpoint_problem,
     find_checkpoint,
     list_checkpoints,
     read_optimizer_state,
     read_progress,
     save_checkpoint,
 )
+from macft.training.checks.alarms import CurveAlarms
+from macft.training.checks.first_step import check_start
+from macft.training.checks.output_dir import check_base_is_safe, check_output_dir, clear_output_dir
+from macft.training.early_stopping import Goal, check_metric, goal, judge
 from macft.training.evaluate import evaluate, metric_names
 from macft.training.finish import finish
+from macft.training.log.report import Report, StepRecord, read_log
+from macft.training.log.results import eval_results, merge_results
+from macft.training.log.summary import tell_data, tell_model
+from macft.training.log.trackers import check_reporters, open_reporters
 from macft.training.model_files import ModelFiles
-from macft.training.output_dir import check_base_is_safe, check_output_dir, clear_output_dir
 from macft.training.prepare import Prepared, model_spec, prepare, resolved
 from macft.training.reference import named_references, policy_references
-from macft.training.report import Report, StepRecord, read_log
-from macft.training.reporters import check_reporters, open_reporters
-from macft.training.results import eval_results, merge_results
 from macft.training.schedule import Schedule, warmup_steps
-from macft.training.start_check import check_start
-from macft.training.tell import tell_data, tell_model
-from macft.weights.adapter import fitting
+from macft.weights.adapters.peft import naming_adapter
 
 logger = logging.getLogger("macft")
 
@@ -85,7 +85,7 @@ def _train(settings: Settings, output_dir: Path) -> str:
     targets = _adapter_targets(spec.lora, loaded)
     files = ModelFiles(prepared.base, spec.lora, targets, prepared.under, prepared.tokenizer, prepared.template)
     if prepared.start is not None:
-        with fitting(prepared.start, prepared.base.name, ModelError):
+        with naming_adapter(prepared.start, prepared.base.name, ModelError):
             backend.set_adapter_state(prepared.start.state)
     if settings.has_reference and prepared.reference is None:
         prepared = policy_references(settings, prepared, backend, loaded)
@@ -168,7 +168,7 @@ class _Run:
             self.report.log()
             self.report.message(
                 f"stopped early after step {progress.step}: {self.goal.metric} has been no better than "
-                f"{progress.best.value:.4f} for {counted(progress.best.evaluations_since, 'evaluation')}"
+                f"{progress.best.value:.4f} for {plural(progress.best.evaluations_since, 'evaluation')}"
             )
         is_over = (is_last or is_enough) and settings.save_strategy != "no"
         if must_save or is_over or plan.is_due(settings.save_strategy, settings.save_steps, progress.step):
@@ -296,9 +296,9 @@ def _naming_adapter(prepared: Prepared) -> Iterator[None]:
     name = prepared.base.name
     with ExitStack() as stack:
         if (adapter := prepared.start or prepared.under) is not None:
-            stack.enter_context(fitting(adapter, name, ConfigError))
+            stack.enter_context(naming_adapter(adapter, name, ConfigError))
         if prepared.under is not None:
-            stack.enter_context(fitting(prepared.under, name, ModelError))
+            stack.enter_context(naming_adapter(prepared.under, name, ModelError))
         yield
 
 
@@ -312,7 +312,7 @@ def _check_position(checkpoint: Path, prepared: Prepared) -> None:
     if progress.step > total:
         raise UsageError(f"{checkpoint}: past the end of a run of {total} steps; raise num_train_epochs or max_steps")
     if isinstance(prepared.plan, StreamPlan):
-        logger.info("streaming: reading past the examples of %s", counted(progress.step, "step"))
+        logger.info("streaming: reading past the examples of %s", plural(progress.step, "step"))
         prepared.plan.read_past(progress.step, progress.stream_digest)
 
 
@@ -334,7 +334,7 @@ def _adapter_targets(lora: LoraSpec | None, loaded: LoadedModel) -> tuple[str, .
 
 
 def _stopped_text(output_dir: Path, step: int, total_steps: int) -> str:
-    whole = (path for path in reversed(list_checkpoints(output_dir)) if checkpoint_fault(path) is None)
+    whole = (path for path in reversed(list_checkpoints(output_dir)) if checkpoint_problem(path) is None)
     checkpoint = next(whole, None)
     how = (
         f"resume_from_checkpoint=true goes on from {checkpoint}"

@@ -18,7 +18,7 @@ class Schedule:
     options: Mapping[str, float] = field(default_factory=dict)  # of `lr_scheduler_kwargs`
 
     def lr(self, step: int) -> float:
-        """Learning rate of `step`, counted from 0: with a warmup, step 0 has rate 0."""
+        """Learning rate of `step`, plural from 0: with a warmup, step 0 has rate 0."""
         if step < self.warmup_steps:
             return self.peak * step / self.warmup_steps
         return COURSES[self.kind](self, step)

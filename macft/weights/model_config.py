@@ -51,20 +51,20 @@ def check_text_model(config: dict[str, Any]) -> None:
         )
 
 
-def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
+def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
     """A copy that holds both spellings of every key on which mlx-lm and transformers v5 differ.
 
     Where a config holds both spellings already, they must agree: ModelError otherwise.
     """
-    normalised = dict(config)
+    normalized = dict(config)
     for new, old in _RENAMED:
-        _mirror(normalised, new, old)
-    _rope(normalised)
-    if normalised.get("model_type") == "gemma3_text" and normalised.get("layer_types"):
-        pattern = _window_pattern(normalised)
+        _mirror(normalized, new, old)
+    _rope(normalized)
+    if normalized.get("model_type") == "gemma3_text" and normalized.get("layer_types"):
+        pattern = _window_pattern(normalized)
         if pattern is not None:
-            normalised["sliding_window_pattern"] = pattern
-    return normalised
+            normalized["sliding_window_pattern"] = pattern
+    return normalized
 
 
 def check_window(config: dict[str, Any], cutoff_len: int) -> None:

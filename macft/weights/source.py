@@ -10,14 +10,14 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from macft.errors import ModelError, join_faults
-from macft.weights.lazy import Array, LazyTensor, from_rows, read_rows
-from macft.weights.microscaling import BITS as MXFP4_BITS
-from macft.weights.microscaling import GROUP_SIZE as MXFP4_GROUP
-from macft.weights.microscaling import dequantize_mxfp4
-from macft.weights.model_config import normalise_config, read_config
-from macft.weights.quantized import Quantization, dequantize_affine, quantization_of
-from macft.weights.safetensors_file import open_safetensors
+from macft.errors import ModelError, join_problems
+from macft.weights.model_config import normalize_config, read_config
+from macft.weights.quantization.affine import Quantization, dequantize_affine, quantization_of
+from macft.weights.quantization.microscaling import BITS as MXFP4_BITS
+from macft.weights.quantization.microscaling import GROUP_SIZE as MXFP4_GROUP
+from macft.weights.quantization.microscaling import dequantize_mxfp4
+from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows
+from macft.weights.tensors.safetensors import open_safetensors
 
 Layout = Literal["hf", "mlx"]
 
@@ -43,7 +43,7 @@ class Source:
 
 @dataclass(frozen=True)
 class _Form:
-    """How one module is quantized, and whether its numbers are wanted in float32."""
+    """How one module is quantized, and whether its numbers are expected in float32."""
 
     bits: int
     group_size: int
@@ -57,24 +57,26 @@ def open_model(folder: Path, *, exact: bool = False) -> Source:
     in float32 if `exact`, for a sum that is to be rounded once. Raises ModelError for files that are damaged,
     missing or pickled, for an index that points outside the folder and for quantization MLX does not do.
     """
-    config = normalise_config(read_config(folder))
+    config = normalize_config(read_config(folder))
     _refuse_foreign_quantization(folder, config)
     quantization = quantization_of(config)
     tensors: list[LazyTensor] = []
     is_mlx = quantization is not None
     places: dict[str, Path] = {}
-    faults: list[str] = []
+    problems: list[str] = []
     for path in weight_files(folder):
         file = open_safetensors(path)
         is_mlx |= file.metadata.get("format") == "mlx"
         for tensor in file.tensors:
             if tensor.name in places:
-                faults.append(f"{tensor.name} is in {places[tensor.name].name} and in {path.name}")
+                problems.append(f"{tensor.name} is in {places[tensor.name].name} and in {path.name}")
             places[tensor.name] = path
         tensors += file.tensors
-    faults += _index_faults(folder, places)
-    if faults:
-        raise ModelError(join_faults(f"{folder}: its weight files contradict each other; download it again", faults))
+    problems += _index_problems(folder, places)
+    if problems:
+        raise ModelError(
+            join_problems(f"{folder}: its weight files contradict each other; download it again", problems)
+        )
     quantized: frozenset[str] = frozenset()
     if quantization is not None:
         quantized = frozenset(name.removesuffix(".scales") for name in places if name.endswith(".scales"))
@@ -101,7 +103,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder / pickles[0]}: pickled weights are not read, as unpickling runs code from the file: load the "
             "model with transformers in an environment you trust and save_pretrained() it anew"
         )
-    raise ModelError(f"{folder}: no *.safetensors weights; wanted the folder of a model")
+    raise ModelError(f"{folder}: no *.safetensors weights; expected the folder of a model")
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -123,8 +125,8 @@ def _indexed_files(folder: Path, index: dict[str, str]) -> list[Path]:
     names = sorted(set(index.values()))
     outside = [name for name in names if not _is_inside(name)]
     if outside:
-        faults = [f"{name!r} is not a file name inside the folder" for name in outside]
-        raise ModelError(join_faults(f"{folder / INDEX}: refused", faults))
+        problems = [f"{name!r} is not a file name inside the folder" for name in outside]
+        raise ModelError(join_problems(f"{folder / INDEX}: refused", problems))
     foreign = [name for name in names if not name.endswith(".safetensors")]
     if foreign:
         raise ModelError(
@@ -133,7 +135,7 @@ def _indexed_files(folder: Path, index: dict[str, str]) -> list[Path]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         headline = f"{folder}: {len(missing)} of {len(names)} weight files are missing; download it again"
-        raise ModelError(join_faults(headline, missing))
+        raise ModelError(join_problems(headline, missing))
     return [folder / name for name in names]
 
 
@@ -145,7 +147,7 @@ def _is_inside(name: str) -> bool:
     return bool(name) and not path.is_absolute() and ".." not in path.parts
 
 
-def _index_faults(folder: Path, places: dict[str, Path]) -> list[str]:
+def _index_problems(folder: Path, places: dict[str, Path]) -> list[str]:
     return [
         f"{name} is missing from {file}, where {INDEX} places it"
         for name, file in _read_index(folder).items()
@@ -172,27 +174,27 @@ def _dequantized(folder: Path, quantization: Quantization, tensors: list[LazyTen
             "unquantized model"
         )
     by_name = {tensor.name: tensor for tensor in tensors}
-    faults: list[str] = []
+    problems: list[str] = []
     result = []
     for tensor in tensors:
         module, _, kind = tensor.name.rpartition(".")
         scales, biases = by_name.get(f"{module}.scales"), by_name.get(f"{module}.biases")
         if kind in ("scales", "biases"):
             if f"{module}.weight" not in by_name:
-                faults.append(f"{tensor.name} has no {module}.weight beside it")
+                problems.append(f"{tensor.name} has no {module}.weight beside it")
             continue
         if kind != "weight" or scales is None:
             if tensor.dtype == np.uint32:
-                faults.append(f"{tensor.name} is packed, but has no {module}.scales beside it")
+                problems.append(f"{tensor.name} is packed, but has no {module}.scales beside it")
             result.append(tensor)
             continue
         form = _Form(*quantization.of(module), exact)
         if biases is not None:
-            result.append(_affine(tensor, scales, biases, form, faults))
+            result.append(_affine(tensor, scales, biases, form, problems))
         else:
-            result.append(_mxfp4(tensor, scales, form, faults))
-    if faults:
-        raise ModelError(join_faults(f"{folder}: a damaged quantized model; download it again", faults))
+            result.append(_mxfp4(tensor, scales, form, problems))
+    if problems:
+        raise ModelError(join_problems(f"{folder}: a damaged quantized model; download it again", problems))
     return result
 
 
@@ -205,10 +207,10 @@ def _fits(packed: LazyTensor, scales: LazyTensor, bits: int, group_size: int) ->
     )
 
 
-def _affine(packed: LazyTensor, scales: LazyTensor, biases: LazyTensor, form: _Form, faults: list[str]) -> LazyTensor:
+def _affine(packed: LazyTensor, scales: LazyTensor, biases: LazyTensor, form: _Form, problems: list[str]) -> LazyTensor:
     bits, group_size = form.bits, form.group_size
     if not _fits(packed, scales, bits, group_size) or biases.shape != scales.shape:
-        faults.append(
+        problems.append(
             f"{packed.name}: {packed.dtype} {list(packed.shape)} with scales {list(scales.shape)} and biases "
             f"{list(biases.shape)} is not {bits} bits in groups of {group_size}"
         )
@@ -222,10 +224,10 @@ def _affine(packed: LazyTensor, scales: LazyTensor, biases: LazyTensor, form: _F
     return from_rows(packed.name, dtype, (*scales.shape[:-1], scales.shape[-1] * group_size), rows)
 
 
-def _mxfp4(packed: LazyTensor, scales: LazyTensor, form: _Form, faults: list[str]) -> LazyTensor:
+def _mxfp4(packed: LazyTensor, scales: LazyTensor, form: _Form, problems: list[str]) -> LazyTensor:
     is_mxfp4 = scales.dtype == np.uint8 and (form.bits, form.group_size) == (MXFP4_BITS, MXFP4_GROUP)
     if not is_mxfp4 or not _fits(packed, scales, MXFP4_BITS, MXFP4_GROUP):
-        faults.append(
+        problems.append(
             f"{packed.name}: {packed.dtype} {list(packed.shape)} with scales {scales.dtype} {list(scales.shape)} and "
             "no biases is not mxfp4"
         )

@@ -14,15 +14,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from macft.errors import ModelError, join_faults
+from macft.errors import ModelError, join_problems
 from macft.files import new_dir, write_json, write_text
-from macft.weights.disk import HashedFile, check_room, disk_faults
-from macft.weights.lazy import Array, LazyTensor
-from macft.weights.model_config import normalise_config
-from macft.weights.safetensors_file import DTYPE_CODES, header_bytes
-from macft.weights.slabs import Slab, count_broken, made, read_slab, slabs
+from macft.weights.model_config import normalize_config
 from macft.weights.source import INDEX, Layout
-from macft.weights.stream import write_safetensors
+from macft.weights.tensors.chunks import Chunk, count_broken, iter_chunks, ordered_map, read_chunk
+from macft.weights.tensors.disk import HashedFile, check_room, disk_problems
+from macft.weights.tensors.lazy import Array, LazyTensor
+from macft.weights.tensors.safetensors import DTYPE_CODES, header_bytes
+from macft.weights.tensors.stream import write_safetensors
 
 SUMS = "SHA256SUMS"
 TEMPLATE = "chat_template.jinja"
@@ -57,7 +57,7 @@ def write_model(
     if_not_finite: str = "the model is broken; download it again",
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write the model folder `destination`, reading the tensors slab by slab on all cores.
+    """Write the model folder `destination`, reading the tensors chunk by chunk on all cores.
 
     Tokenizer, chat template (or the file `template`), generation config and licence come from
     `source_folder`; `beside` are small files of tensors that are no part of the model, by name; SHA256SUMS has a
@@ -68,25 +68,25 @@ def write_model(
         raise ModelError(f"{destination}: exists already; name a folder that does not, or remove this one")
     _check_tensors(tensors)
     needed = sum(tensor.nbytes for tensor in tensors)
-    with disk_faults(destination, needed):
+    with disk_problems(destination, needed):
         check_room({destination: needed})
         with new_dir(destination) as folder:
             sums, broken = _write_shards(folder, tensors, layout, max_shard_bytes)
             if broken:
-                raise ModelError(join_faults(f"{destination}: not written: {if_not_finite}", broken))
+                raise ModelError(join_problems(f"{destination}: not written: {if_not_finite}", broken))
             for name, more in (beside or {}).items():
                 write_safetensors(folder / name, more)
-            write_json(folder / "config.json", normalise_config(config))
+            write_json(folder / "config.json", normalize_config(config))
             _copy_files(source_folder, folder, template)
             _write_sums(folder, sums)
 
 
 def _check_tensors(tensors: Sequence[LazyTensor]) -> None:
     counts = Counter(tensor.name for tensor in tensors)
-    faults = [f"{name} comes {count} times" for name, count in counts.items() if count > 1]
-    faults += [f"{t.name} has type {t.dtype}" for t in tensors if t.dtype not in DTYPE_CODES]
-    if faults or not tensors:
-        raise ModelError(join_faults("these tensors cannot be written as a model:", faults or ["there are none"]))
+    problems = [f"{name} comes {count} times" for name, count in counts.items() if count > 1]
+    problems += [f"{t.name} has type {t.dtype}" for t in tensors if t.dtype not in DTYPE_CODES]
+    if problems or not tensors:
+        raise ModelError(join_problems("these tensors cannot be written as a model:", problems or ["there are none"]))
 
 
 def _write_shards(
@@ -132,19 +132,19 @@ def _write_shard(
     flusher: ThreadPoolExecutor,
     broken: Counter[str],
 ) -> str:
-    """Write one file while other threads make its next slabs; its SHA-256."""
+    """Write one file while other threads make its next iter_chunks; its SHA-256."""
     hashed = HashedFile(file, flusher)
     hashed.write(header_bytes(tensors, {"format": form}))
-    for slab, (data, count) in made(slabs(tensors), _make, pool):
+    for chunk, (data, count) in ordered_map(iter_chunks(tensors), _make, pool):
         if count:
-            broken[slab.tensor.name] += count
+            broken[chunk.tensor.name] += count
         hashed.write(data.data)
     return hashed.finish()
 
 
-def _make(slab: Slab) -> tuple[Array, int]:
-    """The bytes of a slab, and how many of its numbers are not finite."""
-    flat = read_slab(slab)
+def _make(chunk: Chunk) -> tuple[Array, int]:
+    """The bytes of a chunk, and how many of its numbers are not finite."""
+    flat = read_chunk(chunk)
     return flat.view(np.uint8), count_broken(flat)
 
 

@@ -18,7 +18,7 @@ from macft.backends.base import (
     StepResult,
     dropout_seed,
 )
-from macft.backends.layout import CPU_TOKENS_AT_ONCE, lay_out, packing_note, pad_batch, passes
+from macft.backends.batch_layout import CPU_TOKENS_AT_ONCE, lay_out, packing_note, pad_batch, passes
 from macft.backends.mlx import generate as generation
 from macft.backends.mlx import lora
 from macft.backends.mlx import model as models
@@ -34,9 +34,9 @@ from macft.backends.mlx.step import (
     place,
     token_logps,
 )
-from macft.backends.process_memory import peak_process_memory
 from macft.data.batches import NumpyBatch
 from macft.objectives.losses import Objective
+from macft.system import peak_process_memory
 
 # On a GPU the step is compiled; shapes are padded to multiples of this, so that few are compiled.
 # On a CPU compiling halves the speed (measured), so shapes stay as they are.
@@ -70,14 +70,14 @@ class MlxBackend:
             self._model,
             head_is_frozen=not model.full,
             may_share=not model.gradient_checkpointing,
-            may_pack=model.packing and loaded.rope_fault is None,
+            may_pack=model.packing and loaded.rope_problem is None,
             tolerance=1e-4 if self._dtype == mx.float32 and not models.on_gpu() else 2e-2,
         )
         notes = list(loaded.notes)
         if self._split.trunk is None:
             notes.append("this architecture hides its head: logits are computed at every position")
         if model.packing and not self._split.packs:
-            notes.append(packing_note(loaded.rope_fault))
+            notes.append(packing_note(loaded.rope_problem))
         if model.gradient_checkpointing:
             models.checkpoint_layers(self._model)
         self._masters = _trainable(self._model)

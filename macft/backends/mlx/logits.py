@@ -33,5 +33,5 @@ def logits(folder: Path, adapters: Sequence[Under | Path], tokens: Sequence[int]
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     try:
         return load_adapters(model, str(folder))
-    except Exception as error:  # any fault of a foreign loader
+    except Exception as error:  # any problem of a foreign loader
         raise ModelError(f"{folder}: mlx-lm cannot load it: {' '.join(str(error).split())[:160]}") from error

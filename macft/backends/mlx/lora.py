@@ -162,15 +162,15 @@ def trainable_state(model: nn.Module) -> State:
 def set_trainable_state(model: nn.Module, state: State) -> None:
     """Put arrays under canonical names back; raises ModelError naming all that do not fit."""
     have = {canonical_name(path): (path, value.shape) for path, value in tree_flatten(model.trainable_parameters())}
-    faults = [f"missing {name}" for name in have if name not in state]
-    faults += [f"unknown {name}" for name in state if name not in have]
-    faults += [
+    problems = [f"missing {name}" for name in have if name not in state]
+    problems += [f"unknown {name}" for name in state if name not in have]
+    problems += [
         f"{name} has shape {list(state[name].shape)}, the model wants {list(shape)}"
         for name, (_, shape) in have.items()
         if name in state and tuple(state[name].shape) != tuple(shape)
     ]
-    if faults:
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise ModelError(f"the adapter does not fit this model: {'; '.join(faults[:3])}{more}")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ModelError(f"the adapter does not fit this model: {'; '.join(problems[:3])}{more}")
     values = [(path, mx.array(state[name].astype(np.float32))) for name, (path, _) in have.items()]
     model.update(tree_unflatten(values))

@@ -11,12 +11,12 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.utils import load_model as load_mlx_lm_model
 
 from macft.backends.base import ModelSpec
-from macft.backends.layout import rope_fault
+from macft.backends.batch_layout import rope_problem
 from macft.backends.mlx.split import TRUNKS
 from macft.backends.scratch import initial_value
 from macft.errors import ModelError
-from macft.weights.model_config import check_text_model, check_window, normalise_config, read_config
-from macft.weights.quantized import LOAD_GROUP_SIZE
+from macft.weights.model_config import check_text_model, check_window, normalize_config, read_config
+from macft.weights.quantization.affine import LOAD_GROUP_SIZE
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -33,19 +33,19 @@ class Loaded:
     model: nn.Module
     dtype: mx.Dtype
     notes: list[str]
-    rope_fault: str | None  # why rows cannot hold several examples
+    rope_problem: str | None  # why rows cannot hold several examples
 
 
 def load(spec: ModelSpec) -> Loaded:
     """Load a folder in HF or MLX layout, quantized or not, in the precision of this device."""
-    config = normalise_config(read_config(spec.folder))
+    config = normalize_config(read_config(spec.folder))
     check_text_model(config)
     check_window(config, spec.max_length)
     notes: list[str] = []
     dtype = _compute_dtype(spec.precision, notes)
     try:
         model, _ = load_mlx_lm_model(spec.folder, lazy=True, strict=not spec.from_scratch, model_config=config)
-    except Exception as error:  # any fault of a foreign loader
+    except Exception as error:  # any problem of a foreign loader
         raise ModelError(
             f"{spec.folder}: the mlx backend cannot load this {config['model_type']} model: mlx-lm says: "
             f"{' '.join(str(error).split())[:160].rstrip('.')}; give a causal language model, or try --backend torch"
@@ -59,7 +59,7 @@ def load(spec: ModelSpec) -> Loaded:
     model.update(tree_map(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x, model.parameters()))
     model.train()
     mx.eval(model.parameters())
-    return Loaded(model, dtype, notes, rope_fault(config, spec.max_length))
+    return Loaded(model, dtype, notes, rope_problem(config, spec.max_length))
 
 
 def _start(model: nn.Module, config: dict[str, Any], seed: int) -> None:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from macft.backends.layout import Layout, probe, probe_packed, probe_pairs
+from macft.backends.batch_layout import Layout, probe, probe_packed, probe_pairs
 from macft.backends.mlx.ops import cross_entropy
 from macft.backends.mlx.packed import Packed, restarting_rope
 
@@ -122,10 +122,10 @@ class SplitModel:
         values, slopes = [], []
         for start in range(0, hidden.shape[0], self._rows_at_once):
             chunk = slice(start, start + self._rows_at_once)
-            part, wanted = constant[chunk], targets[chunk]
+            part, expected = constant[chunk], targets[chunk]
 
-            def score(rows: mx.array, wanted: mx.array = wanted) -> mx.array:
-                return -cross_entropy(self.head(rows), wanted)
+            def score(rows: mx.array, expected: mx.array = expected) -> mx.array:
+                return -cross_entropy(self.head(rows), expected)
 
             if with_gradient:
                 [value], [slope] = mx.vjp(score, [part], [mx.ones(part.shape[0])])

@@ -18,8 +18,7 @@ from macft.backends.base import (
     StepResult,
     dropout_seed,
 )
-from macft.backends.layout import CPU_TOKENS_AT_ONCE, lay_out, packing_note, passes
-from macft.backends.process_memory import peak_process_memory
+from macft.backends.batch_layout import CPU_TOKENS_AT_ONCE, lay_out, packing_note, passes
 from macft.backends.torch import generate as generation
 from macft.backends.torch import lora
 from macft.backends.torch import model as models
@@ -29,6 +28,7 @@ from macft.backends.torch.split import split
 from macft.backends.torch.step import clip, make_optimizer, token_logps
 from macft.data.batches import NumpyBatch
 from macft.objectives.losses import Objective
+from macft.system import peak_process_memory
 
 
 class TorchBackend:
@@ -60,13 +60,13 @@ class TorchBackend:
                 self._device,
                 head_is_frozen=not model.full,
                 may_share=not model.gradient_checkpointing,
-                may_pack=model.packing and loaded.rope_fault is None,
+                may_pack=model.packing and loaded.rope_problem is None,
             )
         notes = list(loaded.notes)
         if not self._split.splits:
             notes.append("this architecture hides its head: logits are computed at every position")
         if model.packing and not self._split.packs:
-            notes.append(packing_note(loaded.rope_fault))
+            notes.append(packing_note(loaded.rope_problem))
         if model.gradient_checkpointing:
             models.checkpoint_layers(loaded.model)
         elif optimizer is not None and self._device.type == "cpu" and self._dtype == torch.float32:

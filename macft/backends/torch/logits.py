@@ -15,7 +15,7 @@ from macft.backends.base import ModelSpec, Under
 from macft.backends.torch import lora
 from macft.backends.torch.model import load
 from macft.errors import MissingPackageError, ModelError
-from macft.weights.torch_file import open_torch_file
+from macft.weights.tensors.torch_pickle import open_torch_file
 
 NATIVE_FORMAT = "peft"
 
@@ -52,7 +52,7 @@ def litgpt_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
 def _with_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     try:
         return PeftModel.from_pretrained(model, str(folder))
-    except Exception as error:  # any fault of a foreign loader
+    except Exception as error:  # any problem of a foreign loader
         raise ModelError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())[:160]}") from error
 
 

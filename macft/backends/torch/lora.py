@@ -87,16 +87,16 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 def set_trainable_state(model: torch.nn.Module, state: State) -> None:
     """Put arrays under canonical names back; raises ModelError naming all that do not fit."""
     have = trainable_parameters(model)
-    faults = [f"missing {name}" for name in have if name not in state]
-    faults += [f"unknown {name}" for name in state if name not in have]
-    faults += [
+    problems = [f"missing {name}" for name in have if name not in state]
+    problems += [f"unknown {name}" for name in state if name not in have]
+    problems += [
         f"{name} has shape {list(state[name].shape)}, the model wants {list(parameter.shape)}"
         for name, parameter in have.items()
         if name in state and tuple(state[name].shape) != tuple(parameter.shape)
     ]
-    if faults:
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise ModelError(f"the adapter does not fit this model: {'; '.join(faults[:3])}{more}")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ModelError(f"the adapter does not fit this model: {'; '.join(problems[:3])}{more}")
     with torch.no_grad():
         for name, parameter in have.items():
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(state[name], dtype=np.float32)))

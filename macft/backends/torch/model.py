@@ -15,14 +15,14 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from macft.backends.base import ModelSpec
-from macft.backends.layout import rope_fault
+from macft.backends.batch_layout import rope_problem
 from macft.backends.scratch import initial_value
 from macft.errors import MacftError, MissingPackageError, ModelError
-from macft.weights.lazy import Array, LazyTensor, from_rows, read_rows
-from macft.weights.mlx_layout import LAYOUTS, as_hf
+from macft.weights.layouts.mlx import LAYOUTS, as_hf
 from macft.weights.model_config import check_text_model, read_config
-from macft.weights.quantized import LOAD_GROUP_SIZE, quantization_of, roundtrip_affine
+from macft.weights.quantization.affine import LOAD_GROUP_SIZE, quantization_of, roundtrip_affine
 from macft.weights.source import open_model
+from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,7 +35,7 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
     notes: list[str]
-    rope_fault: str | None  # why rows cannot hold several examples
+    rope_problem: str | None  # why rows cannot hold several examples
 
 
 def pick_device() -> torch.device:
@@ -60,7 +60,7 @@ def load(spec: ModelSpec) -> Loaded:
         model = _from_folder(spec, device, weight_dtype, notes)
     except MacftError:
         raise
-    except Exception as error:  # any fault of a foreign loader
+    except Exception as error:  # any problem of a foreign loader
         architecture = read_config(spec.folder)["model_type"]
         raise ModelError(
             f"{spec.folder}: the torch backend cannot load this {architecture} model: transformers says: "
@@ -68,8 +68,8 @@ def load(spec: ModelSpec) -> Loaded:
         ) from error
     model.config.use_cache = False
     is_placed = spec.quantization_bit is not None and device.type == "cuda"
-    fault = rope_fault(read_config(spec.folder), spec.max_length)
-    return Loaded(model if is_placed else model.to(device), device, dtype, notes, fault)
+    problem = rope_problem(read_config(spec.folder), spec.max_length)
+    return Loaded(model if is_placed else model.to(device), device, dtype, notes, problem)
 
 
 def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, notes: list[str]) -> torch.nn.Module:
@@ -111,10 +111,10 @@ def _pretrained(spec: ModelSpec, dtype: torch.dtype, **options: Any) -> torch.nn
     model, info = AutoModelForCausalLM.from_pretrained(
         spec.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    if faulty := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
+    if invalid := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise ModelError(
-            f"{spec.folder}: {len(faulty)} tensors that the torch backend wants of this {model.config.model_type} "
-            f"model are missing or of another shape, {faulty[0]} first; download it again, or correct config.json"
+            f"{spec.folder}: {len(invalid)} tensors that the torch backend wants of this {model.config.model_type} "
+            f"model are missing or of another shape, {invalid[0]} first; download it again, or correct config.json"
         )
     return model
 

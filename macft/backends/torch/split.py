@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from macft.backends.layout import Layout, probe, probe_packed, probe_pairs
+from macft.backends.batch_layout import Layout, probe, probe_packed, probe_pairs
 
 # The head computes so many logits at a time: 32 MB in float32.
 LOGITS_AT_ONCE = 1 << 23

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from macft.backends.base import OptimizerSpec, is_decayed
-from macft.backends.layout import Layout
+from macft.backends.batch_layout import Layout
 from macft.backends.torch.split import SplitModel
 
 

@@ -1,0 +1,146 @@
+"""A base model and its adapters in; one merged model folder, and what was done to get it, out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from macft.errors import ModelError, UsageError
+from macft.weights.adapters.experts import is_expert
+from macft.weights.adapters.merge import adapted_modules, merge_adapters, untie
+from macft.weights.adapters.peft import Adapter
+from macft.weights.folder import ModelFolder, weights_hash
+from macft.weights.layouts.mlx import as_hf, mlx_config, to_mlx, with_experts_apart
+from macft.weights.quantization.adapter_loss import Erasure, Form, Versions, planned, quantize_merged
+from macft.weights.quantization.model import check_quantization
+from macft.weights.source import Layout, Source, open_model
+from macft.weights.tensors.lazy import LazyTensor, cast
+from macft.weights.writer import TEMPLATE, write_model
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written; `notes` are lines a user should read, warnings among them.
+
+    `erased` is the share of what the adapters add that quantizing the result lost: 0 is nothing, 1 as much as
+    they add; None when nothing was quantized.
+    """
+
+    modules: int
+    erased: float | None
+    notes: tuple[str, ...]
+
+
+def export_merged(
+    model: ModelFolder,
+    adapters: Sequence[Adapter],
+    destination: Path,
+    *,
+    layout: Layout = "hf",
+    bits: int | None = None,
+    group_size: int = 64,
+    requantize: bool = False,
+) -> MergeReport:
+    """Merge the adapters in order into a model and write it whole as `destination`, or nothing.
+
+    The sum is made in float32 and rounded once to the base's type; of a quantized base the result is its
+    dequantized weights, unless `requantize` gives it back the base's own quantization or `bits` another.
+    Raises UsageError for options that contradict each other, ModelError for files that do not fit.
+    """
+    source = open_model(model.path, exact=True)
+    _check_options(model, source, layout, bits, group_size, requantize)
+    tied_config, tensors = _as_trained(source, adapters)
+    config, base = untie(tied_config, tensors, adapters)
+    rounded = untie(*_as_trained(open_model(model.path), adapters), adapters)[1]
+    versions = Versions(base, merge_adapters(base, adapters), rounded)
+    notes = _notes(model, adapters, is_untied=config is not tied_config)
+    if source.quantization is not None and bits is None and not requantize:
+        notes.append(
+            f"{model.name} is quantized, the merged model is not: rounding it anew (--requantize --to mlx) would erase "
+            "part of what the adapter adds"
+        )
+    if layout == "mlx":
+        config, versions = _as_mlx(config, versions)
+    erasure = None
+    if bits is None and not requantize:
+        result = [cast(tensor, like.dtype) for tensor, like in zip(versions.merged, versions.rounded, strict=True)]
+    else:
+        erasure = Erasure()
+        default, forms = _forms(source, config, versions, bits, group_size)
+        config, result = quantize_merged(config, versions, forms, default, erasure)
+    write_model(
+        destination,
+        config,
+        result,
+        source_folder=model.path,
+        layout=layout,
+        template=_template(adapters),
+        if_not_finite="the model is broken, or with the adapters its numbers are too large for their type",
+    )
+    if erasure is not None:
+        notes.append(f"quantizing erased {erasure.share:.0%} of what the adapters add")
+    modules = {module for adapter in adapters for module in adapted_modules(adapter)}
+    return MergeReport(len(modules), None if erasure is None else erasure.share, tuple(notes))
+
+
+def _check_options(
+    model: ModelFolder, source: Source, layout: Layout, bits: int | None, group_size: int, requantize: bool
+) -> None:
+    if bits is not None and requantize:
+        raise UsageError("--bits and --requantize contradict each other: --requantize takes the base's own bits")
+    if (bits is not None or requantize) and layout != "mlx":
+        asked = "--requantize" if requantize else "--bits"
+        raise UsageError(f"{asked} quantizes to MLX's own format: add --to mlx, or leave {asked} out")
+    if bits is not None:
+        check_quantization(bits, group_size)
+    if requantize and source.quantization is None:
+        raise UsageError(f"{model.name} is not quantized, so --requantize has no bits to take from it; give --bits")
+    if requantize and source.quantization is not None and source.quantization.mode != "affine":
+        raise ModelError(
+            f"{model.name} is quantized as {source.quantization.mode}, which is read but not written; give --bits "
+            "in place of --requantize"
+        )
+
+
+def _as_trained(source: Source, adapters: Sequence[Adapter]) -> tuple[dict[str, Any], list[LazyTensor]]:
+    """The model in HF layout, with the modules that the adapters were trained on."""
+    config, tensors = as_hf(source)
+    if any(is_expert(module) for adapter in adapters for module in adapted_modules(adapter)):
+        tensors = with_experts_apart(config, tensors)
+    return config, tensors
+
+
+def _as_mlx(config: dict[str, Any], versions: Versions) -> tuple[dict[str, Any], Versions]:
+    lists = [to_mlx(config, tensors) for tensors in (versions.base, versions.merged, versions.rounded)]
+    return mlx_config(config, versions.base), Versions(*lists)
+
+
+def _forms(
+    source: Source, config: dict[str, Any], versions: Versions, bits: int | None, group_size: int
+) -> tuple[Form, dict[str, Form]]:
+    """The form most modules are quantized to, and the form of each: the base's own without `bits`."""
+    if bits is not None:
+        return (bits, group_size), planned(config, versions.rounded, (bits, group_size))
+    own = source.quantization
+    assert own is not None
+    return (own.bits, own.group_size), {module: own.of(module) for module in source.quantized}
+
+
+def _notes(model: ModelFolder, adapters: Sequence[Adapter], *, is_untied: bool) -> list[str]:
+    notes = []
+    for adapter in adapters:
+        if adapter.base_hash is not None and adapter.base_hash != weights_hash(model.path):
+            notes.append(
+                f"{adapter.folder} was trained on {adapter.config.base}, whose weights are not those of {model.name}"
+            )
+    if is_untied:
+        notes.append("an adapter changes the head or the embedding, which were one matrix: the merged model has two")
+    return notes
+
+
+def _template(adapters: Sequence[Adapter]) -> Path | None:
+    """The chat template that the last adapter to bring one was trained with."""
+    found = [adapter.folder / TEMPLATE for adapter in adapters if (adapter.folder / TEMPLATE).is_file()]
+    return found[-1] if found else None

@@ -1,0 +1,167 @@
+"""Tables of tokenized rows in; folders of plain arrays that are whole or absent, and are mapped when read, out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from macft.data.tokenization.report import TokenizeReport, count_rows
+from macft.data.tokenization.table import COLUMNS, Table
+from macft.files import new_dir, new_file, write_json
+
+_MANIFEST = "manifest.json"
+_DTYPES = {"tokens": np.dtype("<i4"), "loss_mask": np.dtype("?"), "offsets": np.dtype("<i8"), "columns": COLUMNS}
+# a .npy header is padded to this, so that it can be written when the length is known
+_HEADER = 1024
+_BLOCK = 1 << 22
+
+
+def write_part(path: Path, table: Table) -> None:
+    """Write some rows of a table to come into one file."""
+    with new_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, width=np.array(table.width), **{name: getattr(table, name) for name in _DTYPES})
+
+
+def read_part(path: Path) -> Table | None:
+    """What `write_part` wrote, its files left out; None if there is no whole file."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = Table(**{name: arrays[name] for name in _DTYPES}, width=int(arrays["width"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    return found
+
+
+class _Array:
+    """An array that grows; knows its checksum and its digest."""
+
+    def __init__(self, dtype: np.dtype[Any], file: IO[bytes] | None) -> None:
+        self._dtype = dtype
+        self._file = file
+        self._sha = hashlib.sha256()
+        self.crc = 0
+        self.count = 0
+        if file is not None:
+            file.write(bytes(_HEADER))
+
+    def extend(self, values: np.ndarray) -> None:
+        """Add values at the end."""
+        self.count += len(values)
+        data = np.ascontiguousarray(values, dtype=self._dtype).view(np.uint8).data
+        self._sha.update(data)
+        self.crc = zlib.crc32(data, self.crc)
+        if self._file is not None:
+            self._file.write(data)
+
+    def end(self) -> None:
+        """Write the header."""
+        if self._file is not None:
+            self._file.seek(0)
+            self._file.write(_header(self._dtype, self.count))
+
+    def digest(self) -> str:
+        return self._sha.hexdigest()
+
+
+def _header(dtype: np.dtype[Any], count: int) -> bytes:
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    start = np.lib.format.magic(1, 0) + (_HEADER - 10).to_bytes(2, "little")
+    return start + repr(described).encode().ljust(_HEADER - 11) + b"\n"
+
+
+def _extend(arrays: dict[str, _Array], part: Table) -> None:
+    """Add the rows of a table; offsets go on from those before."""
+    before = arrays["tokens"].count
+    for name in _DTYPES:
+        if name == "offsets":
+            arrays[name].extend(part.offsets[1 if arrays[name].count else 0 :] + before)
+        else:
+            arrays[name].extend(getattr(part, name))
+
+
+def _digest(arrays: dict[str, _Array], width: int) -> str:
+    # where rows stand in their files, and what was plural, is no part of what they are
+    parts = [str(width), *(arrays[name].digest() for name in ("tokens", "loss_mask", "offsets"))]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def with_digest(table: Table) -> Table:
+    """The table with the digest that it would have on disk."""
+    arrays = {name: _Array(dtype, None) for name, dtype in _DTYPES.items()}
+    _extend(arrays, table)
+    return replace(table, digest=_digest(arrays, table.width))
+
+
+def write_table(folder: Path, parts: Iterable[Table], width: int, notes: Sequence[str]) -> None:
+    """Write the rows of all parts as one table; `notes`: what there is to say whenever it is read."""
+    with new_dir(folder) as temporary:
+        files = {name: (temporary / f"{name}.npy").open("wb") for name in _DTYPES}
+        try:
+            arrays = {name: _Array(_DTYPES[name], file) for name, file in files.items()}
+            for part in parts:
+                _extend(arrays, part)
+            for array in arrays.values():
+                array.end()
+        finally:
+            for file in files.values():
+                file.close()
+        sums = {name: {"count": array.count, "crc32": array.crc} for name, array in arrays.items()}
+        digest = _digest(arrays, width)
+        manifest = {"width": width, "digest": digest, "arrays": sums, "notes": list(notes)}
+        table = _mapped(temporary, manifest, ())
+        report = TokenizeReport()
+        count_rows(report, table, np.arange(len(table)))
+        write_json(temporary / _MANIFEST, manifest | {"report": asdict(report)})
+
+
+def read_table(folder: Path, files: Sequence[str]) -> tuple[Table, list[str]] | None:
+    """(the table, mapped from disk; its notes); None if the folder is not there whole. `files`: see Table."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        for name, found in manifest["arrays"].items():
+            if _checksum(folder / f"{name}.npy") != found["crc32"]:
+                return None
+        table = _mapped(folder, manifest, files)
+        notes = [str(note) for note in manifest["notes"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return table, notes
+
+
+def table_bytes(folder: Path) -> int:
+    """How much room a table takes on disk."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _mapped(folder: Path, manifest: dict[str, Any], files: Sequence[str]) -> Table:
+    arrays: dict[str, np.ndarray] = {}
+    for name, dtype in _DTYPES.items():
+        count = manifest["arrays"][name]["count"]
+        path = folder / f"{name}.npy"
+        # a memory map of nothing cannot be made
+        mapped = np.load(path, mmap_mode="r" if count else None, allow_pickle=False)
+        if mapped.dtype != dtype or mapped.shape != (count,):
+            raise ValueError(f"{path}: not what the manifest says")
+        # slices of the plain class are made much faster than those of np.memmap
+        arrays[name] = np.asarray(mapped)
+    # read for every plan: not worth a page fault each
+    arrays["columns"] = np.array(arrays["columns"])
+    return Table(**arrays, width=int(manifest["width"]), files=tuple(files), digest=str(manifest["digest"]))
+
+
+def _checksum(path: Path) -> int:
+    """Of the values, read rather than mapped: mapped pages would count as memory that is used."""
+    crc = 0
+    with path.open("rb") as file:
+        file.seek(_HEADER)
+        while block := file.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc

@@ -1,0 +1,220 @@
+"""A data file in; its rows, each with the line it starts on, out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from macft.data.sources.tables import TABLES, count_table, table_rows
+from macft.data.sources.text import kind, lines, nearest_file, read_text
+from macft.errors import DataError, join_problems
+from macft.text import plural
+
+__all__ = ["SUFFIXES", "Row", "Unread", "count_rows", "iter_rows", "kind_of", "nearest_file", "read_rows"]
+
+SUFFIXES = (".jsonl", ".json", *TABLES, ".txt")
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data file; `number` is the line (from 1) it starts on, in a table its place."""
+
+    number: int
+    value: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A place where a file holds no row, and why."""
+
+    number: int
+    problem: str
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file, with the errors of `iter_rows`."""
+    return list(iter_rows(path))
+
+
+def iter_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """The rows of a file one by one, in bounded memory unless it is a JSON list.
+
+    Of a table only `columns` are read. Nothing follows the first problem. Raises DataError: file missing,
+    damaged or empty, and, once all is read, with every line that is no row.
+    """
+    problems: list[str] = []
+    for item in scan(path, columns):
+        if isinstance(item, Unread):
+            problems.append(f"{place_of(path)} {item.number}: {item.problem}")
+        elif not problems:
+            yield item
+    if problems:
+        raise DataError(join_problems(f"{path}: {plural(len(problems), 'problem')}", problems))
+
+
+def scan(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row | Unread]:
+    """The rows of a file and the places that hold none, in order.
+
+    Raises DataError when there is nothing to scan: file missing, of an unknown kind, damaged or empty.
+    """
+    suffix = kind(path)
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path}: {_ending(path)}, expected {_one_of(SUFFIXES)}, or one with .gz")
+    if suffix in TABLES:
+        items = table_rows(path, columns)
+    elif suffix == ".txt":
+        items = _text_items(path)
+    else:
+        items = _jsonl_items(path) if suffix == ".jsonl" or _is_jsonl(path) else _json_items(read_text(path))
+    is_empty = True
+    for number, value, problem in items:
+        is_empty = False
+        if isinstance(value, dict):
+            yield Row(number, value)
+        else:
+            yield Unread(number, problem or f"found {kind_of(value)}, expected an object")
+    if is_empty:
+        raise DataError(f"{path}: the file holds no rows, expected at least one")
+
+
+def count_rows(path: Path) -> int:
+    """How many rows a file has; read from the header where there is one."""
+    in_table = count_table(path)
+    return sum(isinstance(item, Row) for item in scan(path, ())) if in_table is None else in_table
+
+
+def place_of(path: Path) -> str:
+    """What the number of a row counts in this file."""
+    return "row" if kind(path) in (".parquet", ".arrow") else "line"
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in JSON's words."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _ending(path: Path) -> str:
+    return f"ends in {path.suffix!r}" if path.suffix else "has no ending that says what it is"
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+# (line, value, problem): the problem is empty where a value was read
+_Item = tuple[int, Any, str]
+
+
+def _text_items(path: Path) -> Iterator[_Item]:
+    """Each line that is not blank is a text."""
+    for number, text, problem in lines(path):
+        if problem:
+            yield number, None, problem
+        elif text.strip():
+            yield number, {"text": text.rstrip("\r\n")}, ""
+
+
+def _is_jsonl(path: Path) -> bool:
+    """Whether a .json file holds one object a line, as many on the hubs do."""
+    for _, text, _ in lines(path):
+        if text.strip():
+            value, _ = _parsed(text)
+            return isinstance(value, dict)
+    return False
+
+
+def _jsonl_items(path: Path) -> Iterator[_Item]:
+    for number, text, problem in lines(path):
+        if problem:
+            yield number, None, problem
+        elif text.strip():
+            value, problem = _parsed(text.rstrip("\r\n"))
+            is_list = number == 1 and text.lstrip().startswith("[") and problem
+            yield number, value, f"{problem}; a list belongs in a .json file" if is_list else problem
+
+
+def _parsed(text: str) -> tuple[Any, str]:
+    try:
+        return json.loads(text), ""
+    except json.JSONDecodeError as error:
+        return None, _not_json(text, error)
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON that can be read ({error})"
+
+
+# what a Chinese keyboard types in place of JSON's own marks
+_WIDE = {"，": ",", "：": ":", "“": '"', "”": '"', "［": "[", "］": "]", "｛": "{", "｝": "}"}
+
+
+def _not_json(text: str, error: json.JSONDecodeError) -> str:
+    found = text[error.pos : error.pos + 1]
+    wide = f": found the full-width {found}, expected {_WIDE[found]}" if found in _WIDE else ""
+    before = text[: error.pos].rstrip()
+    comma = f", {_COMMA}" if before.endswith(",") and found in "}]" and found else ""
+    return f"not JSON ({error.msg} at column {error.colno}{wide}{comma})"
+
+
+_COMMA = "after a comma that ends the list"
+
+
+def _json_items(text: str) -> Iterator[_Item]:
+    """The items of one JSON list, read one by one so that each is known by its line."""
+    at = _skip(text, 0)
+    if at == len(text):
+        return
+    if text[at] != "[":
+        hint = "; one object a line belongs in a .jsonl file" if text[at] == "{" else ""
+        yield _line(text, at), None, f"starts with {text[at]!r}, expected a list of objects{hint}"
+        return
+    decoder = json.JSONDecoder()
+    line, seen = 1, 0
+    at = _skip(text, at + 1)
+    closed = text.startswith("]", at)
+    while not closed:
+        line, seen = line + text.count("\n", seen, at), at
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            yield error.lineno, None, _not_json(text, error)
+            return
+        except (ValueError, RecursionError) as error:
+            yield line, None, f"not JSON that can be read ({error})"
+            return
+        yield line, value, ""
+        at = _skip(text, at)
+        closed = text.startswith("]", at)
+        if not closed:
+            following = _skip(text, at + 1)
+            if not text.startswith(",", at) or text.startswith("]", following):
+                found = "a comma after the last item" if text.startswith(",", at) else _found(text, at)
+                yield _line(text, at), None, f"column {_column(text, at)}: {found}, expected ',' or ']'"
+                return
+            at = following
+    rest = _skip(text, at + 1)
+    if rest < len(text):
+        yield _line(text, rest), None, f"column {_column(text, rest)}: {_found(text, rest)} after the list"
+
+
+def _skip(text: str, at: int) -> int:
+    blank = _BLANK.match(text, at)
+    return blank.end() if blank else at
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+def _column(text: str, at: int) -> int:
+    return at - text.rfind("\n", 0, at)
+
+
+def _found(text: str, at: int) -> str:
+    if at >= len(text):
+        return "the file ends here"
+    return f"found {f'the full-width {text[at]}' if text[at] in _WIDE else repr(text[at])}"

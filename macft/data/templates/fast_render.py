@@ -1,0 +1,328 @@
+"""A chat template in; a renderer without Jinja out, for the conversations where that is the same.
+
+For each order of roles the template is rendered once with marks for contents. The marks see what
+the template does to a content: if it only places, strips, or looks into it, the text between the
+marks is the same for every conversation of that order on which each look has the same result.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple, NoReturn
+
+from jinja2 import nodes
+
+from macft.data.templates.chat_template import ChatTemplate, Message
+from macft.errors import DataError
+
+# orders of roles that are kept, and how often one is met before it is worth it
+_MOST_ORDERS = 500
+_WORTH = 3
+# a template that knows the time or draws lots renders nothing twice alike
+_UNSTEADY = ("strftime_now", "random", "lipsum")
+# what joins texts where a mark does not see it, and the filters that do not
+_UNSEEN = (nodes.Macro, nodes.AssignBlock, nodes.FilterBlock, nodes.Include, nodes.Import, nodes.FromImport)
+_FILTERS = frozenset(
+    [
+        *("trim", "string", "length", "count", "list", "first", "last"),
+        *("selectattr", "rejectattr", "default", "d", "tojson", "int"),
+    ]
+)
+_MARK = re.compile("\ue000([0-9]+)\ue001")
+_STRIPS = {"strip": str.strip, "lstrip": str.lstrip, "rstrip": str.rstrip}
+
+Strip = tuple[str, str | None]  # (name of the method, its argument)
+Span = tuple[int, int]
+
+
+class Slot(NamedTuple):
+    """A place for the content of a message, and what is stripped off it, in order."""
+
+    message: int
+    strips: tuple[Strip, ...]
+
+
+class Look(NamedTuple):
+    """What the template looked for in a content, and was told is not there; `text` None: any character at all."""
+
+    slot: Slot
+    text: str | None
+
+
+Items = tuple[str | Slot, ...]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A conversation's text without its contents; right where no look finds anything."""
+
+    items: Items
+    looks: frozenset[Look]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A rendered conversation, and the trained span of each assistant message by its index."""
+
+    text: str
+    spans: dict[int, Span]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    items: Items
+    looks: frozenset[Look]
+    # (assistant message, first item of its span, characters of that item before it, and the same of its end)
+    spans: tuple[tuple[int, int, int, int, int], ...]
+
+
+class FastRenderer:
+    """Renders conversations of roles and contents alone, with their spans."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        self._met: dict[tuple[str, ...], int] = {}
+        self._plans: dict[tuple[str, ...], _Plan | None] = {}
+
+    def render(self, messages: Sequence[Message]) -> Text | None:
+        """The text and spans that Jinja would give; None where it has to be asked."""
+        if any(len(message) != 2 or not isinstance(message.get("content"), str) for message in messages):
+            return None
+        roles = tuple(message["role"] for message in messages)
+        plan = self._plan(roles)
+        return None if plan is None else _fill(plan, [message["content"] for message in messages])
+
+    def _plan(self, roles: tuple[str, ...]) -> _Plan | None:
+        if roles in self._plans:
+            return self._plans[roles]
+        met = self._met[roles] = self._met.get(roles, 0) + 1
+        if met < _WORTH or len(self._plans) >= _MOST_ORDERS:
+            return None
+        self._plans[roles] = _make_plan(self._template, roles)
+        return self._plans[roles]
+
+
+@lru_cache(maxsize=8)
+def compile_template(template: ChatTemplate) -> FastRenderer | None:
+    """A renderer for `template`; None if it renders not even a question and its answer the same way each time."""
+    if any(word in template.source for word in _UNSTEADY) or not _can_be_followed(template.syntax()):
+        return None
+    return FastRenderer(template) if _make_plan(template, ("user", "assistant")) is not None else None
+
+
+def skeleton(template: ChatTemplate, roles: Sequence[str], *, add_generation_prompt: bool = False) -> Skeleton | None:
+    """The text of a conversation of these roles around its contents; None if it depends on them otherwise."""
+    book = _Book()
+    messages = [{"role": role, "content": book.mark(Slot(i, ()))} for i, role in enumerate(roles)]
+    try:
+        text = template.render(messages, add_generation_prompt=add_generation_prompt)
+    except DataError:
+        return None
+    items: list[str | Slot] = []
+    for i, piece in enumerate(_MARK.split(text)):
+        items += [book.slots[int(piece)]] if i % 2 else [piece] * bool(piece)
+    return Skeleton(tuple(items), frozenset(book.looks))
+
+
+def _can_be_followed(tree: nodes.Template) -> bool:
+    """Whether marks see all that is done to them: nothing makes a text of them that no longer tells."""
+    if next(tree.find_all(_UNSEEN), None) is not None:
+        return False
+    shown = [piece for output in tree.find_all(nodes.Output) for piece in output.nodes]
+    raised = [piece for call in tree.find_all(nodes.Call) if _raises(call) for piece in call.args]
+    seen = {id(piece) for piece in shown + raised}
+    return (
+        all(id(concat) in seen for concat in tree.find_all(nodes.Concat))
+        and all(one.name in _FILTERS for one in tree.find_all(nodes.Filter))
+        and not any(one.attr in ("join", "format", "format_map") for one in tree.find_all(nodes.Getattr))
+        and not any(isinstance(mod.left, nodes.Const) for mod in tree.find_all(nodes.Mod))
+    )
+
+
+def _raises(call: nodes.Call) -> bool:
+    return isinstance(call.node, nodes.Name) and call.node.name == "raise_exception"
+
+
+class _UnknownUseError(Exception):
+    """A template does with a content what is not followed here."""
+
+
+class _Book:
+    """The slots behind the marks, and what was looked for in them."""
+
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
+        self.looks: set[Look] = set()
+
+    def mark(self, slot: Slot) -> _Marked:
+        self.slots.append(slot)
+        return _Marked(f"\ue000{len(self.slots) - 1}\ue001", self, slot)
+
+
+class _Marked(str):
+    """A mark that stands for a content, or (`slot` None) a text that holds marks."""
+
+    _book: _Book
+    _slot: Slot | None
+
+    def __new__(cls, text: str, book: _Book, slot: Slot | None) -> _Marked:
+        self = super().__new__(cls, text)
+        self._book = book
+        self._slot = slot
+        return self
+
+    def _look(self, text: str | None) -> None:
+        if self._slot is None:
+            raise _UnknownUseError
+        self._book.looks.add(Look(self._slot, text))
+
+    def _stripped(self, how: str, characters: str | None) -> _Marked:
+        if self._slot is None:
+            raise _UnknownUseError
+        return self._book.mark(Slot(self._slot.message, (*self._slot.strips, (how, characters))))
+
+    def strip(self, characters: str | None = None, /) -> _Marked:  # type: ignore[override]
+        return self._stripped("strip", characters)
+
+    def lstrip(self, characters: str | None = None, /) -> _Marked:  # type: ignore[override]
+        return self._stripped("lstrip", characters)
+
+    def rstrip(self, characters: str | None = None, /) -> _Marked:  # type: ignore[override]
+        return self._stripped("rstrip", characters)
+
+    def __contains__(self, text: Any) -> bool:
+        self._look(str(text))
+        return False
+
+    def startswith(self, text: Any, *bounds: Any) -> bool:
+        return self._has_edge(text, bounds)
+
+    def endswith(self, text: Any, *bounds: Any) -> bool:
+        return self._has_edge(text, bounds)
+
+    def _has_edge(self, text: Any, bounds: Any) -> bool:
+        if bounds or not isinstance(text, str):
+            raise _UnknownUseError
+        self._look(text)
+        return False
+
+    def __bool__(self) -> bool:
+        if self._slot is not None:
+            self._look(None)
+        elif not _MARK.sub("", self):
+            raise _UnknownUseError
+        return True
+
+    def __add__(self, other: str) -> _Marked:
+        return _Marked(str.__add__(self, other), self._book, None)
+
+    def __radd__(self, other: str) -> _Marked:
+        return _Marked(str.__add__(other, self), self._book, None)
+
+    def __str__(self) -> str:
+        return self
+
+    def __hash__(self) -> int:
+        raise _UnknownUseError
+
+
+def _unknown(*_: Any, **__: Any) -> NoReturn:
+    raise _UnknownUseError
+
+
+# everything else that a string can do
+_FOLLOWED = {*vars(_Marked), "__class__", "__doc__", "__format__", "__getattribute__", "__getnewargs__", "__sizeof__"}
+for _name in set(dir(str)) - set(dir(object)) - _FOLLOWED | {"__eq__", "__ne__"}:
+    setattr(_Marked, _name, _unknown)
+
+
+def _make_plan(template: ChatTemplate, roles: tuple[str, ...]) -> _Plan | None:
+    """How to render conversations of these roles; None where Jinja has to."""
+    full = skeleton(template, roles)
+    if full is None:
+        return None
+    looks = set(full.looks)
+    spans = []
+    for turn in (i for i, role in enumerate(roles) if role == "assistant"):
+        prompt = skeleton(template, roles[:turn], add_generation_prompt=True)
+        answered = skeleton(template, roles[: turn + 1])
+        if prompt is None or answered is None:
+            return None
+        begin, end = _end_of(prompt.items, full.items), _end_of_turn(answered.items, full.items, turn)
+        if begin is None or end is None:
+            return None
+        looks |= prompt.looks | answered.looks
+        spans.append((turn, *begin, *end))
+    plan = _Plan(full.items, frozenset(looks), tuple(spans))
+    return plan if _holds(template, roles, plan) else None
+
+
+def _end_of(start: Items, items: Items) -> tuple[int, int] | None:
+    """(item, characters of it) where `start` ends in `items`; None if these do not start so."""
+    if not start:
+        return 0, 0
+    last = len(start) - 1
+    if last >= len(items) or start[:last] != items[:last]:
+        return None
+    mine, theirs = start[last], items[last]
+    if isinstance(mine, str) and isinstance(theirs, str) and theirs.startswith(mine):
+        return last, len(mine)
+    return (last + 1, 0) if mine == theirs else None
+
+
+def _end_of_turn(answered: Items, items: Items, turn: int) -> tuple[int, int] | None:
+    """Where the turn that ends `answered` ends in `items`, although it may be rendered there otherwise."""
+    if (end := _end_of(answered, items)) is not None:
+        return end
+    places = [[i for i, item in enumerate(each) if _is_of(item, turn)] for each in (answered, items)]
+    if [len(found) for found in places] != [1, 1]:
+        return None
+    here, there = places[0][0], places[1][0]
+    tail = answered[here + 1 :]
+    end = _end_of(tail, items[there + 1 :])
+    return None if end is None else (there + 1 + end[0], end[1])
+
+
+def _is_of(item: str | Slot, message: int) -> bool:
+    return isinstance(item, Slot) and item.message == message
+
+
+def _fill(plan: _Plan, contents: Sequence[str]) -> Text | None:
+    for slot, text in plan.looks:
+        content = _stripped(contents[slot.message], slot.strips)
+        if not content if text is None else text in content:
+            return None
+    pieces = [item if isinstance(item, str) else _stripped(contents[item.message], item.strips) for item in plan.items]
+    starts = [0, *accumulate(map(len, pieces))]
+    spans = {turn: (starts[a] + b, starts[c] + d) for turn, a, b, c, d in plan.spans}
+    return Text("".join(pieces), spans)
+
+
+def _stripped(content: str, strips: tuple[Strip, ...]) -> str:
+    for how, characters in strips:
+        content = _STRIPS[how](content, characters)
+    return content
+
+
+# contents that a template may treat in a way of their own
+_ODD = ("", " ", "\n a \n", "a", '"<&>\\ {{ x }}', "你好 \t", "[x]", "0")
+
+
+def _holds(template: ChatTemplate, roles: tuple[str, ...], plan: _Plan) -> bool:
+    """Whether Jinja renders odd contents as the plan does."""
+    for shift in range(len(_ODD)):
+        contents = [_ODD[(shift + 3 * i) % len(_ODD)] for i in range(len(roles))]
+        filled = _fill(plan, contents)
+        if filled is None:
+            continue
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        try:
+            if template.render(messages) != filled.text:
+                return False
+        except DataError:
+            return False
+    return True

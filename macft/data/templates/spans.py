@@ -1,0 +1,146 @@
+"""A chat template and a conversation in; its rendered text with the character spans trained on out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from macft.data.templates.chat_template import ChatTemplate, Message
+from macft.data.templates.fast_render import compile_template
+from macft.data.templates.llamafactory import NAMED
+from macft.data.templates.tools import Tools, check_tools, uses_tools, with_objects
+from macft.errors import DataError
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Rendered text and the [start, end) character spans of it that are trained on, in order."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def render_with_spans(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    tools: Tools | None = None,
+    train_on_prompt: bool = False,
+    mask_history: bool = False,
+) -> Rendered:
+    """Render once; a trained span is what the template adds when an assistant turn is appended.
+
+    With `mask_history` only the last assistant turn is trained, with `train_on_prompt` all text.
+    Raises DataError when the template refuses the conversation, has no place for `tools`, or
+    renders a turn so differently once others follow that its place cannot be told.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if template.one_answer is not None and len(turns) > 1 and not mask_history:
+        plain = f"{template.name}_nothink"
+        other = f"write template: {plain}" if plain in NAMED else "give another template"
+        raise DataError(
+            f"the chat template ({template.name}) is trained on one answer of a conversation, found {len(turns)}: "
+            f"{template.one_answer}; use mask_history, split the conversation, or {other}"
+        )
+    if mask_history:
+        turns = turns[-1:]
+    return _render(template, messages, tools, None if train_on_prompt else turns)
+
+
+def render_turn(
+    template: ChatTemplate, messages: Sequence[Message], turn: int, *, tools: Tools | None = None
+) -> Rendered:
+    """Render once, with the span of the assistant message `turn` alone; errors as `render_with_spans`."""
+    return _render(template, messages, tools, [turn])
+
+
+def _render(
+    template: ChatTemplate, messages: Sequence[Message], tools: Tools | None, turns: list[int] | None
+) -> Rendered:
+    """The text with the spans of the assistant messages `turns`, or (None) all of it."""
+    if uses_tools(messages, tools):
+        check_tools(template, messages, tools)
+        messages = with_objects(messages)
+    elif (fast := compile_template(template)) is not None and (made := fast.render(messages)) is not None:
+        spans = ((0, len(made.text)),) if turns is None else tuple(made.spans[turn] for turn in turns)
+        return Rendered(made.text, spans)
+    render = _Renderer(template, list(tools) if tools else None)
+    full = render(messages)
+    if turns is None:
+        return Rendered(full, ((0, len(full)),))
+    return Rendered(full, tuple(_turn_span(render, messages, turn, full) for turn in turns))
+
+
+@dataclass(frozen=True)
+class _Renderer:
+    template: ChatTemplate
+    tools: list[dict[str, Any]] | None
+
+    def __call__(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt, tools=self.tools)
+
+
+def _turn_span(render: _Renderer, messages: Sequence[Message], turn: int, full: str) -> tuple[int, int]:
+    up_to_turn = render(messages[: turn + 1])
+    prompt = _generation_prompt(render, messages[:turn])
+    if full.startswith(up_to_turn):
+        if prompt is None:
+            return _content_bounds(render, messages[: turn + 1], turn, up_to_turn)[0], len(up_to_turn)
+        return _common_prefix(prompt, full), len(up_to_turn)
+
+    # the template renders an earlier turn otherwise once more follows, e.g. without its thinking
+    begin, end = _content_bounds(render, messages, turn, full)
+    before, tail = _around_content(render, messages[: turn + 1], turn, up_to_turn)
+    if not up_to_turn.endswith(tail) or not full.startswith(tail, end):
+        raise _unplaced(render, turn)
+    if prompt is None:
+        return begin, end + len(tail)
+    if full.startswith(prompt):
+        return len(prompt), end + len(tail)
+    lead = before[_common_prefix(prompt, up_to_turn) :]
+    return begin - len(lead) if full.endswith(lead, 0, begin) else begin, end + len(tail)
+
+
+def _generation_prompt(render: _Renderer, messages: Sequence[Message]) -> str | None:
+    """What the model is given before the turn; None where the template has no prompt without a user."""
+    try:
+        return render(messages, add_generation_prompt=True)
+    except DataError:
+        return None
+
+
+def _content_bounds(render: _Renderer, messages: Sequence[Message], turn: int, text: str) -> tuple[int, int]:
+    """Where the content of `turn` lies in `text`, the rendering of `messages`, whatever became of it."""
+    before, after = _around_content(render, messages, turn, text)
+    end = len(text) - len(after)
+    if not text.startswith(before) or not text.endswith(after) or end < len(before):
+        raise _unplaced(render, turn)
+    return len(before), end
+
+
+def _around_content(render: _Renderer, messages: Sequence[Message], turn: int, text: str) -> tuple[str, str]:
+    """What is rendered before and after the content of `turn`, found by putting a mark in its place."""
+    mark = "\ue000answer\ue001"
+    while mark in text:
+        mark += "\ue001"
+    marked = [*messages[:turn], {**messages[turn], "content": mark}, *messages[turn + 1 :]]
+    before, found, after = render(marked).partition(mark)
+    if not found:
+        raise _unplaced(render, turn)
+    return before, after
+
+
+def _unplaced(render: _Renderer, turn: int) -> DataError:
+    return DataError(
+        f"the chat template ({render.template.name}) renders message {turn + 1} (assistant) differently once more "
+        "turns follow, so what to train on cannot be told; use mask_history, split the conversation, "
+        "or give another template"
+    )
+
+
+def _common_prefix(left: str, right: str) -> int:
+    if right.startswith(left):
+        return len(left)
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

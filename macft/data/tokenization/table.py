@@ -1,0 +1,247 @@
+"""Tokenized rows in flat arrays, in memory or mapped from disk, in; examples and pairs, as they are asked for, out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import overload
+
+import numpy as np
+
+# what is known of each row that was read, whether or not it is trained on
+COLUMNS = np.dtype(
+    [
+        ("file", "<i4"),  # index of the file it stands in; -1: not known
+        ("line", "<i8"),
+        ("skip_reason", "u1"),  # 0: it is trained on; else the number of what keeps it from that
+        ("flags", "u1"),
+        ("boundary_tokens", "<i4"),  # tokens on both sides of a trained span's border
+        ("special", "<i4"),  # the first special token in its text, as an index of special_strings; -1: none
+        ("prompt_length", "<i4"),  # of pairs
+        ("trained", "<i8"),  # tokens that are targets
+        ("fingerprint", "<u8"),  # of its tokens
+    ]
+)
+SHORTENED, EMPTIED, ANSWER_CUT, IDENTICAL = 1, 2, 4, 8
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """`tokens` int32 [T]; `loss_mask` bool [T], where True means that the token is a target."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the reference model says of one pair: log-probabilities summed over each answer."""
+
+    chosen_logp: float
+    rejected_logp: float
+    # mean negative log-probability of the prompt's tokens after the first; nan: not computed
+    log_perplexity: float
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """Two rows that begin with the same `prompt_length` tokens; each loss mask is True from there to the row's end."""
+
+    chosen: TokenizedExample
+    rejected: TokenizedExample
+    prompt_length: int
+    reference: Reference | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows of some data, one after the other; row i has `columns[i]` and, unless it is left out, tokens.
+
+    `tokens` int32 and `loss_mask` bool [tokens]; `offsets` int64 [width * rows + 1] says where each begins.
+    `width` 2: pairs, whose chosen and rejected tokens alternate. `files`: what `columns["file"]` counts.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    offsets: np.ndarray
+    columns: np.ndarray
+    width: int
+    files: tuple[str, ...] = ()
+    digest: str = ""  # of the tokens, masks and offsets; empty: not computed
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def row(self, index: int) -> TokenizedExample:
+        """The tokens between two offsets."""
+        start, end = self.offsets[index], self.offsets[index + 1]
+        return TokenizedExample(self.tokens[start:end], self.loss_mask[start:end])
+
+    def source(self, index: int) -> str:
+        """Where row `index` stands, as file:line."""
+        file, line = int(self.columns["file"][index]), int(self.columns["line"][index])
+        return f"{self.files[file] if file >= 0 else '?'}:{line}"
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [rows]: tokens of each row, of a pair those of the longer side."""
+        lengths: np.ndarray = np.diff(self.offsets).reshape(-1, self.width).max(axis=1)
+        return lengths
+
+    @cached_property
+    def totals(self) -> np.ndarray:
+        """int64 [rows]: tokens of each row, of a pair those of both sides."""
+        totals: np.ndarray = np.diff(self.offsets[:: self.width])
+        return totals
+
+
+@dataclass(frozen=True, eq=False)
+class Examples(Sequence[TokenizedExample]):
+    """The rows `indices` of a table, each made when it is asked for."""
+
+    table: Table
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index: int | slice) -> TokenizedExample | Examples:
+        if isinstance(index, slice):
+            return Examples(self.table, self.indices[index])
+        return self.table.row(int(self.indices[index]))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [examples]: tokens of each."""
+        lengths: np.ndarray = self.table.lengths[self.indices]
+        return lengths
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs(Sequence[TokenizedPair]):
+    """The pairs `indices` of a table, each made when it is asked for.
+
+    `references` float64 [pairs, 3]: the fields of Reference; nan in the first where there is none.
+    """
+
+    table: Table
+    indices: np.ndarray
+    references: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> Pairs: ...
+    def __getitem__(self, index: int | slice) -> TokenizedPair | Pairs:
+        if isinstance(index, slice):
+            references = self.references[index] if self.references is not None else None
+            return Pairs(self.table, self.indices[index], references)
+        at = int(self.indices[index])
+        reference = None
+        if self.references is not None and not np.isnan(self.references[index, 0]):
+            reference = Reference(*map(float, self.references[index]))
+        length = int(self.table.columns["prompt_length"][at])
+        return TokenizedPair(self.table.row(2 * at), self.table.row(2 * at + 1), length, reference)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [pairs]: tokens of the longer side of each."""
+        lengths: np.ndarray = self.table.lengths[self.indices]
+        return lengths
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """int32 [pairs]: tokens that both sides of each share."""
+        lengths: np.ndarray = self.table.columns["prompt_length"][self.indices]
+        return lengths
+
+    def take(self, indices: np.ndarray) -> Pairs:
+        """Some of the pairs, without references."""
+        return Pairs(self.table, self.indices[indices])
+
+    def with_references(self, references: np.ndarray) -> Pairs:
+        """The same pairs with what the reference model says of each, [pairs, 3] as in `references`."""
+        return replace(self, references=references)
+
+
+Rows = Sequence[TokenizedExample] | Sequence[TokenizedPair]
+
+
+def fingerprints(rows: Rows) -> np.ndarray:
+    """uint64 [rows]: equal for equal tokens (of a pair: of both sides); of rows in a table without reading them."""
+    if isinstance(rows, (Examples, Pairs)):
+        found: np.ndarray = rows.table.columns["fingerprint"][rows.indices]
+        return found
+    sides = [(row.chosen, row.rejected) if isinstance(row, TokenizedPair) else (row,) for row in rows]
+    return np.array([fingerprint([one.tokens for one in each]) for each in sides], dtype=np.uint64)
+
+
+def fingerprint(parts: Sequence[np.ndarray]) -> int:
+    """A number of 64 bits that tells one row's tokens from another's."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        # without its length, a border between two answers could move unseen
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part.tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+class TableBuilder:
+    """A table that rows are added to, in order."""
+
+    def __init__(self, width: int, files: Mapping[str, int] | None = None) -> None:
+        self._width = width
+        self._are_files_known = files is not None
+        self._files = dict(files or {})
+        self._tokens: list[np.ndarray] = []
+        self._masks: list[np.ndarray] = []
+        self._columns: list[tuple[int, ...]] = []
+
+    def add(
+        self,
+        source: str,
+        sides: Sequence[TokenizedExample],
+        *,
+        skip_reason: int = 0,
+        flags: int = 0,
+        boundary_tokens: int = 0,
+        special: int = -1,
+        prompt_length: int = 0,
+    ) -> None:
+        """One row; with an skip_reason it is plural, and its tokens are not kept."""
+        path, _, line = source.rpartition(":")
+        if not self._are_files_known:
+            self._files.setdefault(path, len(self._files))
+        place = (self._files.get(path, -1), int(line))
+        if skip_reason:
+            sides = [_NOTHING] * self._width
+            boundary_tokens = 0
+        self._tokens += [side.tokens for side in sides]
+        self._masks += [side.loss_mask for side in sides]
+        trained = sum(int(np.count_nonzero(side.loss_mask)) for side in sides)
+        mark = fingerprint([side.tokens for side in sides])
+        self._columns.append((*place, skip_reason, flags, boundary_tokens, special, prompt_length, trained, mark))
+
+    def table(self) -> Table:
+        """Everything that was added."""
+        lengths = np.array([len(tokens) for tokens in self._tokens], dtype=np.int64)
+        return Table(
+            tokens=np.concatenate([_NOTHING.tokens, *self._tokens]),
+            loss_mask=np.concatenate([_NOTHING.loss_mask, *self._masks]),
+            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            columns=np.array(self._columns, dtype=COLUMNS),
+            width=self._width,
+            files=tuple(self._files),
+        )
+
+
+_NOTHING = TokenizedExample(np.zeros(0, np.int32), np.zeros(0, bool))

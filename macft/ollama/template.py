@@ -1,0 +1,221 @@
+"""A chat template in; the Go template that Ollama needs out, with the proof that both write the same prompts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from macft.data.templates.chat_template import ChatTemplate
+from macft.errors import DataError
+from macft.ollama import conversations, grammar
+from macft.ollama.conversations import Case
+from macft.ollama.go import go_template
+from macft.ollama.grammar import EMPTY, GIVEN, NONE, START, Grammar, NotDerivableError
+
+# messages of the conversations that a grammar is learned from: every context occurs at two lengths at least
+_LEARNT = 8
+_RANDOM = 300
+_SPECIAL = re.compile(r"\s*(<[^<>\s]{1,80}>|\[/?[A-Z_]{2,40}\])")
+
+_PLAIN = (
+    "Proven for an optional system message and turns of user and assistant, up to the next answer or within one that "
+    "was begun."
+)
+_COLLATED = "Ollama joins messages of one role in a row by an empty line before any template sees them."
+_NO_END = "No special token ends an answer in this template: generation stops only where the model ends it."
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is known of a chat template in Ollama: `go` is its TEMPLATE, or None for the `reason`.
+
+    `cases` conversations were rendered by both to the same text; `limits` are sentences about what they do not cover;
+    `stops` the texts that end an assistant's turn; `takes_system` whether a system message reaches the prompt.
+    """
+
+    go: str | None
+    reason: str | None
+    cases: int
+    limits: tuple[str, ...]
+    stops: tuple[str, ...]
+    takes_system: bool = True
+
+
+def prove_template(template: ChatTemplate, *, bos: str | None) -> Proof:
+    """Derive a Go template and compare what it means with the chat template on some thousand conversations.
+
+    `bos` is the text of the token that llama.cpp puts before a prompt by itself; the Go template does not hold it.
+    """
+    try:
+        known = _learn(template)
+    except (NotDerivableError, DataError) as error:
+        return Proof(None, _sentence(error), 0, (), _stops(template, {}))
+    stops = _stops(template, known.grammar)
+    if _writes_date(template.source, known.grammar):
+        return Proof(None, "The template writes today's date, which a Go template cannot.", 0, (), stops)
+    own_texts = _own_texts(known.grammar)
+    system = any(context.system == GIVEN for context in known.grammar)
+    limits = [_PLAIN, *known.limits, _COLLATED]
+
+    main = _compare(template, known.grammar, conversations.grammar_cases(own_texts, system=system))
+    if main.differs is not None:
+        return Proof(None, main.differs, 0, (), stops)
+    if main.spaced is not None:
+        limits.append(f"Equal only for contents without outer white space, as Go cannot trim: {main.spaced}")
+    random = conversations.random_cases(_RANDOM, own_texts, system=system, spaced=main.spaced is None)
+    mixed = _compare(template, known.grammar, random)
+    if mixed.differs is not None or mixed.spaced is not None:
+        return Proof(None, mixed.differs or mixed.spaced, 0, (), stops)
+    cases = main.equal + mixed.equal
+
+    proven = known.grammar
+    later = _compare(template, proven, conversations.later_system_cases()) if known.later_system else None
+    if later is None or later.differs is not None:
+        proven = {c: piece for c, piece in proven.items() if "system" not in (c.role, c.before)}
+        limits.append("A system message after the first message is left out.")
+    answers = (
+        _compare(template, proven, conversations.answer_first_cases(system=system)) if known.answer_first else None
+    )
+    if answers is None or answers.differs is not None:
+        limits.append("A conversation that begins with an answer is written as if an empty question came first.")
+        kept = {c: piece for c, piece in proven.items() if (c.before, c.role) != (START, "assistant")}
+        proven = grammar.with_answer_first(kept)
+    cases += sum(found.equal for found in (later, answers) if found is not None and found.differs is None)
+
+    limits += [*_overridden(template.source), *_about_bos(proven, bos), *([] if stops else [_NO_END])]
+    takes_system = any(len(piece) > 1 for piece in proven.values())
+    return Proof(go_template(proven, bos=bos), None, cases, tuple(limits), stops, takes_system)
+
+
+def needed_stops(proof: Proof, eog_texts: Collection[str]) -> tuple[str, ...]:
+    """The ends of an assistant's turn at which llama.cpp does not stop by itself, as they are none of `eog_texts`."""
+    return tuple(stop for stop in proof.stops if stop not in eog_texts)
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    grammar: Grammar
+    limits: list[str]
+    later_system: bool
+    answer_first: bool
+
+
+def _learn(template: ChatTemplate) -> _Learnt:
+    limits = []
+    shapes = grammar.alternating("user", _LEARNT)
+    known = grammar.learn(template, shapes, NONE, {})
+    states = [NONE, GIVEN, EMPTY]
+    try:
+        known = grammar.learn(template, shapes, GIVEN, known)
+    except DataError as error:
+        limits.append(f"{_sentence(error)} Ollama passes system messages all the same: they are left out.")
+        states = [NONE]
+    else:
+        known = grammar.learn(template, shapes, EMPTY, known)
+        if all(len(piece) == 1 for piece in known.values()):
+            limits.append("The template leaves system messages out.")
+    known, later_system = _more(template, grammar.later_system(5), states, known)
+    known, answer_first = _more(template, grammar.alternating("assistant", _LEARNT), states, known)
+    return _Learnt(known, limits, later_system, answer_first)
+
+
+def _more(
+    template: ChatTemplate, shapes: Sequence[Sequence[str]], states: Sequence[str], known: Grammar
+) -> tuple[Grammar, bool]:
+    """With these conversations too, unless the template refuses them or writes them by another rule."""
+    more = known
+    try:
+        for state in states:
+            more = grammar.learn(template, shapes, state, more)
+    except (DataError, NotDerivableError):
+        return known, False
+    return more, True
+
+
+@dataclass
+class _Comparison:
+    equal: int = 0
+    differs: str | None = None
+    spaced: str | None = None
+
+
+def _compare(template: ChatTemplate, known: Grammar, cases: Iterable[Case]) -> _Comparison:
+    """Stops at the first difference, but counts those of contents with outer white space apart."""
+    found = _Comparison()
+    for case in cases:
+        try:
+            want = grammar.expected(template, case.messages)
+        except (DataError, NotDerivableError) as error:
+            found.differs = f"With {case.name}: {_sentence(error)}"
+            return found
+        covered = all(context in known for context in grammar.contexts(case.messages))
+        got = grammar.render(known, case.messages) if covered else ""
+        if got == want:
+            found.equal += 1
+            continue
+        difference = f"with {case.name}, the template {_first_difference(want, got)}."
+        if not case.is_spaced:
+            found.differs = difference[0].upper() + difference[1:]
+            return found
+        found.spaced = found.spaced or difference
+    return found
+
+
+def _first_difference(want: str, got: str) -> str:
+    same = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), min(len(want), len(got)))
+    start = max(0, same - 10)
+    return f"writes {want[start : same + 20]!r} where roles and contents alone give {got[start : same + 20]!r}"
+
+
+def _writes_date(source: str, known: Grammar) -> bool:
+    if "strftime_now" not in source:
+        return False
+    patterns = re.findall(r"strftime_now\(\s*(?:\"([^\"]*)\"|'([^']*)')\s*\)", source)
+    if len(patterns) != source.count("strftime_now("):
+        return True
+    texts = "\0".join(part for piece in known.values() for part in piece)
+    return any(datetime.now().strftime(double or single) in texts for double, single in patterns)
+
+
+def _own_texts(known: Grammar) -> list[str]:
+    texts = {part.strip() for piece in known.values() for part in piece if len(part) < 200}
+    texts |= {special for text in texts for special in _SPECIAL.findall(text)}
+    return sorted(texts - {""})
+
+
+def _stops(template: ChatTemplate, known: Grammar) -> tuple[str, ...]:
+    answer = "zqanswerqz"
+    question = {"role": "user", "content": "question"}
+    try:
+        tails = [template.render([question, {"role": "assistant", "content": answer}]).partition(answer)[2]]
+    except DataError:
+        tails = []
+    tails += [piece[0] for context, piece in known.items() if (context.before, context.role) == ("assistant", "user")]
+    ends = [special[1] for tail in tails if (special := _SPECIAL.match(tail))]
+    return tuple(dict.fromkeys(ends))
+
+
+def _overridden(source: str) -> list[str]:
+    has_tools = "tools" in source or "tool_call" in source
+    has_thinking = "<think>" in source and "</think>" in source
+    what = " and ".join(["tools"] * has_tools + ["thinking"] * has_thinking)
+    if not what:
+        return []
+    return [
+        f"{what.capitalize()}, which the chat template knows, are not in the Go template; for their sake Ollama 0.30 "
+        "and later render with the chat template in the GGUF instead, unless OLLAMA_GO_TEMPLATE=1 is set."
+    ]
+
+
+def _about_bos(known: Grammar, bos: str | None) -> list[str]:
+    starts = [piece[0] for context, piece in known.items() if context.before == START]
+    if bos is None or all(start.startswith(bos) for start in starts):
+        return []
+    return [f"Before every prompt llama.cpp puts {bos}, which the template does not: write add_bos_token as false."]
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).rstrip(".")
+    return f"{text[:1].upper()}{text[1:]}."

@@ -1,0 +1,36 @@
+"""The first step of a run whose reference is its own policy: it must start at the zero-margin loss."""
+
+from __future__ import annotations
+
+from macft.backends.base import StepResult
+from macft.errors import MacftError
+from macft.objectives.losses import Objective
+from macft.objectives.preference import Preference
+
+# Of the loss at pref_beta 0.1; 16-bit sums over answers of hundreds of tokens are no better.
+_TOLERANCE = {"float32": 1e-4}
+_TOLERANCE_16_BITS = 2e-2
+_USUAL_BETA = 0.1
+# Rewards of two pairs could be wrong in opposite ways: their means get this many times the tolerance.
+_REWARD_ROOM = 10
+
+
+def check_start(objective: Objective, result: StepResult, precision: str) -> None:
+    """Raise MacftError unless the loss, without its SFT part, is that of rewards 0 (sigmoid: ln 2), and they are 0.
+
+    Anything else means that policy and reference are not the same model, or score other tokens.
+    """
+    if not isinstance(objective, Preference) or objective.start_loss is None:
+        return
+    found = result.loss - objective.ftx * result.metrics.get("sft_loss", 0.0)
+    expected = objective.start_loss
+    # rounding of log-probabilities comes out multiplied by beta
+    tolerance = _TOLERANCE.get(precision, _TOLERANCE_16_BITS) * max(1.0, expected, objective.beta / _USUAL_BETA)
+    rewards = [result.metrics[f"rewards/{side}"] for side in ("chosen", "rejected")]
+    if abs(found - expected) > tolerance or max(map(abs, rewards)) > _REWARD_ROOM * tolerance:
+        raise MacftError(
+            f"step 1: the {objective.loss} loss is {found:.6f} with rewards {rewards[0]:+.4f} and {rewards[1]:+.4f}, "
+            f"and must be {expected:.6f} with rewards 0 while the policy is its own reference; training would follow a "
+            "wrong signal. Compute in float32 (bf16=false); if it stays, delete the folder reference in the cache, "
+            "which may hold older numbers"
+        )

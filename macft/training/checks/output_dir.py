@@ -1,0 +1,65 @@
+"""The folder of a run: whether it may be written, and how an older run is cleared away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from macft.config.settings import Settings
+from macft.errors import UsageError
+from macft.training.checkpoint import list_checkpoints
+from macft.training.log.plots import PICTURES
+from macft.training.model_files import FULL_WEIGHTS, RUN_FILES
+from macft.training.prepare import Prepared
+
+
+def check_output_dir(settings: Settings, output_dir: Path) -> None:
+    """Raise UsageError unless the run may write here: a folder, writable, without another run."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UsageError(f"output_dir: {output_dir} is a file; give a folder")
+    _check_writable(output_dir)
+    if settings.resume_from_checkpoint is not False or settings.overwrite_output_dir:
+        return
+    if _is_occupied(output_dir):
+        raise UsageError(
+            f"output_dir: {output_dir} already holds a run; set resume_from_checkpoint=true to go on with it, "
+            "overwrite_output_dir=true to start anew, or another output_dir"
+        )
+
+
+def _check_writable(output_dir: Path) -> None:
+    """Make the folder and take it away again: some file systems refuse what their permissions allow."""
+    absent = [path for path in (output_dir, *output_dir.absolute().parents) if not path.exists()]
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(output_dir, os.W_OK | os.X_OK)
+    except OSError:
+        is_writable = False
+    for path in absent:
+        with suppress(OSError):
+            path.rmdir()
+    if not is_writable:
+        raise UsageError(f"output_dir: {output_dir} cannot be written here; give another folder")
+
+
+def check_base_is_safe(prepared: Prepared, output_dir: Path) -> None:
+    """Raise UsageError if the run would overwrite its own base."""
+    if output_dir.resolve() == prepared.base.path.resolve():
+        raise UsageError(f"output_dir: {output_dir} is the folder of the base model; give another folder")
+
+
+def clear_output_dir(output_dir: Path) -> None:
+    """Remove an older run's files, and nothing else."""
+    if (output_dir / FULL_WEIGHTS).exists():
+        for name in ("config.json", "generation_config.json"):
+            (output_dir / name).unlink(missing_ok=True)
+    for checkpoint in list_checkpoints(output_dir):
+        shutil.rmtree(checkpoint)
+    for name in (*RUN_FILES, *PICTURES):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def _is_occupied(output_dir: Path) -> bool:
+    return any((output_dir / name).exists() for name in RUN_FILES) or any(output_dir.glob("checkpoint-*"))

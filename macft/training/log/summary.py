@@ -1,0 +1,123 @@
+"""What a person should know before the first step: data, plan, model."""
+
+from __future__ import annotations
+
+import logging
+
+from macft.backends.base import LoadedModel
+from macft.config.settings import Settings
+from macft.data.batches import StreamPlan
+from macft.data.tokenization.packing import PackedRows
+from macft.text import plural
+from macft.training.checks.alarms import learning_rate_alarm, overlap_alarm
+from macft.training.checks.end_token import untrained_end_token_alarm
+from macft.training.prepare import Prepared
+from macft.weights.model_config import read_config
+
+logger = logging.getLogger("macft")
+
+
+def tell_data(settings: Settings, prepared: Prepared) -> None:
+    """What is trained on, and in how many steps."""
+    report, plan = prepared.report, prepared.plan
+    if prepared.from_scratch:
+        config = read_config(prepared.base.path)
+        logger.info(
+            "start: random weights (seed %d), %d layers %d wide, of the kind %s",
+            *(settings.seed, config["num_hidden_layers"], config["hidden_size"], config["model_type"]),
+        )
+    noun = "pair" if settings.is_preference else "text" if settings.stage == "pt" else "example"
+    row = "row" if isinstance(prepared.train, PackedRows) or settings.stage == "pt" else noun
+    held_out = plural(len(prepared.valid), "row" if settings.stage == "pt" else noun)
+    held_out = f"; {held_out} held out" if prepared.valid else ""
+    if isinstance(plan, StreamPlan):
+        _tell_stream(plan, row, held_out)
+    else:
+        share = 100 * report.trained_tokens / max(1, report.tokens)
+        logger.info(
+            "data: %s, %d tokens, %d of them trained (%.0f %%)%s",
+            *(plural(report.kept, noun), report.tokens, report.trained_tokens, share, held_out),
+        )
+        if isinstance(prepared.train, PackedRows):
+            logger.info("packing: %s", _packing_text(prepared.train, settings.cutoff_len))
+        logger.info(
+            "plan: %s, %d per epoch, %s a step (%d x %d)",
+            *(plural(plan.total_steps, "step"), plan.steps_per_epoch),
+            plural(min(plan.batch_size * plan.accumulation, len(plan.lengths)), row),
+            *(plan.batch_size, plan.accumulation),
+        )
+    if settings.is_preference:
+        logger.info("loss: %s", _loss_text(settings))
+        if settings.lora_dropout > 0:
+            logger.warning("lora_dropout %g is not used: preference stages have none", settings.lora_dropout)
+    for alarm in (
+        learning_rate_alarm(settings),
+        overlap_alarm(prepared.examples, prepared.valid),
+        _end_token_alarm(settings, prepared),
+    ):
+        if alarm is not None:
+            logger.warning(alarm)
+
+
+def _tell_stream(plan: StreamPlan, row: str, held_out: str) -> None:
+    size = plan.stream.buffer_size
+    order = f"shuffled {plural(size, row)} at a time" if size > 1 else "in the order of the files"
+    logger.info("data: a stream, %s; what is lost of it is plural at the end%s", order, held_out)
+    logger.info(
+        "plan: %s, %s a step (%d x %d)",
+        *(plural(plan.total_steps, "step"), plural(plan.step_size, row), plan.batch_size, plan.accumulation),
+    )
+
+
+def _packing_text(rows: PackedRows, cutoff_len: int) -> str:
+    share = 100 * int(rows.lengths.sum()) / (len(rows) * cutoff_len)
+    parts = plural(len(rows.examples), "part")
+    return f"{plural(len(rows), 'row')} of up to {cutoff_len} tokens, {share:.0f} % full, hold {parts} side by side"
+
+
+def _loss_text(settings: Settings) -> str:
+    if not settings.has_reference:
+        reference = "no reference"
+    elif settings.names_reference:
+        adapters = f" with {settings.ref_model_adapters}" if settings.ref_model_adapters is not None else ""
+        reference = f"reference: {settings.ref_model or settings.model_name_or_path}{adapters}"
+    else:
+        reference = "reference: the model as it starts"
+    supervised = f" + {settings.pref_ftx:g} x the supervised loss" if settings.pref_ftx > 0 else ""
+    parts = [settings.stage, f"{settings.pref_loss}{supervised}", _beta_text(settings)]
+    if settings.pref_loss == "simpo":
+        parts.append(f"gamma {settings.simpo_gamma:g}")
+    if settings.dpo_label_smoothing > 0:
+        parts.append(f"label smoothing {settings.dpo_label_smoothing:g}")
+    if settings.ld_alpha is not None:
+        parts.append(f"ld_alpha {settings.ld_alpha:g}")
+    return ", ".join([*parts, reference])
+
+
+def _beta_text(settings: Settings) -> str:
+    if not settings.asks_prompts:
+        return f"beta {settings.pref_beta:g}"
+    text = f"beta {settings.pref_beta:g} x {settings.pref_beta_scale:g} x log perplexity of the prompt"
+    bounds = {"at least": settings.foodpo_beta_min, "at most": settings.foodpo_beta_max}
+    limits = [f", {word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+    return f"{text} ({settings.foodpo_perplexity}{''.join(limits)})"
+
+
+def _end_token_alarm(settings: Settings, prepared: Prepared) -> str | None:
+    if not settings.is_preference or settings.finetuning_type == "full":
+        return None
+    assert prepared.template is not None, "pairs are rendered with a template"
+    return untrained_end_token_alarm(prepared.template, prepared.tokenizer, prepared.base.path)
+
+
+def tell_model(settings: Settings, backend_name: str, loaded: LoadedModel) -> None:
+    """Which model, where, how much of it is trained, and what fell back."""
+    share = 100 * loaded.trainable_parameters / loaded.total_parameters
+    logger.info(
+        "model: %s on %s (%s, %s), %s: %s of %s parameters trained (%.2f %%)",
+        settings.model_name_or_path,
+        *(backend_name, loaded.device, loaded.precision, settings.finetuning_type),
+        *(f"{loaded.trainable_parameters:,}", f"{loaded.total_parameters:,}", share),
+    )
+    for note in loaded.notes:
+        logger.warning(note)

@@ -1,0 +1,215 @@
+"""A model before and after a conversion in; how far their logits on a fixed text are apart out, or an error."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from macft.backends import BACKENDS, choose_backend, is_installed
+from macft.backends.adapters import spec_of_adapter
+from macft.backends.base import Under
+from macft.convert.adapter import adapter_format
+from macft.data.tokenization.tokenizer import load_tokenizer
+from macft.errors import MacftError, MissingPackageError, ModelError
+from macft.weights.adapters.peft import Adapter
+from macft.weights.layouts.litgpt import is_litgpt
+from macft.weights.model_config import read_config
+from macft.weights.quantization.affine import quantization_of
+from macft.weights.source import open_model
+
+logger = logging.getLogger("macft")
+
+TEXT = (
+    "The capital of France is Paris, and 2 + 2 = 4.\n中国的首都是北京。今天天气怎么样？\n"
+    "Привет, мир! Γειά σου. 日本語のテキスト、한국어 문장. مرحبا\ndef f(x): return x ** 2  # naïve café 🙂\n"
+)
+_MAX_TOKENS = 160
+_EXACT = 1e-4
+_QUANTIZED_CAP = 1.2
+_NATIVE = {"peft": "torch", "mlx": "mlx"}  # the engine whose library reads an adapter of this format itself
+_ROUNDED = {"float16": 0.01, "bfloat16": 0.05}
+
+
+class VerifyError(MacftError):
+    """A result does not compute what its source does."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is loaded: a model folder in HF or MLX layout or of litgpt, and adapters on it, in order."""
+
+    folder: Path
+    adapters: tuple[Adapter, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far apart logits may be, and why so far.
+
+    `limit` is for the largest difference as a share of the largest logit if `is_exact`, and otherwise for the
+    root mean square of all differences as a share of that of the logits, both taken about each position's mean.
+    """
+
+    kind: str
+    limit: float
+    is_exact: bool
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two sets of logits [T, V] compared; shares are of the first set's own size, `top1` of positions."""
+
+    positions: int
+    largest: float
+    largest_share: float
+    rms_share: float
+    top1: float
+
+
+def check_engine(source: Path) -> None:
+    """MissingPackageError, before any work, when nothing is installed that could load source and result."""
+    if is_litgpt(source) and not (is_installed("torch") and importlib.util.find_spec("litgpt")):
+        raise MissingPackageError(
+            "--verify of a litgpt checkpoint needs torch and litgpt: pip install 'macft[torch]' litgpt, or leave "
+            "--verify out"
+        )
+    choose_backend("auto")
+
+
+def tolerance_of(result: Path, *, is_rounded: bool) -> Tolerance:
+    """What may separate a result from its source; `is_rounded`: its numbers are not the source's own.
+
+    Exact: one engine sums the same float32 numbers, in another order at most (1e-5 measured). Rounded once to
+    16 bits: six times what SmolLM2-135M loses (0.008 in bfloat16, 0.0008 in float16). Quantized to b bits:
+    SmolLM2-135M, small and so easily hurt, loses 8 / 2^b (0.03 at 8 bits, 0.5 at 4); twice that is allowed, up
+    to 1.2, as unrelated logits are 1.4 apart. A wrong name, order or scale is beyond all of these.
+    """
+    quantization = quantization_of(read_config(result))
+    if quantization is not None:
+        bits = min([quantization.bits, *(bits for bits, _ in quantization.layers.values())])
+        return Tolerance(f"quantized to {bits} bits", min(_QUANTIZED_CAP, 16 / 2**bits), is_exact=False)
+    dtypes = {tensor.dtype.name for tensor in open_model(result).tensors if len(tensor.shape) > 1}
+    limits = {dtype: _ROUNDED[dtype] for dtype in dtypes if dtype in _ROUNDED}
+    if is_rounded and limits:
+        dtype = max(limits, key=lambda name: limits[name])
+        return Tolerance(f"rounded to {dtype}", limits[dtype], is_exact=False)
+    return exact()
+
+
+def exact() -> Tolerance:
+    """The tolerance for a result that holds the source's own numbers."""
+    return Tolerance("the same numbers", _EXACT, is_exact=True)
+
+
+def verify(source: Subject, result: Subject, tolerance: Tolerance, *, prefers: str = "auto") -> str:
+    """Load both, one after the other, and compare; one line that says how far apart they are.
+
+    `prefers` is the engine to take if it is installed. Raises VerifyError above the tolerance, ModelError when
+    no engine can load one of the two.
+    """
+    tokens = _tokens(result.folder)
+    engines = _engines(prefers)
+    first_engine, first = _logits(source, tokens, _native_first(source, engines))
+    second_engine, second = _logits(result, tokens, _native_first(result, engines))
+    if first.shape != second.shape:
+        raise VerifyError(
+            f"{_name(result)}: verification failed: logits {list(second.shape)}, of the source {list(first.shape)}"
+        )
+    agreement = compare_logits(first, second)
+    by = first_engine if first_engine == second_engine else f"{first_engine} and {second_engine}"
+    said = (
+        f"the largest difference of {agreement.positions} positions is {agreement.largest:.2g} "
+        f"({agreement.largest_share:.2g} of the largest logit), {agreement.rms_share:.2g} of the logits' spread, top-1 "
+        f"agrees at {agreement.top1:.1%}"
+    )
+    found = agreement.largest_share if tolerance.is_exact else agreement.rms_share
+    of = "of the largest logit" if tolerance.is_exact else "of the spread"
+    expected = f"{tolerance.kind}: up to {tolerance.limit:g} {of}"
+    if not found <= tolerance.limit:  # NaN fails too
+        raise VerifyError(
+            f"{_name(result)}: verification with {by} failed: {said}; expected {expected}; do not use it; report this"
+        )
+    return f"verified with {by}: {said} ({expected})"
+
+
+def source_logits(subject: Subject, tokens: Sequence[int]) -> tuple[str, np.ndarray]:
+    """(engine, logits [T, V]) of a subject by an engine that is installed, the one it comes from first."""
+    return _logits(subject, tokens, _native_first(subject, _engines("auto")))
+
+
+def compare_logits(first: np.ndarray, second: np.ndarray) -> Agreement:
+    """How far logits [T, V] are from others; a constant added to all logits of a position counts in `largest` alone."""
+    difference = second - first
+    spread = first - first.mean(axis=-1, keepdims=True)
+    moved = difference - difference.mean(axis=-1, keepdims=True)
+    largest = float(np.abs(difference).max())
+    return Agreement(
+        positions=first.shape[0],
+        largest=largest,
+        largest_share=largest / max(float(np.abs(first).max()), 1e-30),
+        rms_share=float(np.sqrt(np.square(moved).mean() / max(np.square(spread).mean(), 1e-30))),
+        top1=float((first.argmax(-1) == second.argmax(-1)).mean()),
+    )
+
+
+def _name(subject: Subject) -> Path:
+    return subject.adapters[-1].folder if subject.adapters else subject.folder
+
+
+def _engines(prefers: str) -> list[str]:
+    """The installed engines, the one to try first in front."""
+    first = prefers if prefers != "auto" and is_installed(prefers) else choose_backend("auto")
+    return [first, *(name for name in BACKENDS if name != first and is_installed(name))]
+
+
+def _native_first(subject: Subject, engines: Sequence[str]) -> list[str]:
+    """The engines, the one in front whose library reads all adapters itself: this project's reading proves little."""
+    natives = {_NATIVE[adapter_format(adapter.folder)] for adapter in subject.adapters}
+    return sorted(engines, key=lambda name: natives != {name})
+
+
+def _tokens(folder: Path) -> list[int]:
+    """The text's tokens; of a folder without a tokenizer, ids spread over the vocabulary."""
+    size = int(read_config(folder).get("vocab_size") or 0)
+    try:
+        found = [token for token in load_tokenizer(folder).encode(TEXT).ids if not size or token < size]
+    except ModelError:
+        found = []
+    return found[:_MAX_TOKENS] or [int(token) for token in np.linspace(0, max(0, size - 1), 64)]
+
+
+def _logits(subject: Subject, tokens: Sequence[int], engines: Sequence[str]) -> tuple[str, np.ndarray]:
+    """(engine, logits) by the first engine that can load it."""
+    problems = []
+    for engine in ["torch"] if is_litgpt(subject.folder) else engines:
+        module = importlib.import_module(f"macft.backends.{engine}.logits")
+        gc.collect()  # no two models in memory at the same time
+        try:
+            if is_litgpt(subject.folder):
+                return "litgpt", module.litgpt_logits(subject.folder, tokens)
+            return engine, module.logits(subject.folder, _adapters(subject, module), tokens)
+        except MacftError as error:
+            problems.append(error)
+    raise ModelError(f"{_name(subject)}: cannot be verified, as no installed engine loads it: {problems[0]}")
+
+
+def _adapters(subject: Subject, module: Any) -> list[Under | Path]:
+    """What an engine reads by itself, as a folder; the rest as this project reads it."""
+    found: list[Under | Path] = []
+    for adapter in subject.adapters:
+        is_native = adapter_format(adapter.folder) == module.NATIVE_FORMAT
+        if is_native and (module.NATIVE_FORMAT == "peft" or len(subject.adapters) == 1):
+            found.append(adapter.folder)
+        elif adapter.saved:
+            raise ModelError(f"{adapter.folder}: modules_to_save are loaded by PEFT alone: pip install 'macft[torch]'")
+        else:
+            found.append(Under(spec_of_adapter(adapter), adapter.state))
+    return found

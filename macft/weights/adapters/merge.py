@@ -1,0 +1,277 @@
+"""A model's tensors and LoRA adapters in; the same tensors with the adapters added when they are read, out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from macft.errors import ModelError, join_problems
+from macft.weights.adapters.peft import Adapter
+from macft.weights.adapters.shapes import (
+    COPY,
+    EMBEDDING,
+    MAGNITUDE,
+    PREFIX,
+    by_module,
+    module_problem,
+    pair_of,
+    scale_of,
+)
+from macft.weights.tensors.lazy import Array, LazyTensor, cast, derived, read_rows, renamed
+
+HEAD = "lm_head.weight"
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
+_TILE_ROWS = 8
+_PRODUCT = 1 << 18  # multiplications up to which OpenBLAS keeps to one thread
+_BLOCK = 1 << 18  # numbers added at a time: small enough for the CPU's cache
+
+
+@dataclass(frozen=True)
+class _Update:
+    """W + b @ a, and with a magnitude m: m * (W + b @ a) / norm, the norm over each row, or column of an embedding.
+
+    a [rank, columns], b [rows, rank] with the scale in it, magnitude [rows] or, of an embedding, [columns].
+    `copy` is the W [rows, columns] that the adapter was trained on, if it brings it.
+    """
+
+    a: Array
+    b: Array
+    magnitude: Array | None
+    is_embedding: bool
+    copy: Array | None
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A tensor that was trained whole, and takes the place of the base's."""
+
+    array: Array
+
+
+_Change = _Update | _Whole
+
+
+def merge_adapters(tensors: Sequence[LazyTensor], adapters: Sequence[Adapter]) -> list[LazyTensor]:
+    """Add adapters, each on what those before it left: float32 sums, rounded once to the type of each tensor.
+
+    Names are Hugging Face's. ModelError lists, of all adapters, every tensor that is unknown, not finite or
+    fits no module of the model.
+    """
+    by_name = {tensor.name: tensor for tensor in tensors}
+    changes: dict[str, list[_Change]] = {}
+    problems: list[str] = []
+    for adapter in adapters:
+        own: list[str] = []
+        for name, change in _changes(adapter, by_name, own).items():
+            changes.setdefault(name, []).append(change)
+        problems += [f"{adapter.folder}: {problem}" for problem in own]
+    if problems:
+        raise ModelError(join_problems("the adapter does not fit this model; nothing was merged:", problems))
+    return [_merged(tensor, changes[tensor.name]) if tensor.name in changes else tensor for tensor in tensors]
+
+
+def adapted_modules(adapter: Adapter) -> set[str]:
+    """The modules an adapter changes, such as model.layers.0.self_attn.q_proj."""
+    return {*by_module(adapter.state, []), *(name.rpartition(".")[0] for name in adapter.saved)}
+
+
+def untie(
+    config: dict[str, Any], tensors: list[LazyTensor], adapters: Sequence[Adapter]
+) -> tuple[dict[str, Any], list[LazyTensor]]:
+    """Give a head of its own to a model whose head is its embedding, if an adapter changes either of the two.
+
+    An adapter is trained on one of them: merged into the shared matrix it would change the other too, which
+    is what PEFT warns of and mends in this way. Config and tensors come back as they were if nothing is to do.
+    """
+    head = HEAD.removesuffix(".weight")
+    touched = {module for adapter in adapters for module in adapted_modules(adapter)}
+    if not any(module == head or module.rpartition(".")[2] == "embed_tokens" for module in touched):
+        return config, tensors
+    has_head = any(tensor.name == HEAD for tensor in tensors)
+    if not config.get("tie_word_embeddings", not has_head):
+        return config, tensors
+    embeddings = [tensor for tensor in tensors if tensor.name.endswith("embed_tokens.weight")]
+    if len(embeddings) != 1:
+        raise ModelError(
+            "an adapter changes the head or the embedding, which this model shares, and the shared matrix was not "
+            f"found ({len(embeddings)} tensors are named embed_tokens.weight); untie them before training"
+        )
+    rest = [tensor for tensor in tensors if tensor.name != HEAD]
+    return {**config, "tie_word_embeddings": False}, [*rest, renamed(embeddings[0], HEAD)]
+
+
+def _changes(adapter: Adapter, by_name: dict[str, LazyTensor], problems: list[str]) -> dict[str, _Change]:
+    """What an adapter does to which tensor of the model; reasons why it cannot are added to `problems`."""
+    found: dict[str, _Change] = {}
+    named = {**adapter.state, **{f"{PREFIX}{name}": array for name, array in adapter.saved.items()}}
+    problems += [
+        f"{name} holds NaN or infinite numbers" for name, array in named.items() if not np.isfinite(array).all()
+    ]
+    modules = by_module(adapter.state, problems)
+    if not modules:
+        problems.append("holds no LoRA tensors")
+    for module, parts in modules.items():
+        name = f"{module}.weight"
+        base = by_name.get(name)
+        problem = "the model has no such module" if base is None else _misfit(adapter, parts, base)
+        if problem is not None:
+            problems.append(f"{module}: {problem}")
+        else:
+            found[name] = _update(adapter, parts)
+    for name, array in adapter.saved.items():
+        base = by_name.get(name)
+        if base is None:
+            problems.append(f"{name}, trained whole: the model has no such tensor")
+        elif base.shape != array.shape or not base.shape:
+            problems.append(f"{name}, trained whole, is {list(array.shape)}, in the model {list(base.shape)}")
+        else:
+            found[name] = _Whole(array)
+    return found
+
+
+def _misfit(adapter: Adapter, parts: dict[str, Array], base: LazyTensor) -> str | None:
+    """Why these tensors cannot be merged into the base's, or None."""
+    if problem := module_problem(parts, adapter.config.use_dora):
+        return problem
+    if len(base.shape) != 2 or base.dtype.name not in _FLOATS:
+        return f"{base.dtype} {list(base.shape)} in the model, expected a matrix of floats"
+    names, rank, (rows, columns) = pair_of(parts), adapter.config.rank, base.shape
+    a, b = _pair(parts)
+    if a.shape != (rank, columns) or b.shape != (rows, rank):
+        first, second = (f"{name} {list(parts[name].shape)}" for name in names)
+        return (
+            f"{list(base.shape)} in the model, the adapter's {first} and {second} of rank {rank} are for "
+            f"{[b.shape[0], a.shape[-1]]}"
+        )
+    copy, magnitude = parts.get(COPY), parts.get(MAGNITUDE)
+    if copy is not None and copy.shape != base.shape:
+        return f"trained on {list(copy.shape)} in place of the model's {list(base.shape)}"
+    if magnitude is not None and magnitude.shape != ((columns if names == EMBEDDING else rows),):
+        return f"{MAGNITUDE} {list(magnitude.shape)} for {list(base.shape)} in the model"
+    return None
+
+
+def _pair(parts: dict[str, Array]) -> tuple[Array, Array]:
+    """a [rank, columns] and b [rows, rank]: PEFT holds an embedding's for the transposed matrix."""
+    names = pair_of(parts)
+    first, second = (parts[name] for name in names)
+    return (second.T, first.T) if names == EMBEDDING else (first, second)
+
+
+def _update(adapter: Adapter, parts: dict[str, Array]) -> _Update:
+    config = adapter.config
+    a, b = _pair(parts)
+    scale = scale_of(config.rank, config.alpha, config.use_rslora)
+    scaled = np.ascontiguousarray(b) * b.dtype.type(scale)
+    is_embedding = pair_of(parts) == EMBEDDING
+    return _Update(np.ascontiguousarray(a), scaled, parts.get(MAGNITUDE), is_embedding, parts.get(COPY))
+
+
+def _merged(tensor: LazyTensor, changes: list[_Change]) -> LazyTensor:
+    """The tensor with all changes; rows are summed in cache-sized blocks and rounded once."""
+    wide = np.promote_types(tensor.dtype, np.float32)
+    steps = [_step(tensor, changes[:index], change) for index, change in enumerate(changes)]
+
+    def rows(start: int, stop: int) -> Array:
+        base = read_rows(tensor, start, stop)
+        merged = np.empty(base.shape, tensor.dtype)
+        count = max(1, _BLOCK // max(1, prod(base.shape[1:])))
+        for first in range(0, len(base), count):
+            block = base[first : first + count].astype(wide)
+            for step in steps:
+                step(block, start + first)
+            # a number too large for the type becomes infinite, and the writer names it
+            with np.errstate(over="ignore"):
+                merged[first : first + count] = block
+        return merged
+
+    return derived(tensor.name, tensor.dtype, tensor.shape, rows, tensor)
+
+
+def _step(tensor: LazyTensor, earlier: list[_Change], update: _Change) -> Callable[[Array, int], None]:
+    """A function that changes a block of rows, the first of which is given, in place."""
+    if isinstance(update, _Whole):
+        return _replacing(update.array)
+
+    def add(block: Array, start: int) -> None:
+        if update.copy is not None and not earlier:
+            block[:] = update.copy[start : start + len(block)]
+        _add_product(block, update.b[start : start + len(block)], update.a)
+
+    magnitude = update.magnitude
+    if magnitude is None:
+        return add
+
+    def rescale_rows(block: Array, start: int) -> None:
+        # m * W' / ||W'||, for each row; source: DoRA, arXiv 2402.09353, equation 5
+        add(block, start)
+        norms = np.sqrt((block * block).sum(axis=1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            block *= (magnitude[start : start + len(block)] / norms)[:, None]
+
+    if not update.is_embedding:
+        return rescale_rows
+    norms_of_columns = _once(lambda: _column_norms(_merged_wide(tensor, earlier), add))
+
+    def rescale_columns(block: Array, start: int) -> None:
+        add(block, start)
+        block *= magnitude / norms_of_columns()
+
+    return rescale_columns
+
+
+def _replacing(array: Array) -> Callable[[Array, int], None]:
+    def replace(block: Array, start: int) -> None:
+        block[:] = array[start : start + len(block)]
+
+    return replace
+
+
+def _add_product(block: Array, b: Array, a: Array) -> None:
+    """block += b @ a, in products too small for OpenBLAS to spread over threads.
+
+    Its threads and ours would wait for each other: whole products took 100 times the time on two busy cores.
+    """
+    rank = a.shape[0]
+    width = max(8, _PRODUCT // (_TILE_ROWS * rank))
+    even = len(b) // _TILE_ROWS * _TILE_ROWS
+    tiles = b[:even].reshape(-1, _TILE_ROWS, rank)
+    for first in range(0, a.shape[1], width):
+        part = a[:, first : first + width]
+        block[:even, first : first + width] += np.matmul(tiles, part).reshape(even, part.shape[1])
+        if even < len(b):
+            block[even:, first : first + width] += b[even:] @ part
+
+
+def _merged_wide(tensor: LazyTensor, changes: list[_Change]) -> LazyTensor:
+    """The tensor with these changes, not rounded."""
+    return _merged(cast(tensor, np.promote_types(tensor.dtype, np.float32)), changes)
+
+
+def _column_norms(tensor: LazyTensor, add: Callable[[Array, int], None]) -> Array:
+    count = max(1, _BLOCK // max(1, tensor.shape[1]))
+    squares = np.zeros(tensor.shape[1], np.float64)
+    for start in range(0, tensor.shape[0], count):
+        block = read_rows(tensor, start, min(start + count, tensor.shape[0])).copy()
+        add(block, start)
+        squares += np.square(block, dtype=np.float64).sum(axis=0)
+    return np.sqrt(squares).astype(tensor.dtype)
+
+
+def _once(make: Callable[[], Array]) -> Callable[[], Array]:
+    """`make`, called by whichever thread comes first."""
+    lock = Lock()
+    made: list[Array] = []
+
+    def get() -> Array:
+        with lock:
+            if not made:
+                made.append(make())
+        return made[0]
+
+    return get

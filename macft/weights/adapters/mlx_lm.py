@@ -1,0 +1,303 @@
+"""An adapter folder of mlx-lm in, the adapter as PEFT would hold it out, and the reverse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from macft.errors import ModelError, join_problems
+from macft.files import write_json
+from macft.weights.adapters.experts import has_experts, is_expert
+from macft.weights.adapters.peft import CONFIG_NAME, Adapter, AdapterConfig, metadata_of, read_json_config, read_tensors
+from macft.weights.adapters.shapes import (
+    COPY,
+    EMBEDDING,
+    LINEAR,
+    MAGNITUDE,
+    Modules,
+    join_modules,
+    layers_of,
+    scale_of,
+    split_modules,
+)
+from macft.weights.layouts.mlx import layout_of
+from macft.weights.layouts.mlx_experts import EXPERTS_APART
+from macft.weights.layouts.mlx_rules import Rule
+from macft.weights.tensors.lazy import Array, LazyTensor, from_array
+from macft.weights.tensors.stream import write_state
+
+MLX_WEIGHTS_NAME = "adapters.safetensors"
+EMBED, HEAD = "embed_tokens", "lm_head"
+
+_PARTS = ("lora_a", "lora_b", "m")
+_NAMING = ("PREFIX", *EXPERTS_APART)  # the rules of a layout that concern names of adapted modules
+_MERGE = "merge it instead: macft export merged BASE --adapter {folder} --output NEW"
+
+
+def read_mlx_adapter(folder: Path, base_config: Mapping[str, Any] | None) -> Adapter:
+    """Read an mlx-lm adapter as PEFT would hold it; ModelError names everything that cannot be used."""
+    raw = read_json_config(folder)
+    config = _mlx_config(folder, raw)
+    state, base_hash = read_tensors(folder, MLX_WEIGHTS_NAME)
+    problems: list[str] = []
+    parts = _mlx_modules(state, config, problems)
+    if not problems:
+        parts = _hf_names(parts, base_config, problems)
+    modules: Modules = {}
+    if not problems:
+        for name, found in parts.items():
+            modules |= _peft_module(name, found, config, base_config, problems)
+        split_modules(join_modules(modules), config.use_dora, problems)
+        problems += _num_layers_problems(raw, modules, base_config)
+    if problems:
+        raise ModelError(join_problems(f"{folder / MLX_WEIGHTS_NAME}: this adapter cannot be used as it is", problems))
+    return Adapter(folder, replace(config, target_modules=tuple(modules)), join_modules(modules), base_hash)
+
+
+def _mlx_config(folder: Path, raw: Mapping[str, Any]) -> AdapterConfig:
+    kind, shape = raw.get("fine_tune_type", "lora"), raw.get("lora_parameters")
+    if kind == "full":
+        raise ModelError(
+            f"{folder}: fine_tune_type is full: these are the weights of a whole model and no adapter; write the model "
+            "with mlx_lm.fuse"
+        )
+    problems = []
+    if kind not in ("lora", "dora"):
+        problems.append(f"fine_tune_type is {kind!r}, expected lora or dora")
+    if not isinstance(shape, dict):
+        problems.append(f"lora_parameters is {shape!r}, expected an object with rank, scale and dropout")
+        shape = {"rank": 1, "scale": 1.0}
+    rank, scale, dropout = shape.get("rank"), shape.get("scale"), shape.get("dropout", 0.0)
+    if type(rank) is not int or rank < 1:
+        problems.append(f"lora_parameters.rank is {rank!r}, expected a rank above 0")
+    if not _is_number(scale):
+        hint = "; alpha is not read by mlx-lm, scale is alpha / rank" if "alpha" in shape else ""
+        problems.append(f"lora_parameters.scale is {scale!r}, expected a number{hint}")
+    if not _is_number(dropout):
+        problems.append(f"lora_parameters.dropout is {dropout!r}, expected a number")
+    if problems:
+        raise ModelError(join_problems(f"{folder / CONFIG_NAME}: this adapter cannot be used as it is", problems))
+    assert isinstance(rank, int) and isinstance(scale, int | float)
+    base = raw.get("model")
+    return AdapterConfig(
+        base=base if isinstance(base, str) else "",
+        rank=rank,
+        alpha=float(scale) * rank,
+        dropout=float(dropout),
+        target_modules=(),
+        use_dora=kind == "dora",
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+
+
+def _mlx_modules(state: Mapping[str, Array], config: AdapterConfig, problems: list[str]) -> Modules:
+    """The tensors by module, checked against each other and the rank."""
+    modules: Modules = {}
+    for name, array in state.items():
+        module, _, part = name.rpartition(".")
+        if part not in _PARTS or not module:
+            problems.append(f"{name} is no tensor of a LoRA adapter of mlx-lm (lora_a, lora_b, m)")
+        else:
+            modules.setdefault(module, {})[part] = array
+    if not modules:
+        problems.append("holds no LoRA tensors")
+    expected = set(_PARTS) if config.use_dora else {"lora_a", "lora_b"}
+    for module, parts in modules.items():
+        if set(parts) != expected:
+            problems.append(f"{module} has {', '.join(sorted(parts))}; expected {', '.join(sorted(expected))}")
+            continue
+        a, b = parts["lora_a"], parts["lora_b"]
+        # of experts [E, rank, in] and [E, out, rank], else [in, rank] and [rank, out]
+        ranks = (a.shape[1], b.shape[2]) if a.ndim == b.ndim == 3 else (a.shape[-1], b.shape[0])
+        if a.ndim not in (2, 3) or a.ndim != b.ndim or ranks != (config.rank, config.rank):
+            problems.append(
+                f"{module}: lora_a {list(a.shape)} and lora_b {list(b.shape)} are not of rank {config.rank}, which "
+                f"{CONFIG_NAME} says"
+            )
+    return modules
+
+
+def _hf_names(modules: Modules, config: Mapping[str, Any] | None, problems: list[str]) -> Modules:
+    """The modules named as in the HF layout, one for each expert with A [rank, in] and B [out, rank]."""
+    if config is None:
+        unclear = [name for name, parts in modules.items() if parts["lora_a"].ndim == 3 or name.startswith("language_")]
+        problems += [
+            f"{name}: what it is called in the HF layout depends on the model; name the base" for name in unclear
+        ]
+        return modules
+    rules = _naming_rules(config)
+    if any(parts["lora_a"].ndim == 3 for parts in modules.values()) and not has_experts(config):
+        problems.append(
+            f"adapters on the experts of {config['model_type']} cannot be converted; merge with mlx_lm.fuse"
+        )
+        return modules
+    renamed_parts: Modules = {}
+    for part in _PARTS:
+        tensors = [from_array(f"{name}.weight", parts[part]) for name, parts in modules.items() if part in parts]
+        for rule in reversed(rules):
+            tensors = rule.to_hf(config, tensors)
+        for tensor in tensors:
+            renamed_parts.setdefault(tensor.name.removesuffix(".weight"), {})[part] = tensor.read()
+    return renamed_parts
+
+
+def _naming_rules(config: Mapping[str, Any]) -> list[Rule]:
+    return [rule for rule in layout_of(config).rules if rule.name in _NAMING]
+
+
+def _peft_module(
+    name: str, parts: Mapping[str, Array], config: AdapterConfig, base: Mapping[str, Any] | None, problems: list[str]
+) -> Modules:
+    """One module of mlx-lm, under its HF name, as PEFT has it."""
+    a, b = parts["lora_a"], parts["lora_b"]
+    if is_expert(name):
+        return {name: {LINEAR[0]: a, LINEAR[1]: b}}
+    if name.rpartition(".")[2] != EMBED:
+        pair = {LINEAR[0]: _turned(a), LINEAR[1]: _turned(b)}
+        return {name: {**pair, MAGNITUDE: parts["m"]} if config.use_dora else pair}
+    if config.use_dora:
+        problems.append(
+            f"{name}: DoRA on an embedding has a norm for each token in mlx-lm, for each column in PEFT; fuse it"
+        )
+        return {}
+    tied = None if base is None else base.get("tie_word_embeddings")
+    if tied is None:
+        problems.append(
+            f"{name}: whether it is the head as well depends on the base; name one whose config.json says it"
+        )
+        return {}
+    embedding = {name: {EMBEDDING[0]: _turned(a), EMBEDDING[1]: _turned(b)}}
+    # in mlx-lm the adapter of a tied embedding is at work in the head too: x b^T a^T
+    return {**embedding, HEAD: {LINEAR[0]: b, LINEAR[1]: a}} if tied else embedding
+
+
+def _turned(array: Array) -> Array:
+    return np.ascontiguousarray(array.T)
+
+
+def _num_layers_problems(raw: Mapping[str, Any], modules: Modules, base: Mapping[str, Any] | None) -> list[str]:
+    """Layers that are not among the last `num_layers`, which mlx-lm would refuse, or that the base lacks."""
+    total = base.get("num_hidden_layers") if base is not None else None
+    if not isinstance(total, int):
+        return []
+    count, keys = raw.get("num_layers"), raw["lora_parameters"].get("keys") or []
+    layers = layers_of(modules)
+    if beyond := sorted(layer for layer in layers if layer >= total):
+        return [f"has tensors for layer {beyond[-1]}, the base has {total} layers"]
+    is_relative = not any(".layers." in str(key) for key in keys)
+    if is_relative and isinstance(count, int) and 0 < count < total and layers and min(layers) < total - count:
+        return [f"num_layers is {count}, the last of {total}, but there are tensors for layer {min(layers)}"]
+    return []
+
+
+def write_mlx_adapter(folder: Path, adapter: Adapter, base_config: Mapping[str, Any] | None = None) -> None:
+    """Write adapters.safetensors and adapter_config.json as mlx-lm reads them into an existing folder.
+
+    Raises ModelError naming all that mlx-lm cannot hold. `base_config` is needed
+    for embeddings, heads and experts.
+    """
+    problems: list[str] = []
+    modules = split_modules(adapter.state, adapter.config.use_dora, problems)
+    if not problems:
+        modules = _tied_once(modules, adapter, base_config, problems)
+    parts = (
+        {name: _mlx_parts(name, found, adapter, problems) for name, found in modules.items()} if not problems else {}
+    )
+    if not problems:
+        parts = _mlx_names(parts, base_config, problems)
+    if problems:
+        way_out = _MERGE.format(folder=adapter.folder)
+        raise ModelError(join_problems(f"{adapter.folder}: mlx-lm cannot hold this adapter; {way_out}", problems))
+    config = adapter.config
+    scale = scale_of(config.rank, config.alpha, config.use_rslora)
+    content = {
+        "fine_tune_type": "dora" if config.use_dora else "lora",
+        "lora_parameters": {
+            "rank": config.rank,
+            "scale": scale,
+            # mlx-lm reads scale alone, Ollama alpha alone
+            "alpha": scale * config.rank,
+            "dropout": config.dropout,
+            "keys": list(parts),
+        },
+        "model": config.base,
+        "num_layers": -1,
+    }
+    state = {f"{name}.{part}": array for name, found in parts.items() for part, array in found.items()}
+    write_state(folder / MLX_WEIGHTS_NAME, state, metadata=metadata_of("mlx", adapter.base_hash))
+    write_json(folder / CONFIG_NAME, content)
+
+
+def _tied_once(modules: Modules, adapter: Adapter, base: Mapping[str, Any] | None, problems: list[str]) -> Modules:
+    """The modules without the head where it is the embedding, which in mlx-lm has one adapter for both uses."""
+    embedding = next((name for name in modules if name.rpartition(".")[2] == EMBED), None)
+    if embedding is None and HEAD not in modules:
+        return modules
+    tied = None if base is None else base.get("tie_word_embeddings")
+    if tied is None:
+        problems.append(f"{embedding or HEAD}: whether head and embedding are one depends on the base; name it")
+        return modules
+    if not tied:
+        return modules
+    if embedding is not None and HEAD in modules and not adapter.config.use_dora:
+        first, second = (modules[embedding].get(name) for name in EMBEDDING)
+        a, b = (modules[HEAD].get(name) for name in LINEAR)
+        if first is not None and second is not None and a is not None and b is not None:
+            same = np.array_equal(second.T, a) and np.array_equal(first.T, b)
+            if same:
+                return {name: parts for name, parts in modules.items() if name != HEAD}
+    problems.append(
+        f"{embedding or HEAD}: the base ties its head to its embedding; in mlx-lm an adapter changes both alike, this "
+        "one does not"
+    )
+    return modules
+
+
+def _mlx_parts(name: str, parts: Mapping[str, Array], adapter: Adapter, problems: list[str]) -> dict[str, Array]:
+    """One module of PEFT as mlx-lm has it; of an expert A and B stay as they are, to be stacked."""
+    if COPY in parts:
+        problems.append(f"{name}: brings its own {COPY}, for which mlx-lm has no place")
+    if EMBEDDING[0] in parts:
+        if adapter.config.use_dora:
+            problems.append(
+                f"{name}: DoRA on an embedding has a norm for each column in PEFT, for each token in mlx-lm"
+            )
+        return {"lora_a": _turned(parts[EMBEDDING[0]]), "lora_b": _turned(parts[EMBEDDING[1]])}
+    if is_expert(name):
+        if adapter.config.use_dora:
+            problems.append(f"{name}: mlx-lm has no DoRA on experts")
+        return {"lora_a": parts[LINEAR[0]], "lora_b": parts[LINEAR[1]]}
+    pair = {"lora_a": _turned(parts[LINEAR[0]]), "lora_b": _turned(parts[LINEAR[1]])}
+    return {**pair, "m": parts[MAGNITUDE]} if adapter.config.use_dora else pair
+
+
+def _mlx_names(modules: Modules, config: Mapping[str, Any] | None, problems: list[str]) -> Modules:
+    """The modules named as in the MLX layout, the experts of a layer stacked."""
+    if config is None:
+        problems += [
+            f"{name}: how MLX stacks experts depends on the base; name it" for name in modules if is_expert(name)
+        ]
+        return modules
+    rules = _naming_rules(config)
+    if any(is_expert(name) for name in modules) and not has_experts(config):
+        problems.append(f"adapters on the experts of {config['model_type']} cannot be converted")
+        return modules
+    result: Modules = {}
+    for part in _PARTS:
+        tensors: list[LazyTensor] = []
+        for name, parts in modules.items():
+            if part in parts:
+                tensors.append(from_array(f"{name}.weight", parts[part]))
+        for rule in rules:
+            tensors = rule.to_mlx(config, tensors)
+        for tensor in tensors:
+            result.setdefault(tensor.name.removesuffix(".weight"), {})[part] = tensor.read()
+    return result

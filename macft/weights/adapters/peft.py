@@ -1,0 +1,282 @@
+"""LoRA adapters on disk, in PEFT's layout: read with every setting checked, written whole."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 (numpy reads bfloat16 only once this is imported)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from macft import __version__
+from macft.errors import MacftError, ModelError, join_problems
+from macft.files import write_json
+from macft.weights.adapters.experts import split_experts
+from macft.weights.adapters.shapes import (
+    Modules,
+    Shape,
+    join_modules,
+    layer_problems,
+    pair_of,
+    pattern_problems,
+    pattern_shapes,
+    split_modules,
+    split_saved,
+    uniform,
+)
+from macft.weights.layouts.mlx import LAYOUTS
+from macft.weights.tensors.stream import write_state
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+State = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json says of an adapter, once all its modules have one rank and scale."""
+
+    base: str  # the base model as the user typed it
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: tuple[str, ...]
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter read from disk; `base_hash` is None in adapters of other tools.
+
+    `saved` are tensors of the model that were trained whole (PEFT's modules_to_save), by the model's own names.
+    """
+
+    folder: Path
+    config: AdapterConfig
+    state: State
+    base_hash: str | None
+    saved: State = field(default_factory=dict)
+
+
+@contextmanager
+def naming_adapter(adapter: Adapter, base: str, kind: type[MacftError]) -> Iterator[None]:
+    """Errors of this kind, raised where the adapter meets the base, name both as ModelError."""
+    try:
+        yield
+    except kind as error:
+        raise ModelError(f"{adapter.folder}: made for {adapter.config.base}, on {base}: {error}") from None
+
+
+def write_adapter(folder: Path, config: AdapterConfig, state: State, base_hash: str | None) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into an existing folder.
+
+    The hash of the base goes into the metadata of the weights file: PEFT warns of keys it does not
+    know in its configuration.
+    """
+    write_state(folder / WEIGHTS_NAME, state, metadata=metadata_of("pt", base_hash))
+    write_json(folder / CONFIG_NAME, peft_config(config))
+
+
+def metadata_of(layout: str, base_hash: str | None) -> dict[str, str]:
+    """The metadata of a weights file in this layout, pt or mlx."""
+    metadata = {"format": layout, "macft": __version__}
+    return metadata if base_hash is None else {**metadata, "base_weights": base_hash}
+
+
+def peft_config(config: AdapterConfig) -> dict[str, Any]:
+    """The adapter_config.json that PEFT reads."""
+    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(config.target_modules),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+_WAY_OUT = "; merge the adapter with PEFT"
+_CHANGES_BASE = f"this start changes the base's own weights as well{_WAY_OUT}"
+_NO_PLACE = f"it is not supported{_WAY_OUT}"
+_SAVED = "modules_to_save"
+# Settings that change what an adapter computes: the values that change nothing, and why others are refused.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "bias": (("none", None), f"biases of the base were trained, which is not supported{_WAY_OUT}"),
+    "lora_bias": ((False, None), f"B has a bias, which is not supported{_WAY_OUT}"),
+    _SAVED: ((None, []), "whole modules were trained; merge it: macft export merged BASE --adapter DIR --output NEW"),
+    "ensure_weight_tying": ((False, None), f"head and embedding were trained as one, which is not supported{_WAY_OUT}"),
+    "layer_replication": ((None,), f"layers of the base are repeated, which is not supported{_WAY_OUT}"),
+    "use_qalora": ((False, None), _NO_PLACE),
+    "use_bdlora": ((False, None), _NO_PLACE),
+    "arrow_config": ((None,), _NO_PLACE),
+    "kasa_config": ((None,), _NO_PLACE),
+    "monteclora_config": ((None,), _NO_PLACE),
+    "velora_config": ((None,), _NO_PLACE),
+    "trainable_token_indices": ((None,), f"rows of the embedding were trained, which is not supported{_WAY_OUT}"),
+    "alora_invocation_tokens": ((None,), _NO_PLACE),
+    "init_lora_weights": ((True, False, None, "gaussian", "orthogonal"), _CHANGES_BASE),
+}
+# Settings after which the tensors alone say which modules have an adapter, or which shape.
+_SHAPING = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "target_parameters")
+
+
+def read_adapter(folder: Path, base_config: Mapping[str, Any] | None = None, *, with_saved: bool = False) -> Adapter:
+    """Read a PEFT adapter; raises ModelError naming everything in it that would be computed otherwise.
+
+    Modules of different ranks and scales are given one; targets that are not plain names become the full names
+    of the modules. `base_config`, the base's config.json, is needed for experts and where fan_in_fan_out is set.
+    Modules trained whole are refused unless `with_saved` says that the caller heeds `Adapter.saved`.
+    """
+    raw = read_json_config(folder)
+    config = _checked(folder, raw, base_config, with_saved=with_saved)
+    if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS_NAME).exists():
+        raise ModelError(
+            f"{folder}: adapter_model.bin is pickled, and unpickling runs code from the file: load the adapter with "
+            "PEFT in an environment you trust and save_pretrained() it anew"
+        )
+    state, base_hash = read_tensors(folder, WEIGHTS_NAME)
+    state, saved = split_saved(state, raw.get(_SAVED) or [])
+    if any(raw.get(key) for key in _SHAPING) or raw.get("layers_to_transform") == 0 or not config.target_modules:
+        config, state = _shaped(folder, raw, config, state, base_config)
+    return Adapter(folder, config, state, base_hash, saved)
+
+
+def read_tensors(folder: Path, name: str) -> tuple[State, str | None]:
+    """The tensors of a file in float32, and the hash of the base if it is there; ModelError names NaN and Inf."""
+    path = folder / name
+    if not path.exists():
+        raise ModelError(f"{folder}: no {name}; an adapter folder has it beside {CONFIG_NAME}")
+    state: State = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118
+                state[key] = file.get_tensor(key).astype(np.float32)
+    except (SafetensorError, TypeError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from None
+    problems = [f"{key} holds NaN or infinite numbers" for key, value in state.items() if not np.isfinite(value).all()]
+    if problems:
+        raise ModelError(join_problems(f"{path}: the adapter is broken; take an earlier checkpoint", problems))
+    return state, metadata.get("base_weights")
+
+
+def read_json_config(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json, a JSON object; ModelError otherwise."""
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        raise ModelError(f"{folder}: no {CONFIG_NAME}; expected the folder of an adapter")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path}: not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: no peft_type; expected the configuration of an adapter")
+    return raw
+
+
+def _checked(
+    folder: Path, raw: dict[str, Any], base_config: Mapping[str, Any] | None, *, with_saved: bool
+) -> AdapterConfig:
+    path = folder / CONFIG_NAME
+    if "peft_type" not in raw:
+        raise ModelError(f"{path}: no peft_type; expected the configuration of a PEFT adapter")
+    problems = []
+    if raw["peft_type"] != "LORA":
+        problems.append(f"peft_type is {raw['peft_type']}, expected LORA")
+    problems += [
+        f"{key} is {raw[key]!r}: {reason}"
+        for key, (harmless, reason) in _REFUSED.items()
+        if key in raw and raw[key] not in harmless and not (key == _SAVED and with_saved)
+    ]
+    if not isinstance(raw.get(_SAVED) or [], list) or not all(isinstance(name, str) for name in raw.get(_SAVED) or []):
+        problems.append(f"{_SAVED} is {raw[_SAVED]!r}, expected a list of module names")
+    # PEFT sets it back to false on linear layers, all that the known models have
+    if raw.get("fan_in_fan_out") and (base_config is None or base_config.get("model_type") not in LAYOUTS):
+        kind = "no base was named" if base_config is None else f"{base_config.get('model_type')} is not known here"
+        problems.append(
+            f"fan_in_fan_out is True, which counts unless all layers are linear, and {kind}; merge with PEFT"
+        )
+    problems += pattern_problems(raw)
+    rank: Any = raw.get("r")
+    alpha: Any = raw.get("lora_alpha")
+    targets: Any = raw.get("target_modules")
+    if type(rank) is not int or rank < 1:
+        problems.append(f"r is {rank!r}, expected a rank above 0")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        problems.append(f"lora_alpha is {alpha!r}, expected a number")
+    if not targets and not raw.get("target_parameters"):
+        problems.append(f"target_modules is {targets!r}, expected a list of module names")
+    elif targets and not isinstance(targets, str | list):
+        problems.append(f"target_modules is {targets!r}, expected module names")
+    if problems:
+        raise ModelError(join_problems(f"{path}: this adapter cannot be used as it is", problems))
+    return AdapterConfig(
+        base=str(raw.get("base_model_name_or_path") or ""),
+        rank=rank,
+        alpha=float(alpha),
+        dropout=float(raw.get("lora_dropout") or 0.0),
+        target_modules=() if isinstance(targets, str) else tuple(targets or ()),
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+    )
+
+
+def _shaped(
+    folder: Path, raw: dict[str, Any], config: AdapterConfig, state: State, base_config: Mapping[str, Any] | None
+) -> tuple[AdapterConfig, State]:
+    """The adapter with one rank and scale, its targets the full names of the modules that have tensors."""
+    problems: list[str] = []
+    modules = split_modules(state, config.use_dora, problems)
+    problems += layer_problems(raw, modules)
+    default = Shape(config.rank, config.alpha, config.use_rslora)
+    keys: dict[str, str] = {}  # what PEFT matches its patterns against, where it is not the module's name
+    if not problems and raw.get("target_parameters"):
+        modules, keys = split_experts(modules, base_config, problems)
+    by_pattern = pattern_shapes(raw, default)
+
+    def shape_of(module: str) -> Shape:
+        return by_pattern(keys.get(module, module))
+
+    if not problems:
+        problems += _rank_problems(modules, {module: shape_of(module) for module in modules})
+    if not problems and not modules:
+        problems.append("holds no tensors")
+    if problems:
+        raise ModelError(join_problems(f"{folder / WEIGHTS_NAME}: does not fit its {CONFIG_NAME}", problems))
+    modules, shape = uniform(modules, shape_of, default)
+    changed = replace(
+        config,
+        rank=shape.rank,
+        alpha=shape.alpha,
+        use_rslora=shape.use_rslora,
+        target_modules=tuple(modules),
+    )
+    return changed, join_modules(modules)
+
+
+def _rank_problems(modules: Modules, shapes: Mapping[str, Shape]) -> list[str]:
+    return [
+        f"{module}: its tensors are of rank {parts[pair_of(parts)[0]].shape[0]}, the configuration says "
+        f"{shapes[module].rank}"
+        for module, parts in modules.items()
+        if parts[pair_of(parts)[0]].shape[0] != shapes[module].rank
+    ]

@@ -1,0 +1,55 @@
+"""Name a model folder, and identify its weights by a hash."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from macft.errors import ModelError
+
+_MAX_HEADER = 100 << 20  # the safetensors format's own limit
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk: the name as typed, and a folder in HF or MLX layout."""
+
+    name: str
+    path: Path
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 (hex) that names a model's weights, without reading them all.
+
+    Hashed of each *.safetensors file, in order of name: name, size, header, 64 spread samples of 4 KiB.
+    """
+    digest = hashlib.sha256()
+    paths = sorted(weight_files(folder))
+    if not paths:
+        raise ModelError(f"{folder}: no *.safetensors files to hash; {listing(folder)}")
+    for path in paths:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, _MAX_HEADER):
+                raise ModelError(f"{path}: not a safetensors file, or cut short; download it again")
+            digest.update(f"{path.name}\0{size}\0".encode())
+            digest.update(file.read(length))
+            # a fine-tuned copy has the same names and shapes as its base: only numbers tell them apart
+            for index in range(64):
+                file.seek(8 + length + (size - 8 - length) * index // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, without those of an adapter."""
+    return [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter")]
+
+
+def listing(folder: Path) -> str:
+    """The first names in a folder, for an error message."""
+    names = sorted(file.name for file in folder.iterdir())
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"found {shown}" if names else "the folder is empty"

@@ -1,0 +1,139 @@
+"""Between float weights and MLX's affine quantization: packed integers, a scale and a bias for each group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from macft.errors import ModelError
+from macft.weights.tensors.lazy import Array
+
+BITS = (2, 3, 4, 5, 6, 8)
+_SLAB = 1 << 20  # elements unpacked at a time
+
+# What `quantization_bit` groups by, on every backend.
+LOAD_GROUP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a folder is quantized; `layers` holds (bits, group_size) of module paths that differ.
+
+    `mode` is "affine", or all modes of a folder that mixes several.
+    """
+
+    bits: int
+    group_size: int
+    mode: str
+    layers: dict[str, tuple[int, int]]
+
+    def of(self, module: str) -> tuple[int, int]:
+        """(bits, group_size) of a module path, such as model.layers.0.mlp.up_proj."""
+        return self.layers.get(module, (self.bits, self.group_size))
+
+
+def quantization_of(config: dict[str, Any]) -> Quantization | None:
+    """What a config.json says of MLX quantization; None if nothing. ModelError for values MLX cannot mean."""
+    found = config.get("quantization")
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise ModelError(f"config.json: quantization is {found!r}, an object with bits and group_size was expected")
+    mode = str(found.get("mode", "affine"))
+    bits, group_size = _bits_and_group("quantization", found, mode)
+    layers = {
+        module: _bits_and_group(f"quantization of {module}", value, str(value.get("mode", mode)))
+        for module, value in found.items()
+        if isinstance(value, dict)
+    }
+    modes = {mode} | {str(value.get("mode", mode)) for value in found.values() if isinstance(value, dict)}
+    return Quantization(bits, group_size, ", ".join(sorted(modes)), layers)
+
+
+def _bits_and_group(where: str, value: dict[str, Any], mode: str) -> tuple[int, int]:
+    bits, group_size = value.get("bits"), value.get("group_size")
+    if not isinstance(bits, int) or not isinstance(group_size, int) or (mode == "affine" and bits not in BITS):
+        raise ModelError(
+            f"config.json: {where} has bits {bits!r} and group_size {group_size!r}; "
+            f"bits of {', '.join(map(str, BITS))} and a whole group_size were expected"
+        )
+    return bits, group_size
+
+
+def dequantize_affine(packed: Array, scales: Array, biases: Array, *, bits: int, group_size: int) -> Array:
+    """scale * q + bias for each group, in float32: [..., columns] from uint32 [..., columns * bits / 32].
+
+    `scales` and `biases` are [..., columns / group_size], of any float type. ModelError if shapes disagree.
+    """
+    columns = scales.shape[-1] * group_size
+    if packed.dtype != np.uint32 or packed.shape[-1] * 32 != columns * bits or biases.shape != scales.shape:
+        raise ModelError(
+            f"packed {packed.dtype} {list(packed.shape)}, scales {list(scales.shape)} and biases "
+            f"{list(biases.shape)} do not fit {bits} bits in groups of {group_size}"
+        )
+    rows = np.ascontiguousarray(packed).reshape(-1, packed.shape[-1])
+    flat_scales = scales.reshape(-1, scales.shape[-1], 1)
+    flat_biases = biases.reshape(-1, scales.shape[-1], 1)
+    out = np.empty((rows.shape[0], columns), np.float32)
+    step = max(1, _SLAB // columns)
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        values = out[part].reshape(-1, scales.shape[-1], group_size)
+        values[:] = _unpack(rows[part], bits).reshape(values.shape)
+        values *= flat_scales[part].astype(np.float32)
+        values += flat_biases[part].astype(np.float32)
+    return out.reshape(*packed.shape[:-1], columns)
+
+
+def _unpack(rows: Array, bits: int) -> Array:
+    """Little-endian bit fields of `rows` [n, words] as small integers [n, columns]."""
+    stream = rows.view(np.uint8)
+    if 8 % bits == 0:
+        fields: Array = np.stack([stream >> shift for shift in range(0, 8, bits)], axis=-1)
+        fields &= (1 << bits) - 1
+        return fields.reshape(rows.shape[0], -1)
+    # eight fields fill `bits` whole bytes
+    octets = stream.reshape(rows.shape[0], -1, bits).astype(np.uint64)
+    joined = (octets << (8 * np.arange(bits, dtype=np.uint64))).sum(axis=-1, dtype=np.uint64)
+    wide: Array = (joined[..., None] >> (bits * np.arange(8, dtype=np.uint64))) & np.uint64((1 << bits) - 1)
+    return wide.astype(np.uint8).reshape(rows.shape[0], -1)
+
+
+def quantize_affine(weight: Array, *, bits: int, group_size: int) -> tuple[Array, Array, Array]:
+    """MLX's rule: (packed uint32 [..., columns * bits / 32], scales, biases [..., columns / group_size]).
+
+    The scale is chosen so that the group's end farther from zero, and zero, are met exactly; scales and
+    biases have the type of `weight`. Source: the description and CPU kernel of mlx.core.quantize.
+    """
+    columns = weight.shape[-1]
+    if columns % group_size or columns * bits % 32:
+        raise ModelError(f"{columns} columns do not divide into groups of {group_size} with {bits} bits")
+    groups = weight.astype(np.float32).reshape(*weight.shape[:-1], -1, group_size)
+    low, high = groups.min(axis=-1), groups.max(axis=-1)
+    top = np.float32((1 << bits) - 1)
+    is_negative = np.abs(low) > np.abs(high)
+    scale = np.maximum((high - low) / top, np.float32(1e-7))
+    scale = np.where(is_negative, scale, -scale)
+    edge = np.where(is_negative, low, high)
+    steps = np.rint(edge / scale)
+    scale = np.where(steps != 0, edge / np.where(steps != 0, steps, 1), scale)
+    bias = np.where(steps != 0, edge, np.float32(0))
+    fields = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, top).astype(np.uint8)
+    packed = _pack(fields.reshape(-1, columns), bits).reshape(*weight.shape[:-1], -1)
+    return packed, scale.astype(weight.dtype), bias.astype(weight.dtype)
+
+
+def _pack(fields: Array, bits: int) -> Array:
+    """The inverse of `_unpack`: [n, columns] small integers to uint32 [n, columns * bits / 32]."""
+    spread = (fields[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    words: Array = np.packbits(spread.reshape(fields.shape[0], -1), axis=-1, bitorder="little").view(np.uint32)
+    return words
+
+
+def roundtrip_affine(weight: Array, *, bits: int, group_size: int) -> Array:
+    """What `weight` is in float32 once it has been quantized."""
+    return dequantize_affine(
+        *quantize_affine(weight, bits=bits, group_size=group_size), bits=bits, group_size=group_size
+    )

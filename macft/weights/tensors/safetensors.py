@@ -1,0 +1,175 @@
+"""The safetensors format: a file in, its checked tensors, read when asked for, out; and the header of a new file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from macft.errors import ModelError, join_problems
+from macft.weights.tensors.lazy import Array, LazyTensor, from_rows
+
+MAX_HEADER = 100_000_000  # the format's own limit, in bytes
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "BOOL": np.dtype(np.bool_),
+}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """One checked file: its metadata, and its tensors in the order of their bytes."""
+
+    metadata: dict[str, str]
+    tensors: list[LazyTensor]
+
+
+def header_bytes(tensors: Iterable[LazyTensor], metadata: Mapping[str, str]) -> bytes:
+    """What a file of these tensors, in this order and without gaps, begins with."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        code = DTYPE_CODES[tensor.dtype]
+        header[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def open_safetensors(path: Path) -> SafetensorsFile:
+    """Read and check the header; ModelError lists everything wrong with it, and says what to do."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                raise ModelError(f"{path}: not a safetensors file, or cut short ({size} bytes); download it again")
+            encoded = file.read(length)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
+    header = _parse(path, encoded)
+    metadata = header.pop("__metadata__", None) or {}
+    problems: list[str] = []
+    entries = [entry for name, value in header.items() if (entry := _entry(name, value, problems)) is not None]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    problems += _layout_problems(entries, size - 8 - length)
+    if problems:
+        raise ModelError(join_problems(f"{path}: a damaged safetensors file; download it again", problems))
+    return SafetensorsFile(dict(metadata), [_lazy(path, 8 + length, entry) for entry in entries])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _parse(path: Path, encoded: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name stands in it twice")
+        return found
+
+    try:
+        header = json.loads(encoded, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: its header is no JSON ({error}); download it again") from None
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict | None):
+        raise ModelError(f"{path}: its header is not an object of tensors; download it again")
+    return header
+
+
+def _entry(name: str, value: Any, problems: list[str]) -> _Entry | None:
+    """One tensor of the header, or None with the reason added to `problems`."""
+    if not isinstance(value, dict):
+        problems.append(f"{name}: described by {value!r}")
+        return None
+    dtype = DTYPES.get(str(value.get("dtype")))
+    shape: Any = value.get("shape")
+    offsets: Any = value.get("data_offsets")
+    if dtype is None:
+        problems.append(f"{name}: dtype {value.get('dtype')!r} cannot be read (accepted: {', '.join(DTYPES)})")
+    if not _are_sizes(shape):
+        problems.append(f"{name}: shape {shape!r}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        problems.append(f"{name}: data_offsets {offsets!r}")
+        return None
+    if dtype is None or not _are_sizes(shape):
+        return None
+    begin, end = offsets
+    if end - begin != prod(shape) * dtype.itemsize:
+        problems.append(f"{name}: {end - begin} bytes for {value['dtype']} {shape}")
+        return None
+    return _Entry(name, dtype, tuple(shape), begin, end)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _layout_problems(entries: list[_Entry], data_bytes: int) -> list[str]:
+    """Bytes that two tensors share, that none owns, or that the file does not have."""
+    position, problems = 0, []
+    for entry in entries:
+        if entry.end > data_bytes:
+            problems.append(f"{entry.name}: ends at byte {entry.end}, the file has {data_bytes}: it was cut short")
+        elif entry.begin != position:
+            problems.append(f"{entry.name}: begins at byte {entry.begin}, {position} was expected")
+        position = entry.end
+    if not problems and position != data_bytes:
+        problems.append(f"{data_bytes} bytes of numbers, the header describes {position}")
+    return problems
+
+
+def _lazy(path: Path, base: int, entry: _Entry) -> LazyTensor:
+    offset = base + entry.begin
+
+    def whole() -> Array:
+        return _mapped(path, entry.dtype, offset, entry.shape)
+
+    if not entry.shape:
+        return LazyTensor(entry.name, entry.dtype, entry.shape, whole)
+    row_shape = entry.shape[1:]
+    row_bytes = prod(row_shape) * entry.dtype.itemsize
+
+    def rows(start: int, stop: int) -> Array:
+        return _mapped(path, entry.dtype, offset + start * row_bytes, (stop - start, *row_shape))
+
+    return from_rows(entry.name, entry.dtype, entry.shape, rows)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...]) -> Array:
+    """A read-only view of the file, which is let go of with the array."""
+    if not prod(shape):
+        return np.zeros(shape, dtype)
+    try:
+        # bytes first: numbers of a file may stand at any offset
+        flat = np.memmap(path, np.uint8, "r", offset, (prod(shape) * dtype.itemsize,))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: changed or vanished while it was read ({error})") from None
+    return np.asarray(flat).view(dtype).reshape(shape)
