@@ -192,7 +192,8 @@ def test_problems_of_sharegpt_rows_are_all_named() -> None:
         'line 6: "conversations": the list is empty, expected at least one question',
         'line 7: "tools": tool definitions are not supported in preference pairs; remove them',
         'line 8: "chosen": ends in a user message, expected an assistant message',
-        'line 9: "conversations"[1] "from": found human, expected gpt or function_call: questions and answers take turns',
+        'line 9: "conversations"[1] "from": found human, expected gpt or function_call: questions and answers '
+        "take turns",
     ]
 
 
