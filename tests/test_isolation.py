@@ -8,9 +8,11 @@ import sys
 import textwrap
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.commands import CHECKOUT
+from support.shuffle import shuffle
 
 HEADER = """
     import colorsys, json, logging, os, random, signal, sys, types
@@ -156,3 +158,14 @@ def test_what_a_test_leaves_is_named_and_put_back(problems: dict[str, str], kind
 @pytest.mark.parametrize("name", ALLOWED)
 def test_numbers_caches_imports_and_shared_fixtures_are_no_problem(problems: dict[str, str], name: str) -> None:
     assert problems[name] == ""
+
+
+def test_a_seed_gives_an_order_in_which_files_stay_whole() -> None:
+    def order(seed: str) -> list[str]:
+        items = [SimpleNamespace(path=Path(name), name=f"{name}{i}") for name in "abcd" for i in range(9)]
+        shuffle(items, seed)
+        return [item.name for item in items]
+
+    assert order("1") == order("1") != order("2")
+    assert sorted(order("1")) == sorted(order("2")) != order("1")
+    assert len("".join(name[0] for name in order("1")).replace("a" * 9, "").replace("b" * 9, "")) == 18
