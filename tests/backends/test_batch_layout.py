@@ -229,7 +229,9 @@ def test_shapes_are_padded_to_the_multiple(lengths):
 
 
 @pytest.mark.mlx
-@pytest.mark.parametrize(("architecture", "shares"), [("llama", True), ("qwen3", True), ("qwen2", False)])
+@pytest.mark.parametrize(
+    ("architecture", "shares"), [pytest.param("llama", True, marks=pytest.mark.slow), ("qwen3", True), ("qwen2", False)]
+)
 def test_the_compiled_step_on_padded_shapes_changes_no_number(architecture, shares, tiny_model):
     backend = load("mlx", tiny_model(architecture))
     backend._split.shares_prompts = shares

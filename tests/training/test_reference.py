@@ -138,6 +138,7 @@ def filled_in(keys: dict, adapter: Path, other: Path) -> dict:
     return {key: {"ADAPTER": str(adapter), "OTHER": str(other)}.get(str(value), value) for key, value in keys.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_a_later_run_computes_again_only_what_depends_on_its_settings(
     model, data, adapter, other, cache, calls, tmp_path
