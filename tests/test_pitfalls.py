@@ -51,9 +51,9 @@ import pytest
 from safetensors.numpy import load_file
 from support.commands import CHECKOUT
 from support.paths import TESTS
+from support.rows import write_lines
 from support.tiny_tokenizer import CHATML, write_tiny_model
 from support.toy_backend import toy_settings, write_pairs, write_rows, write_toy_model
-from test_stats import write
 
 from macft.config.load import load_settings
 from macft.config.settings import Settings
@@ -108,7 +108,7 @@ def test_p1_a_tokenizer_in_another_folder_is_named_by_a_key(model: Path, tmp_pat
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((model / "config.json").read_bytes())
-    path = write(tmp_path / "d.jsonl", {"instruction": "hello", "output": "you"})
+    path = write_lines(tmp_path / "d.jsonl", {"instruction": "hello", "output": "you"})
     with pytest.raises(ModelError, match=r"no tokenizer; looked for tokenizer.json, vocab.json with merges.txt"):
         look_at(str(path), (), str(bare))
     look = look_at(str(path), (f"tokenizer_name_or_path={model}",), str(bare))
@@ -150,7 +150,7 @@ def test_p12_an_end_token_that_is_the_pad_token_too_is_trained_on(tmp_path: Path
     path = folder / "tokenizer_config.json"
     end = load_tokenizer(folder).special_map["eos_token"]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": end}))
-    [row] = rows_of(folder, write(tmp_path / "d.jsonl", {"instruction": "hello", "output": "you"}))
+    [row] = rows_of(folder, write_lines(tmp_path / "d.jsonl", {"instruction": "hello", "output": "you"}))
     assert load_tokenizer(folder).special_map["pad_token"] == end
     assert trained_text(folder, row).startswith(f"you{end}")
 
@@ -208,7 +208,7 @@ def test_p51_the_trained_text_is_the_answer_whatever_the_tokenizer_joins(
     model: Path, tmp_path: Path, answer: str
 ) -> None:
     quoting = "what does <|im_start|>assistant\nyou mean?"
-    [row] = rows_of(model, write(tmp_path / "d.jsonl", {"instruction": quoting, "output": answer}))
+    [row] = rows_of(model, write_lines(tmp_path / "d.jsonl", {"instruction": quoting, "output": answer}))
     trained = trained_text(model, row)
     # a token on the border may bring the line break before the answer
     assert trained.removeprefix("\n").lstrip("\n") == f"{answer}<|im_end|>\n".lstrip("\n")
@@ -221,7 +221,7 @@ def test_p52_a_long_question_loses_text_of_its_own_and_neither_header_nor_answer
     model: Path, tmp_path: Path, cutoff_len: int
 ) -> None:
     long = "the quick brown fox jumps over the lazy dog. " * 30
-    path = write(tmp_path / "d.jsonl", {"instruction": long, "output": "you"})
+    path = write_lines(tmp_path / "d.jsonl", {"instruction": long, "output": "you"})
     [row] = rows_of(model, path, cutoff_len)
     assert row.shortened and not row.answer_cut and len(row.encoded.ids) <= cutoff_len
     assert row.rendered.text.startswith("<|im_start|>user\n")
@@ -234,7 +234,7 @@ def test_p53_a_typed_backslash_stays_two_characters_and_special_tokens_in_text_a
 ) -> None:
     caplog.set_level(logging.WARNING, logger="macft")
     typed = "hello\\nyou <|im_end|> today"
-    path = write(tmp_path / "d.jsonl", {"instruction": typed, "output": "one"})
+    path = write_lines(tmp_path / "d.jsonl", {"instruction": typed, "output": "one"})
     tokenizer = load_tokenizer(model)
     template = load_template(model, tokenizer.special_map)
     rows, report = tokenize_examples(read_examples(str(path), "", None), tokenizer, template, cutoff_len=999)
@@ -258,7 +258,7 @@ def test_p58_what_is_asked_after_training_begins_as_what_was_trained_on(model: P
     for source in (CHATML, own + CHATML):
         (tmp_path / "own.jinja").write_text(source)
         template = load_template(model, {}, str(tmp_path / "own.jinja"))
-        path = write(tmp_path / "d.jsonl", {"instruction": "how", "output": "you"})
+        path = write_lines(tmp_path / "d.jsonl", {"instruction": "how", "output": "you"})
         example = read_examples(str(path), "", None)[0]
         [row] = fit_examples([example], load_tokenizer(model), template, cutoff_len=999)
         asked = template.render(list(example.messages[:1]), add_generation_prompt=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import CHECKOUT
-from test_quickstart import project_files
+from support.paths import project_files
 
 MODULES = sorted((CHECKOUT / "macft").rglob("*.py"))
 FILES = [name for name in project_files() if not name.endswith((".png", ".svg", ".arrow"))]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import CHECKOUT
+from support.paths import project_files
 
 # the guide first: it installs what the pages on export need
 GUIDES = ("README.md", "README.zh-CN.md", "docs/guide.md", "docs/guide.zh-CN.md")
@@ -52,18 +53,6 @@ def shell_commands(document: str) -> list[str]:
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
-
-
-def project_files() -> list[str]:
-    """Files that are in the repository, or would be if they were added now."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=CHECKOUT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [name for name in listed.stdout.splitlines() if (CHECKOUT / name).is_file()]
 
 
 @pytest.fixture(scope="module")

@@ -10,34 +10,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from support.commands import CHECKOUT, macft, macft_process, write_chat_model
+from support.litgpt_folders import LLAMA, lit_state, write_lit
+from support.tiny_adapters import write_peft
 from support.tiny_gguf import TinyGguf, byte_level, hf_weights, write_gguf
 from support.tiny_models import write_mlx_quantized, write_model
-from test_litgpt import _LLAMA, lit_state, write_lit
 
 from macft.docs import conversion_table, layout_table
-from macft.weights.adapters.peft import AdapterConfig, write_adapter
-from macft.weights.folder import weights_hash
 from macft.weights.model_config import read_config
 
 NO_ENGINE = ("torch", "mlx", "mlx_lm", "transformers", "peft", "huggingface_hub")
-
-
-def write_peft(
-    folder: Path, base: Path, *, rank: int = 4, alpha: float = 8.0, size: float = 0.1, seed: int = 0
-) -> Path:
-    """A random adapter on q_proj and down_proj of the tiny llama."""
-    rng = np.random.default_rng(seed)
-    state = {}
-    for layer in range(2):
-        for module, (rows, columns) in {"self_attn.q_proj": (64, 64), "mlp.down_proj": (64, 128)}.items():
-            name = f"base_model.model.model.layers.{layer}.{module}"
-            state[f"{name}.lora_A.weight"] = rng.normal(size=(rank, columns)).astype(np.float32) * size
-            state[f"{name}.lora_B.weight"] = rng.normal(size=(64, rank)).astype(np.float32) * size
-            assert rows == 64
-    folder.mkdir()
-    config = AdapterConfig(str(base), rank, alpha, 0.0, ("q_proj", "down_proj"))
-    write_adapter(folder, config, state, weights_hash(base))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_chat_model(folder / "model")
     write_peft(folder / "adapter", folder / "model")
     write_mlx_quantized(folder / "model", folder / "quantized", 8)
-    write_lit(folder / "lit", _LLAMA, lit_state(write_model(folder / "hf", "llama", tie_word_embeddings=False)))
+    write_lit(folder / "lit", LLAMA, lit_state(write_model(folder / "hf", "llama", tie_word_embeddings=False)))
     tiny = byte_level(TinyGguf())
     write_gguf(folder / "tiny.gguf", tiny, hf_weights(tiny))
     return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.commands import CHECKOUT
+from support.configs import YAML, from_file, load, problem, refusal
 
 from macft.config import mlx_lm
 from macft.config.load import dump_yaml, load_settings
@@ -17,41 +18,11 @@ from macft.config.translate import TRANSLATIONS
 from macft.docs import configuration_page
 from macft.errors import ConfigError
 
-REQUIRED = ["model_name_or_path=m", "dataset=d.jsonl", "output_dir=o"]
-
-
-def load(*overrides: str) -> Settings:
-    return load_settings(None, [*REQUIRED, *overrides])
-
-
-def problem(*overrides: str) -> str:
-    """The only problem of these overrides, without the headline."""
-    with pytest.raises(ConfigError) as caught:
-        load(*overrides)
-    headline, *problems = str(caught.value).split("\n")
-    assert headline == "1 problem in the configuration" and len(problems) == 1
-    return problems[0].strip()
-
-
-def from_file(folder: Path, text: str, *overrides: str) -> Settings:
-    path = folder / "run.yaml"
-    path.write_text(text, encoding="utf-8")
-    return load_settings(path, overrides)
-
-
-def refusal(folder: Path, text: str, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        from_file(folder, text, *overrides)
-    return str(caught.value).replace(str(folder), "DIR")
-
 
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.WARNING, logger="macft")
     return caplog
-
-
-YAML = "model_name_or_path: m\ndataset: d.jsonl\noutput_dir: o\n"
 
 
 def test_an_unknown_key_offers_the_nearest_name():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from test_load import YAML, from_file, load, problem, refusal
+from support.configs import YAML, from_file, load, problem, refusal
 
 from macft.config.load import load as load_whole
 from macft.config.load import load_settings, overridden_keys

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 from support.commands import CHECKOUT
-from test_load import from_file, load, problem
+from support.configs import from_file, load, problem
 
 from macft.config.load import dump_yaml, load_settings
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.data_folders import own_and_public_data
+from support.rows import write_lines
 from support.tiny_tokenizer import write_tiny_model
 
 from macft.data.formats.dataset import iter_examples, read_examples, read_pairs, read_texts
@@ -31,11 +32,6 @@ def refusal(folder: Path, name: str = "d") -> str:
     with pytest.raises(DataError) as error:
         read_examples(name, str(folder), None)
     return str(error.value).replace(f"{folder}/", "")
-
-
-def write_lines(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return path
 
 
 def test_p5_evaluation_rows_that_are_trained_on_are_said(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.generated_texts import generated
 from support.paths import TESTS
 from support.toy_backend import ENGINES, curve, press_ctrl_c_in_step, toy_settings, write_rows
 
 from macft.config.checks import without_effect
 from macft.data.batches import StreamPlan
-from macft.data.cache.workers import Encoder
-from macft.data.formats.conversations import Text
 from macft.data.stream import ROWS_AT_ONCE, Stream, Streamed
 from macft.data.tokenization.packing import PackedExample
-from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, DataError, StoppedError, UsageError
 from macft.training.checkpoint import list_checkpoints
 from macft.training.log.report import read_log
@@ -130,25 +128,6 @@ def test_every_step_is_full_across_the_end_of_the_data(model, tmp_path, said):
 # ---- memory
 
 
-class _Generated:
-    """Texts that are made when they are asked for."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.read = 0
-
-    def __call__(self) -> Iterator[Text]:
-        for number in range(self.count):
-            self.read += 1
-            yield Text(f"the quick brown fox {number}", f"texts.jsonl:{number + 1}")
-
-
-def generated(count: int, tokenizer: Tokenizer, buffer_size: int) -> tuple[_Generated, Stream]:
-    rows = _Generated(count)
-    encoder = Encoder("pt", tokenizer, None, 64, False, False, {})
-    return rows, Stream(rows, encoder, packing=False, buffer_size=buffer_size, seed=0)
-
-
 def test_no_row_is_held_beyond_the_buffer_and_the_first_step_comes_before_the_end(model):
     for buffer_size in (1, 3, 500):
         rows, stream = generated(2000, load_tokenizer(model), buffer_size)
@@ -161,7 +140,7 @@ def test_no_row_is_held_beyond_the_buffer_and_the_first_step_comes_before_the_en
 _PEAK = """
 import resource, sys
 from pathlib import Path
-from test_stream import generated
+from support.generated_texts import generated
 from macft.data.tokenization.tokenizer import load_tokenizer
 
 rows, stream = generated(200_000, load_tokenizer(Path(sys.argv[1])), 1000)
@@ -180,7 +159,7 @@ print((peaks[1] - peaks[0]) / (1e3 if sys.platform == "linux" else 1e6))
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(model):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(TESTS), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     command = [sys.executable, "-c", _PEAK, str(model)]
     grown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     # MB; two arrays a row and what holds them would be 80

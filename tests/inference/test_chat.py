@@ -11,60 +11,23 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from support.commands import heed_ctrl_c
+from support.parrot import make_model
 from support.paths import TESTS
 from support.tiny_tokenizer import GEMMA, write_tiny_model
 
 from macft.backends.base import Sampling
 from macft.data.formats.dataset import read_examples
-from macft.data.templates.chat_template import load_template
-from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.inference.answer import answer
 from macft.inference.chat import ChatModel, answer_prompts, chat_loop, fit_prompt
 from macft.inference.prompts import user_turn, with_system
 
 
-class Parrot:
-    """A backend that answers with the last user text, upper-cased, and remembers what it was asked."""
-
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.asked: list[str] = []
-        self.seeds: list[int] = []
-        self.rooms: list[int] = []
-
-    def generate(self, prompt, *, max_new_tokens, stop_ids, sampling):
-        text = self.tokenizer.decode(prompt, skip_special=False)
-        self.asked.append(text)
-        self.seeds.append(sampling.seed)
-        self.rooms.append(max_new_tokens)
-        said = text.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0].upper()
-        for token in [*self.tokenizer.encode(said + "<|im_end|>after").ids][:max_new_tokens]:
-            if token in stop_ids:
-                return
-            yield token
-
-
 @pytest.fixture
 def folder(tmp_path):
     return write_tiny_model(tmp_path / "model")
-
-
-def make_model(folder: Path, *, raw: bool = False, **changes) -> ChatModel:
-    tokenizer = load_tokenizer(folder)
-    values = {
-        "backend": Parrot(tokenizer),
-        "tokenizer": tokenizer,
-        "template": None if raw else load_template(folder, tokenizer.special_map),
-        "stop_ids": tokenizer.eos_ids,
-        "sampling": Sampling(seed=7),
-        "max_new_tokens": 50,
-        **changes,
-    }
-    return ChatModel(**values)
 
 
 def talk(model: ChatModel, *lines: str, system: str | None = None) -> tuple[str, str]:
@@ -249,9 +212,9 @@ def test_a_long_one_shot_conversation_keeps_its_system_prompt(folder):
 
 TERMINAL_CHAT = """
 import sys, time
-sys.path[:0] = sys.argv[2:4]
+sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from test_chat import make_model, Parrot
+from support.parrot import Parrot, make_model
 from macft.inference.chat import chat_loop
 
 class Slow(Parrot):
@@ -314,7 +277,7 @@ class Terminal:
 
 
 def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(folder):
-    terminal = Terminal(sys.executable, "-c", TERMINAL_CHAT, str(folder), str(TESTS), str(Path(__file__).parent))
+    terminal = Terminal(sys.executable, "-c", TERMINAL_CHAT, str(folder), str(TESTS))
     try:
         terminal.until("> ")
         terminal.type("one\n")

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 import pytest
+from support.rows import write_lines
 from support.tiny_tokenizer import write_tiny_model
-from test_stats import write
 
 from macft.commands.data import data
 from macft.errors import DataError
@@ -53,7 +53,7 @@ def chat(*turns: tuple[str, str]) -> dict[str, Any]:
 
 
 def test_sound_data_have_no_findings(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(folder / "d.jsonl", alpaca("hello", "you"), alpaca("the capital of France?", "Paris"))
+    write_lines(folder / "d.jsonl", alpaca("hello", "you"), alpaca("the capital of France?", "Paris"))
     assert run("d.jsonl", "--model", model) == 0
     assert capsys.readouterr().out == "2 rows: nothing found\n"
     assert found(model, capsys, "d.jsonl") == (
@@ -88,7 +88,7 @@ def test_every_invalid_row_is_named_and_those_behind_it_are_looked_at(
 def test_more_problems_than_an_error_shows_are_all_there(
     model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(folder / "d.jsonl", alpaca("a", "b"), *({"instruction": "a"} for _ in range(30)))
+    write_lines(folder / "d.jsonl", alpaca("a", "b"), *({"instruction": "a"} for _ in range(30)))
     _, value = found(model, capsys, "d.jsonl")
     assert [place for place, _ in places(value, "unreadable")] == [f"d.jsonl:{i}" for i in range(2, 32)]
     run("d.jsonl", "--model", model)
@@ -103,7 +103,7 @@ def test_wrong_turns_of_sharegpt_rows_are_problems(
     def turns(*roles: str) -> dict[str, Any]:
         return {"conversations": [{"from": role, "value": "hello"} for role in roles]}
 
-    write(folder / "d.jsonl", turns("human", "gpt"), turns("human", "human", "gpt"), turns("human"))
+    write_lines(folder / "d.jsonl", turns("human", "gpt"), turns("human", "human", "gpt"), turns("human"))
     code, value = found(model, capsys, "d.jsonl")
     assert code == 1
     assert places(value, "unreadable") == [
@@ -120,7 +120,7 @@ def test_wrong_turns_of_sharegpt_rows_are_problems(
 
 def test_unusual_roles_of_messages_are_notes(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     user, answer, system = ("user", "hello"), ("assistant", "you"), ("system", "today")
-    write(
+    write_lines(
         folder / "d.jsonl",
         chat(system, user, answer),
         chat(user, system, answer),
@@ -142,11 +142,11 @@ def test_unusual_roles_of_messages_are_notes(model: Path, folder: Path, capsys: 
 
 def test_rows_that_training_leaves_out_say_why(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = "the quick brown fox " * 20
-    write(folder / "d.jsonl", chat(("user", "a"), ("assistant", "b")), chat(("user", "a")))
+    write_lines(folder / "d.jsonl", chat(("user", "a"), ("assistant", "b")), chat(("user", "a")))
     code, value = found(model, capsys, "d.jsonl")
     assert code == 1 and value["left_out"] == 1
     assert places(value, "left out") == [("d.jsonl:2", "it has no answer")]
-    write(folder / "s.jsonl", chat(("system", long), ("user", "a"), ("assistant", "b")), alpaca_chat())
+    write_lines(folder / "s.jsonl", chat(("system", long), ("user", "a"), ("assistant", "b")), alpaca_chat())
     code, value = found(model, capsys, "s.jsonl", "cutoff_len=20")
     assert code == 1
     reason = "cutoff_len 20 leaves no answer, or the template renders none"
@@ -166,7 +166,7 @@ def test_rows_that_the_template_refuses_are_problems_one_by_one(
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     bad = chat(("system", "be kind"), ("user", "a"), ("assistant", "b"))
-    write(folder / "d.jsonl", alpaca_chat(), bad, chat(("user", "x"), ("assistant", "y")), bad)
+    write_lines(folder / "d.jsonl", alpaca_chat(), bad, chat(("user", "x"), ("assistant", "y")), bad)
     code, value = found(model, capsys, "d.jsonl", "template=strict.jinja")
     assert code == 1
     refused = places(value, "refused")
@@ -175,7 +175,7 @@ def test_rows_that_the_template_refuses_are_problems_one_by_one(
 
 
 def test_repetitions_and_empty_answers_are_notes(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(
+    write_lines(
         folder / "d.jsonl",
         alpaca("hello", "you"),
         alpaca("hello", "you"),
@@ -195,7 +195,7 @@ def test_what_cutoff_len_takes_and_straddling_tokens_are_notes(
     model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = "the quick brown fox " * 10
-    write(folder / "d.jsonl", alpaca(long, "you"), alpaca("how", long), alpaca("how", "\n\nyou"))
+    write_lines(folder / "d.jsonl", alpaca(long, "you"), alpaca("how", long), alpaca("how", "\n\nyou"))
     _, value = found(model, capsys, "d.jsonl", "cutoff_len=24")
     assert places(value, "shortened")[0] == ("d.jsonl:1", "cutoff_len 24")
     assert places(value, "answer cut") == [("d.jsonl:2", "cutoff_len 24")]
@@ -208,7 +208,7 @@ def test_pairs_without_a_preference_and_against_each_other_are_notes(
     def pair(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
-    write(
+    write_lines(
         folder / "d.jsonl",
         pair("hello", "a", "b"),
         pair("hello", "b", "a"),
@@ -223,7 +223,7 @@ def test_pairs_without_a_preference_and_against_each_other_are_notes(
     assert places(value, "identical") == [("d.jsonl:3", "")]
     assert places(value, "duplicate") == [("d.jsonl:4", "as d.jsonl:1")]
     long = "the quick brown fox " * 20
-    write(folder / "long.jsonl", pair("hello", "a", "b"), pair(long, "a", "b") | {"prompt": [*system(long)]})
+    write_lines(folder / "long.jsonl", pair("hello", "a", "b"), pair(long, "a", "b") | {"prompt": [*system(long)]})
     code, value = found(model, capsys, "long.jsonl", "cutoff_len=24")
     assert code == 1
     assert places(value, "left out") == [("long.jsonl:2", "cutoff_len 24 leaves no answer on one side")]
@@ -234,7 +234,7 @@ def system(text: str) -> list[dict[str, str]]:
 
 
 def test_texts_are_checked_too(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(folder / "d.jsonl", *({"text": text} for text in ("hello you", "", "hello you", "a <s>")))
+    write_lines(folder / "d.jsonl", *({"text": text} for text in ("hello you", "", "hello you", "a <s>")))
     code, value = found(model, capsys, "d.jsonl")
     assert code == 1
     assert places(value, "left out") == [("d.jsonl:2", "the text is empty")]
@@ -245,8 +245,8 @@ def test_texts_are_checked_too(model: Path, folder: Path, capsys: pytest.Capture
 def test_evaluation_rows_that_are_trained_on_are_named(
     model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(folder / "d.jsonl", *(alpaca(f"{i}", "a") for i in range(6)))
-    write(folder / "e.jsonl", alpaca("3", "a"), alpaca("4", "other"), alpaca("9", "a"), {"instruction": "x"})
+    write_lines(folder / "d.jsonl", *(alpaca(f"{i}", "a") for i in range(6)))
+    write_lines(folder / "e.jsonl", alpaca("3", "a"), alpaca("4", "other"), alpaca("9", "a"), {"instruction": "x"})
     code, value = found(model, capsys, "d.jsonl", "eval_dataset=e.jsonl")
     assert code == 1 and (value["rows"], value["evaluation_rows"]) == (6, 3)
     assert places(value, "evaluation") == [("e.jsonl:1", "as d.jsonl:4")]
@@ -259,7 +259,7 @@ def test_rows_that_val_size_holds_out_and_trains_on_are_named(
 ) -> None:
     from macft.data.formats.dataset import split_examples
 
-    write(folder / "d.jsonl", *(alpaca(f"{i % 10}", "a") for i in range(20)))
+    write_lines(folder / "d.jsonl", *(alpaca(f"{i % 10}", "a") for i in range(20)))
     _, value = found(model, capsys, "d.jsonl", "val_size=4")
     _, held_out = split_examples(range(20), 4, 42)
     leaked = [i for i in held_out if (i + 10) % 20 not in held_out]
@@ -270,7 +270,9 @@ def test_rows_that_val_size_holds_out_and_trains_on_are_named(
 def test_names_of_dataset_info_and_configs_are_taken(
     model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(folder / "rows.jsonl", {"q": "hello", "a": "you"}, {"q": "hello", "a": None}, {"q": "how", "a": "today"})
+    write_lines(
+        folder / "rows.jsonl", {"q": "hello", "a": "you"}, {"q": "hello", "a": None}, {"q": "how", "a": "today"}
+    )
     info = {"mine": {"file_name": "rows.jsonl", "columns": {"query": "q", "response": "a"}}}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     code, value = found(model, capsys, "mine", "dataset_dir=.")
@@ -286,7 +288,7 @@ def test_damaged_files_are_problems_and_the_other_files_are_looked_at(
 ) -> None:
     (folder / "empty.jsonl").write_text("")
     (folder / "cut.parquet").write_bytes(b"PAR1 and no more")
-    write(folder / "d.jsonl", alpaca("{{author}}", "a"))
+    write_lines(folder / "d.jsonl", alpaca("{{author}}", "a"))
     code, value = found(model, capsys, "empty.jsonl,cut.parquet,d.jsonl")
     assert code == 1 and value["problems"] == 2
     assert [place for place, _ in places(value, "unreadable")] == ["empty.jsonl", "cut.parquet"]
@@ -304,7 +306,7 @@ def test_damaged_files_are_problems_and_the_other_files_are_looked_at(
 def test_data_that_are_not_there_or_of_another_kind_are_one_error(
     model: Path, folder: Path, arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(folder / "d.jsonl", alpaca("hello", "you"))
+    write_lines(folder / "d.jsonl", alpaca("hello", "you"))
     (folder / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "d.jsonl", "ranking": True}}))
     try:
         code = run(*arguments, "--model", model)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from support.chat_templates import build, chat
 from support.commands import write_chat_model
+from support.rows import write_lines
 from support.tiny_tokenizer import TEMPLATES, write_tiny_model
-from test_chat_template import build, chat
 
 from macft.data.formats.conversations import Example
 from macft.data.formats.pairs import PairExample
@@ -178,11 +179,6 @@ def shown_source(capsys: pytest.CaptureFixture[str], source: object, *overrides:
     capsys.readouterr()
     preview_source(str(source), overrides, row, **keys, as_json=True)
     return json.loads(capsys.readouterr().out)
-
-
-def write_lines(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")

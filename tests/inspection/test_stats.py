@@ -10,6 +10,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+from support.rows import write_lines
 from support.tiny_tokenizer import write_tiny_model
 
 from macft.commands.data import data
@@ -30,11 +31,6 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("stats") / "model")
-
-
-def write(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def encoder(model: Path, kind: Kind, cutoff_len: int = 2048, **keys: Any) -> Encoder:
@@ -63,7 +59,7 @@ def run(*arguments: object) -> None:
 
 
 def test_tokens_and_lengths_are_those_that_training_counts(model: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "d.jsonl", *chat_rows(30))
+    path = write_lines(tmp_path / "d.jsonl", *chat_rows(30))
     stats = stats_of(model, path, "sft", [2048])
     one = encoder(model, "sft")
     tokenizer, template = one.tokenizer, load_template(model, one.tokenizer.special_map)
@@ -77,7 +73,7 @@ def test_tokens_and_lengths_are_those_that_training_counts(model: Path, tmp_path
 
 @pytest.mark.parametrize("cutoff_len", [12, 24, 48, 96])
 def test_a_cutoff_takes_what_training_reports(model: Path, tmp_path: Path, cutoff_len: int) -> None:
-    path = write(tmp_path / "d.jsonl", *chat_rows(40))
+    path = write_lines(tmp_path / "d.jsonl", *chat_rows(40))
     stats = stats_of(model, path, "sft", [cutoff_len])
     [cut] = stats.cuts
     one = encoder(model, "sft")
@@ -95,7 +91,7 @@ def test_a_cutoff_takes_of_pairs_what_training_reports(model: Path, tmp_path: Pa
     rows = [
         {"prompt": some_text(rng, 30), "chosen": some_text(rng, 20), "rejected": some_text(rng, 20)} for _ in range(40)
     ]
-    path = write(tmp_path / "d.jsonl", *rows)
+    path = write_lines(tmp_path / "d.jsonl", *rows)
     stats = stats_of(model, path, "pairs", [cutoff_len])
     [cut] = stats.cuts
     one = encoder(model, "pairs")
@@ -116,7 +112,7 @@ def _report(report: TokenizeReport) -> tuple[int, int, int]:
 @pytest.mark.parametrize("packing", [True, False])
 def test_texts_fill_the_rows_that_training_makes_of_them(model: Path, tmp_path: Path, packing: bool) -> None:
     rng = np.random.default_rng(4)
-    path = write(tmp_path / "d.jsonl", *({"text": some_text(rng, 60)} for _ in range(25)))
+    path = write_lines(tmp_path / "d.jsonl", *({"text": some_text(rng, 60)} for _ in range(25)))
     stats = stats_of(model, path, "pt", [16, 64], packing=packing)
     for cut in stats.cuts:
         rows, report = tokenize_texts(
@@ -131,7 +127,9 @@ def test_answers_tools_and_special_tokens_are_counted(model: Path, tmp_path: Pat
         roles = ("user", "assistant") * len(texts)
         return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]}
 
-    path = write(tmp_path / "d.jsonl", chat("a", "b"), chat("a", "b", "c", "d"), chat("a </s>", "b"), chat("only"))
+    path = write_lines(
+        tmp_path / "d.jsonl", chat("a", "b"), chat("a", "b", "c", "d"), chat("a </s>", "b"), chat("only")
+    )
     stats = stats_of(model, path, "sft", [])
     assert stats.turns == {1: 2, 2: 1, 0: 1} and stats.untrained == 1
     assert (stats.with_special, stats.first_special) == (1, f"{path}:3")
@@ -154,7 +152,7 @@ def test_the_command_prints_figures_bars_and_cutoffs(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    path = write(tmp_path / "d.jsonl", *chat_rows(30))
+    path = write_lines(tmp_path / "d.jsonl", *chat_rows(30))
     run("stats", path, "cutoff_len=64", "--model", model)
     lines = capsys.readouterr().out.splitlines()
     stats = stats_of(model, path, "sft", [32, 64, 128, 256])
@@ -172,7 +170,7 @@ def test_the_command_prints_figures_bars_and_cutoffs(
 
 
 def test_json_and_picture_hold_the_same(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path / "d.jsonl", *chat_rows(30))
+    path = write_lines(tmp_path / "d.jsonl", *chat_rows(30))
     picture = tmp_path / "lengths.png"
     run("stats", path, "--model", model, "--json", "--plot", picture)
     value = json.loads(capsys.readouterr().out)
@@ -190,7 +188,7 @@ def test_a_picture_that_is_no_png_is_refused_before_anything_is_read(tmp_path: P
 
 
 def test_invalid_data_are_an_error_as_in_training(model: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "d.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a"})
+    path = write_lines(tmp_path / "d.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a"})
     with pytest.raises(DataError, match='line 2: no "output"'):
         run("stats", path, "--model", model)
 
@@ -200,7 +198,7 @@ def test_a_folder_with_a_tokenizer_alone_will_do(
 ) -> None:
     caplog.set_level(logging.INFO, logger="macft")
     assert not list(model.glob("*.safetensors"))
-    path = write(tmp_path / "d.jsonl", {"text": "hello, how are you today?"})
+    path = write_lines(tmp_path / "d.jsonl", {"text": "hello, how are you today?"})
     run("stats", path, "--model", model)
     assert capsys.readouterr().out.startswith("texts           1\n")
 

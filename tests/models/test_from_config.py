@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.rows import write_texts
 from support.tiny_models import write_model
 from support.tiny_tokenizer import write_tiny_model
 from support.toy_backend import ENGINES, curve, toy_settings, write_rows
-from test_texts import write_texts
 
 from macft.backends import load_backend
 from macft.backends.base import ModelSpec, OptimizerSpec

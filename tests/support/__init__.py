@@ -1,1 +1,5 @@
-"""Help the tests: what more than one file of them uses."""
+"""Hold what several test files share; a helper that asserts says what differs, as a test does."""
+
+import pytest
+
+pytest.register_assert_rewrite("support")

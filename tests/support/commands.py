@@ -18,10 +18,9 @@ from unittest.mock import patch
 from tokenizers import Tokenizer
 
 from macft.cli import main
+from support.paths import CHECKOUT
 from support.tiny_models import write_model
 from support.tiny_tokenizer import write_tiny_model
-
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def heed_ctrl_c() -> None:

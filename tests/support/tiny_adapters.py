@@ -1,4 +1,4 @@
-"""Random adapters of PEFT and of mlx-lm on tiny models, and the logits that the two libraries compute with them."""
+"""Write random adapters of PEFT and of mlx-lm for tiny models, and compute logits with the two libraries."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from macft.weights.adapters.peft import AdapterConfig, write_adapter
+from macft.weights.folder import weights_hash
+from macft.weights.model_config import normalize_config, read_config
 from support.tiny_layouts import PROMPT
 
 
@@ -80,6 +83,22 @@ def mlx_adapter_logits(model: Path, folder: Path) -> np.ndarray:
 def _load(model: Path) -> Any:
     from mlx_lm.utils import load_model
 
-    from macft.weights.model_config import normalize_config, read_config
-
     return load_model(model, model_config=normalize_config(read_config(model)))[0]
+
+
+def write_peft(
+    folder: Path, base: Path, *, rank: int = 4, alpha: float = 8.0, size: float = 0.1, seed: int = 0
+) -> Path:
+    """A random adapter on q_proj and down_proj of the tiny llama."""
+    rng = np.random.default_rng(seed)
+    state = {}
+    for layer in range(2):
+        for module, (rows, columns) in {"self_attn.q_proj": (64, 64), "mlp.down_proj": (64, 128)}.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            state[f"{name}.lora_A.weight"] = rng.normal(size=(rank, columns)).astype(np.float32) * size
+            state[f"{name}.lora_B.weight"] = rng.normal(size=(64, rank)).astype(np.float32) * size
+            assert rows == 64
+    folder.mkdir()
+    config = AdapterConfig(str(base), rank, alpha, 0.0, ("q_proj", "down_proj"))
+    write_adapter(folder, config, state, weights_hash(base))
+    return folder

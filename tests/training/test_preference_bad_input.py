@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from support.commands import macft, write_chat_data, write_chat_model, write_config
+from support.refused_runs import changed_model, message_of, refused
 from support.toy_backend import toy_settings, write_pairs, write_rows
-from test_bad_input import changed_model, message_of, refused
 
 from macft.training.run import train
 

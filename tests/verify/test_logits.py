@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support.commands import write_chat_model
+from support.tiny_adapters import write_peft
 from support.tiny_models import write_mlx_quantized, write_model
-from test_convert import write_peft
 
 from macft.convert.merged import export_merged
 from macft.errors import ModelError

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.chat_templates import build
 from support.commands import CHECKOUT
 from support.tiny_tokenizer import TEMPLATES, write_tiny_model
 from support.toy_backend import toy_settings, write_pairs, write_rows
-from test_chat_template import build
 
 from macft.data.cache.cache import SMALL, Request, cache_key, tokenized
 from macft.data.cache.contents import contents

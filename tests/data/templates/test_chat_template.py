@@ -4,40 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.chat_templates import CHATS, build, chat
 from support.data_folders import own_and_public_qwen
 from support.tiny_tokenizer import CHATML, TEMPLATES, write_tiny_model
 
-from macft.data.templates.chat_template import ChatTemplate, load_template, template_end_ids
+from macft.data.templates.chat_template import load_template, template_end_ids
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import DataError, ModelError
-
-
-def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
-    roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-    return ([] if system is None else [{"role": "system", "content": system}]) + messages
-
-
-CHATS = [
-    chat("hi"),
-    chat("hi", "hello there"),
-    chat(
-        "  你好 ",
-        " 我是助手\n",
-        'tell <b>more</b> & "quote" {{ x }}',
-        "<think>\nhm\n</think>\n\nyes",
-        "and?",
-        "",
-    ),
-    chat("a", "b", "c", "d", system="You are terse."),
-]
-
-
-def build(source: str) -> ChatTemplate:
-    return ChatTemplate(source, name="test.jinja", special_map={"bos_token": "<s>", "eos_token": "</s>"})
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.chat_templates import build, chat
 from support.tiny_tokenizer import CHATML, MISTRAL, TEMPLATES
-from test_chat_template import build, chat
 
 from macft.data.templates import spans
 from macft.data.templates.chat_template import ChatTemplate, load_template

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.chat_templates import CHATS, chat
 from support.paths import FIXTURES
 from support.tiny_tokenizer import GEMMA, write_tiny_model
-from test_chat_template import CHATS, chat
 
 from macft.backends.base import LoraSpec
 from macft.data.templates.chat_template import ChatTemplate, load_template, template_end_ids

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.chat_templates import build, chat
 from support.tiny_tokenizer import CHATML, CHATML_GENERATION, TEMPLATES
-from test_chat_template import build, chat
 
 from macft.data.templates.spans import render_with_spans
 from macft.errors import DataError

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.chat_templates import build, chat
 from support.data_folders import own_and_public_qwen
 from support.tiny_tokenizer import CHATML, TEMPLATES
-from test_chat_template import build, chat
 
 from macft.data.templates.chat_template import ChatTemplate, load_template
 from macft.data.templates.spans import render_with_spans

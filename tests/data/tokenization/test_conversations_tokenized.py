@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.chat_templates import build, chat
 from support.own_qwen import write_own_qwen
 from support.tiny_tokenizer import CHATML_GENERATION, TEMPLATES, write_tiny_model
-from test_chat_template import build, chat
 
 from macft.data.formats.conversations import Example
 from macft.data.formats.dataset import read_examples

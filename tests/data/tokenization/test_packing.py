@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.step_numbers import GRADIENT, LORA, Numbers, Squares, assert_same, load
 from support.tiny_models import WINDOW, random_examples
 from support.toy_backend import ENGINES, curve, toy_settings, write_rows
-from test_batch_layout import GRADIENT, LORA, Numbers, Squares, assert_same, load
 
 from macft.backends import load_backend
 from macft.backends.base import Backend, ModelSpec

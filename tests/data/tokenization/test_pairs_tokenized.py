@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.chat_templates import build, chat
 from support.paths import CHECKOUT
 from support.tiny_tokenizer import QWEN3, TEMPLATES, write_tiny_model
-from test_chat_template import build, chat
 
 from macft.data.formats.dataset import read_pairs
 from macft.data.formats.pairs import PairExample

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.chat_templates import build
 from support.tiny_tokenizer import TEMPLATES, write_tiny_model
 from support.toy_backend import write_pairs, write_rows
-from test_chat_template import build
 
 from macft.data.formats.dataset import read_examples, read_pairs
 from macft.data.tokenization.conversations import encode_examples, take_examples

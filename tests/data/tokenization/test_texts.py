@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.rows import WORDS, write_texts
 from support.tiny_tokenizer import write_tiny_model
 from support.toy_backend import ENGINES, curve, toy_settings
 
@@ -24,8 +24,6 @@ from macft.training.prepare import prepare
 from macft.training.run import train
 
 pytestmark = pytest.mark.usefixtures("small_threads")
-
-WORDS = ("the", " quick", " brown fox", "\n", "你好", " one two three", ".", " jumps over the lazy dog")
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +132,6 @@ def test_a_preview_shows_the_text_and_the_end_token_as_trained(tokenizer):
 
 
 # A run
-
-
-def write_texts(path: Path, count: int = 12) -> Path:
-    rng = np.random.default_rng(4)
-    rows = ["".join(rng.choice(WORDS, int(rng.integers(3, 30)))) for _ in range(count)]
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 PT = {"stage": "pt", "cutoff_len": 40, "learning_rate": 1e-3}

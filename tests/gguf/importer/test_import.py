@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import load_file
+from support.gguf_tokenizers import ids, random_texts
 from support.tiny_gguf import (
     CONTROL,
     TEXT,
@@ -51,21 +51,6 @@ def refusal(folder: Path, model: TinyGguf) -> str:
         import_gguf(path, folder / "hf")
     assert sorted(folder.iterdir()) == before
     return str(caught.value)
-
-
-def ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def random_texts(count: int, seed: int) -> Iterator[str]:
-    """Strings over all assigned characters, common blocks and white space more often than others."""
-    rng = random.Random(seed)
-    everything = [c for c in map(chr, range(1, 0x20000)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")]
-    for _ in range(count):
-        pools = (range(32, 127), range(0xA0, 0x250), range(0x4E00, 0x9FA0), (9, 10, 13, 32, 32, 0x3000))
-        yield "".join(
-            rng.choice(everything) if rng.random() < 0.3 else chr(rng.choice(rng.choice(pools))) for _ in range(40)
-        )
 
 
 # --- numbers

@@ -6,41 +6,26 @@ import json
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.data_folders import own_and_public_qwen
 from support.gguf_converter import Job, convert
+from support.gguf_tokenizers import (
+    CHAT,
+    GEMMA_PIECES,
+    PHI_PIECES,
+    added,
+    ids,
+    random_texts,
+    sentencepiece_ids,
+    write_weights,
+)
 from support.tiny_gguf import CONTROL, TEXT, llama_cpp, write_spm_model
-from test_import import ids, random_texts
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from macft.gguf.importer.model import import_gguf
-
-GEMMA_PIECES = ("<start_of_turn>", "<end_of_turn>", "\n\n", "▁▁", "▁▁▁▁", "\t\t")
-PHI_PIECES = ("<|user|>", "<|end|>", "<|assistant|>")
-CHAT = "<|im_start|>user\nhi  there<|im_end|>\n <|im_start|>assistant\n\n"
-
-
-def added(pieces: tuple[str, ...], first: int, *, special: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The entry of tokenizer_config.json that names added tokens, as the real models have it."""
-    entries = {str(first + i): {"content": piece, "special": piece in special} for i, piece in enumerate(pieces)}
-    return {"added_tokens_decoder": entries}
-
-
-def write_weights(folder: Path, model_type: str, vocab_size: int) -> None:
-    """The smallest model that llama.cpp runs; nobody reads its numbers here."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        model_type, vocab_size=vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=512,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
 
 
 def imported(folder: Path, *, pre: str = "") -> Path:
@@ -58,13 +43,6 @@ def assert_llama_cpp_agrees(folder: Path, texts: Iterator[str]) -> Tokenizer:
             assert ids(tokenizer, text) == oracle.tokenize(text), text
         assert tokenizer.encode("hello").ids == oracle.tokenize("hello", add_special=True)
     return tokenizer
-
-
-def sentencepiece_ids(folder: Path) -> Callable[[str], list[int]]:
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    return lambda text: list(processor.encode(text))
 
 
 def texts(count: int = 60, seed: int = 5) -> Iterator[str]:

@@ -8,10 +8,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from support.tiny_gguf import llama_cpp
-from support.tiny_tokenizer import CHATML, DEFAULT_SYSTEM, LLAMA3, MISTRAL, write_tiny_model
-from test_import import ids
-from test_vocabulary import (
+from support.gguf_tokenizers import ids
+from support.gguf_vocabularies import (
     fields_of,
     plain,
     vocabulary_size,
@@ -19,6 +17,8 @@ from test_vocabulary import (
     write_byte_level,
     written,
 )
+from support.tiny_gguf import llama_cpp
+from support.tiny_tokenizer import CHATML, DEFAULT_SYSTEM, LLAMA3, MISTRAL, write_tiny_model
 from tokenizers import AddedToken, Tokenizer
 
 from macft.data.templates.chat_template import load_template

@@ -9,47 +9,37 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 from support.data_folders import own_and_public_qwen
 from support.gguf_converter import Job, convert
-from support.tiny_gguf import CONTROL, TEXT, TinyGguf, hf_weights, llama_cpp, sentencepiece, write_gguf, write_spm_model
-from test_import import ids, random_texts
-from test_import_tokenizer import GEMMA_PIECES, PHI_PIECES, added, sentencepiece_ids, write_weights
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from support.gguf_tokenizers import (
+    CHAT,
+    GEMMA_PIECES,
+    PHI_PIECES,
+    added,
+    ids,
+    random_texts,
+    sentencepiece_ids,
+    write_weights,
+)
+from support.gguf_vocabularies import fields_of, plain, vocabulary_size, write_byte_fallback, write_byte_level, written
+from support.tiny_gguf import CONTROL, TEXT, llama_cpp, write_spm_model
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ModelError
 from macft.gguf.format import read_gguf
 from macft.gguf.vocabulary.sentencepiece import read_sentencepiece
-from macft.gguf.vocabulary.tokenizer import tokenizer_fields
-from macft.gguf.vocabulary.vocabulary import read_vocabulary
-from macft.gguf.writing.model import Field
 from macft.models.locate import resolve_model
-
-CHAT = "<|im_start|>user\nhi  there<|im_end|>\n <|im_start|>assistant\n\n"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-def fields_of(folder: Path, *, template: str | None = None, rows: int = 0, **config: Any) -> dict[str, Field]:
-    vocabulary = read_vocabulary(folder, config)
-    return tokenizer_fields(vocabulary, config, template=template, vocab_rows=rows or len(vocabulary.tokens.texts))
-
-
-def vocabulary_size(folder: Path) -> int:
-    return len(read_vocabulary(folder, {}).tokens.texts)
-
-
 def their_fields(path: Path) -> dict[str, Any]:
     fields = read_gguf(path).fields
     return {name: value for name, value in fields.items() if name.startswith("tokenizer.")}
-
-
-def plain(fields: dict[str, Field]) -> dict[str, Any]:
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields.items()}
 
 
 def differing(folder: Path) -> dict[str, Any]:
@@ -65,18 +55,6 @@ def differing(folder: Path) -> dict[str, Any]:
                 pairs = enumerate(zip(first, second, strict=True))
                 found[name] = dict([(index, pair) for index, pair in pairs if pair[0] != pair[1]][:20])
     return found
-
-
-def written(path: Path, fields: dict[str, Field]) -> Path:
-    """The smallest llama with these fields; nobody reads its numbers here."""
-    content = {name: value for name, value in plain(fields).items() if name != "tokenizer.ggml.eos_token_ids"}
-    model = TinyGguf(
-        layers=1, hidden=32, ffn=32, heads=2, kv_heads=1, head_dim=16, tied=True,
-        tokens=tuple(content["tokenizer.ggml.tokens"]), types=tuple(content["tokenizer.ggml.token_type"]),
-        scores=tuple(content.get("tokenizer.ggml.scores", ())), merges=tuple(content.get("tokenizer.ggml.merges", ())),
-        fields={"tokenizer.chat_template": None, **content},
-    )  # fmt: skip
-    return write_gguf(path, model, hf_weights(model))
 
 
 # --- llama.cpp's converter
@@ -226,32 +204,6 @@ BY_STRUCTURE: dict[str, tuple[list[Any], bool]] = {
 }
 
 
-def write_byte_level(folder: Path, steps: list[Any], whole_words: bool, *, as_strings: bool = False) -> Tokenizer:
-    """A tokenizer whose merges cross the borders of words, so that another cut gives other ids."""
-    core = Tokenizer(models.BPE(ignore_merges=whole_words))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False, max_token_length=6)
-    core.train_from_iterator([TEXT] * 4 + TEXT.split("\n") * 2, trainer)
-    cuts = [
-        pre_tokenizers.ByteLevel(add_prefix_space=False) if step == "gpt2"
-        else pre_tokenizers.Split(Regex(step), "isolated") if isinstance(step, str) else step
-        for step in steps
-    ]  # fmt: skip
-    if "gpt2" not in steps:
-        cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    core.pre_tokenizer = pre_tokenizers.Sequence(cuts)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(text, normalized=False) for text in CONTROL])
-    content = json.loads(core.to_str())
-    if as_strings:
-        content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    return core
-
-
 @pytest.mark.parametrize("name", BY_STRUCTURE)
 def test_a_new_vocabulary_is_known_by_how_it_is_cut(tmp_path: Path, name: str) -> None:
     steps, whole_words = BY_STRUCTURE[name]
@@ -303,31 +255,6 @@ def test_tokenizer_model_ids_in_llama_cpp_equal_sentencepiece(tmp_path: Path) ->
     texts = [text for text in random_texts(100, 8) if not any(token in text for token in cut_out)]
     path = written(tmp_path / "m.gguf", fields_of(tmp_path))
     assert_llama_cpp_agrees(path, original, [TEXT.split("<|im_start|>")[0], *texts])
-
-
-def write_byte_fallback(folder: Path, *, prefix: Any) -> Tokenizer:
-    """tokenizer.json alone, as transformers makes it of a SentencePiece model: merges in place of scores."""
-    model = sentencepiece(TinyGguf())
-    vocab = {text: id_ for id_, text in enumerate(model.tokens)}
-    pairs = []
-    for id_ in sorted(range(len(vocab)), key=lambda i: -model.scores[i]):
-        text = model.tokens[id_]
-        if model.types[id_] == gguf.TokenType.NORMAL or set(text) == {"▁"}:
-            pairs += [(text[:k], text[k:]) for k in range(1, len(text)) if text[:k] in vocab and text[k:] in vocab]
-    core = Tokenizer(models.BPE(vocab=vocab, merges=pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    spaces = normalizers.Replace(" ", "▁")
-    if prefix == "metaspace":
-        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    else:
-        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if prefix else [spaces])
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    core.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>", *CONTROL)])
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    folder.mkdir(parents=True, exist_ok=True)
-    core.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    return core
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
+from support.litgpt_folders import BASE, LLAMA, lit_state, write_lit
 from support.tiny_layouts import PROMPT, torch_logits
-from support.tiny_models import VOCABULARY, write_model
+from support.tiny_models import write_model
 
 from macft.convert.model import convert_model
 from macft.errors import ModelError
@@ -28,66 +28,27 @@ pytestmark = pytest.mark.torch
 # of the largest logit: the same float32 numbers, summed by another program
 TOLERANCE = 1e-5
 
-_BASE: dict[str, Any] = {
-    "hf_config": {}, "n_layer": 2, "n_embd": 64, "n_head": 4, "n_query_groups": 2, "head_size": 16,
-    "intermediate_size": 128, "vocab_size": VOCABULARY, "padded_vocab_size": VOCABULARY, "padding_multiple": 512,
-    "block_size": 256, "rope_base": 123456, "norm_eps": 1e-5,
-}  # fmt: skip
-_LLAMA = {
-    **_BASE, "name": "tiny-llama", "rotary_percentage": 1.0, "parallel_residual": False, "bias": False,
-    "norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP",
-}  # fmt: skip
 _PHI = {
-    **_BASE, "name": "phi-2", "n_query_groups": 4, "rotary_percentage": 0.5, "shared_attention_norm": True,
+    **BASE, "name": "phi-2", "n_query_groups": 4, "rotary_percentage": 0.5, "shared_attention_norm": True,
     "parallel_residual": True, "bias": True, "lm_head_bias": True, "gelu_approximate": "tanh",
     "norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP",
 }  # fmt: skip
 _LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 64}
 # case: (model type it becomes, litgpt's settings)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", _LLAMA),
-    "llama biased": ("llama", {**_LLAMA, "bias": True}),
-    "llama wide heads": ("llama", {**_LLAMA, "head_size": 32}),
-    "llama 3.1 rope": ("llama", {**_LLAMA, "rope_adjustments": _LLAMA3_ROPE}),
-    "llama condensed rope": ("llama", {**_LLAMA, "rope_condense_ratio": 4}),
-    "mistral": ("mistral", {**_LLAMA, "sliding_window_size": 8}),
-    "qwen2": ("qwen2", {**_LLAMA, "attn_bias": True}),
-    "qwen3": ("qwen3", {**_LLAMA, "norm_qk": True, "head_size": 32}),
+    "llama": ("llama", LLAMA),
+    "llama biased": ("llama", {**LLAMA, "bias": True}),
+    "llama wide heads": ("llama", {**LLAMA, "head_size": 32}),
+    "llama 3.1 rope": ("llama", {**LLAMA, "rope_adjustments": _LLAMA3_ROPE}),
+    "llama condensed rope": ("llama", {**LLAMA, "rope_condense_ratio": 4}),
+    "mistral": ("mistral", {**LLAMA, "sliding_window_size": 8}),
+    "qwen2": ("qwen2", {**LLAMA, "attn_bias": True}),
+    "qwen3": ("qwen3", {**LLAMA, "norm_qk": True, "head_size": 32}),
     "phi": ("phi", _PHI),
     "phi exact gelu": ("phi", {**_PHI, "gelu_approximate": "none"}),
-    "phi3": ("phi3", {**_LLAMA, "name": "Phi-3-mini-4k-instruct", "sliding_window_size": 8}),
-    "phi3 partly rotated": ("phi3", {**_LLAMA, "name": "Phi-4-mini-instruct", "rotary_percentage": 0.75}),
+    "phi3": ("phi3", {**LLAMA, "name": "Phi-3-mini-4k-instruct", "sliding_window_size": 8}),
+    "phi3 partly rotated": ("phi3", {**LLAMA, "name": "Phi-4-mini-instruct", "rotary_percentage": 0.75}),
 }
-
-
-def write_lit(folder: Path, settings: dict[str, Any], state: dict[str, Any]) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "model_config.yaml").write_text(yaml.safe_dump(settings))
-    torch.save(state, folder / "lit_model.pth")
-    return folder
-
-
-def lit_state(source: Path, *, interleaved: bool = False) -> dict[str, torch.Tensor]:
-    """A transformers llama under litgpt's names, by the documented layout."""
-    found = {t.name: torch.from_numpy(np.array(t.read())) for t in open_model(source).tensors}
-    state = {"transformer.wte.weight": found["model.embed_tokens.weight"]}
-    state["lm_head.weight"] = found.get("lm_head.weight", state["transformer.wte.weight"])
-    state["transformer.ln_f.weight"] = found["model.norm.weight"]
-    names = {
-        "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "attn.proj": "self_attn.o_proj",
-        "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj",
-    }  # fmt: skip
-    for layer in range(2):
-        for lit, hf in names.items():
-            state[f"transformer.h.{layer}.{lit}.weight"] = found[f"model.layers.{layer}.{hf}.weight"]
-        q, k, v = (found[f"model.layers.{layer}.self_attn.{x}_proj.weight"] for x in "qkv")
-        if interleaved:
-            # two groups: two heads of 16 rows ask one head of keys
-            rows = torch.cat([q[:32], k[:16], v[:16], q[32:], k[16:], v[16:]])
-            state[f"transformer.h.{layer}.attn.attn.weight"] = rows
-        else:
-            state[f"transformer.h.{layer}.attn.qkv.weight"] = torch.cat([q, k, v])
-    return state
 
 
 def distance(found: np.ndarray, expected: np.ndarray) -> float:
@@ -126,7 +87,7 @@ def test_every_model_type_has_a_case():
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_tensors_in_the_documented_layout_come_out_as_they_went_in(tied, interleaved, tmp_path):
     source = write_model(tmp_path / "hf", "llama", tie_word_embeddings=tied)
-    folder = write_lit(tmp_path / "lit", _LLAMA, lit_state(source, interleaved=interleaved))
+    folder = write_lit(tmp_path / "lit", LLAMA, lit_state(source, interleaved=interleaved))
     assert is_litgpt(folder) and not is_litgpt(source)
     convert_model(folder, tmp_path / "back", to="hf")
     before = {t.name: t.read().tobytes() for t in open_model(source).tensors}
@@ -161,7 +122,7 @@ class Evil:
 
 
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
-    folder = write_lit(tmp_path / "lit", _LLAMA, {"x": Evil(tmp_path / "ran")})
+    folder = write_lit(tmp_path / "lit", LLAMA, {"x": Evil(tmp_path / "ran")})
     with pytest.raises(ModelError, match=r"refused, as its pickle holds the name (posix|nt)\.mkdir"):
         convert_model(folder, tmp_path / "hf", to="hf")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "hf").exists()
@@ -228,7 +189,7 @@ def test_a_broken_weights_file_is_named_with_its_problem(kind, tmp_path):
     ],
 )
 def test_a_model_that_no_layout_fits_is_refused_by_its_setting(change, says, tmp_path):
-    folder = write_lit(tmp_path / "lit", {**_LLAMA, **change}, {"w": torch.ones(1)})
+    folder = write_lit(tmp_path / "lit", {**LLAMA, **change}, {"w": torch.ones(1)})
     with pytest.raises(ModelError) as caught:
         convert_model(folder, tmp_path / "hf", to="hf")
     assert says in str(caught.value) and "model_config.yaml" in str(caught.value)
@@ -240,7 +201,7 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(tmp_path):
     state["more"] = torch.ones(1)
     del state["transformer.h.1.norm_2.weight"]
     with pytest.raises(ModelError) as caught:
-        convert_model(write_lit(tmp_path / "lit", _LLAMA, state), tmp_path / "out", to="hf")
+        convert_model(write_lit(tmp_path / "lit", LLAMA, state), tmp_path / "out", to="hf")
     assert all(
         problem in str(caught.value)
         for problem in (
@@ -253,7 +214,7 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(tmp_path):
 
 
 def test_unmerged_lora_and_missing_files_are_refused_with_the_way_out(tmp_path):
-    lora = write_lit(tmp_path / "lora", _LLAMA, {"transformer.h.0.attn.qkv.lora_A": torch.ones(2, 2)})
+    lora = write_lit(tmp_path / "lora", LLAMA, {"transformer.h.0.attn.qkv.lora_A": torch.ones(2, 2)})
     with pytest.raises(ModelError, match="litgpt merge_lora"):
         convert_model(lora, tmp_path / "out", to="hf")
     (lora / "model_config.yaml").unlink()
@@ -263,7 +224,7 @@ def test_unmerged_lora_and_missing_files_are_refused_with_the_way_out(tmp_path):
 
 
 def test_special_tokens_and_tokenizer_files_travel(tmp_path):
-    folder = write_lit(tmp_path / "lit", _LLAMA, lit_state(write_model(tmp_path / "hf", "llama")))
+    folder = write_lit(tmp_path / "lit", LLAMA, lit_state(write_model(tmp_path / "hf", "llama")))
     (folder / "config.json").write_text('{"model_type": "llama", "bos_token_id": 7, "eos_token_id": [8, 9]}')
     (folder / "tokenizer.json").write_text("{}")
     (folder / "prompt_style.json").write_text("{}")

@@ -1,0 +1,29 @@
+"""Stream texts that are made when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from macft.data.cache.workers import Encoder
+from macft.data.formats.conversations import Text
+from macft.data.stream import Stream
+from macft.data.tokenization.tokenizer import Tokenizer
+
+
+class _Generated:
+    """Texts that are made when they are asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.read = 0
+
+    def __call__(self) -> Iterator[Text]:
+        for number in range(self.count):
+            self.read += 1
+            yield Text(f"the quick brown fox {number}", f"texts.jsonl:{number + 1}")
+
+
+def generated(count: int, tokenizer: Tokenizer, buffer_size: int) -> tuple[_Generated, Stream]:
+    rows = _Generated(count)
+    encoder = Encoder("pt", tokenizer, None, 64, False, False, {})
+    return rows, Stream(rows, encoder, packing=False, buffer_size=buffer_size, seed=0)
