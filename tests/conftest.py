@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# mlx-lm sets it when it is first imported, which would look like a variable that the test at hand leaves
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 # SmolLM2 is imported into it once a session; nobody's own cache is read or written.
 os.environ["MACFT_CACHE"] = tempfile.mkdtemp(prefix="macft-tests-")
 
