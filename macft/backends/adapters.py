@@ -7,8 +7,8 @@ import logging
 from macft.backends.base import LoraSpec
 from macft.errors import ModelError
 from macft.weights.adapters.experts import is_expert
-from macft.weights.adapters.peft import Adapter
-from macft.weights.folder import ModelFolder, weights_hash
+from macft.weights.adapters.peft import Adapter, other_base_note
+from macft.weights.folder import ModelFolder
 
 logger = logging.getLogger("macft")
 
@@ -38,10 +38,5 @@ def _is_outside(target: str) -> bool:
 
 def warn_of_other_base(adapter: Adapter, base: ModelFolder) -> None:
     """One warning when an adapter was trained on weights other than these."""
-    if adapter.base_hash is not None and adapter.base_hash != weights_hash(base.path):
-        logger.warning(
-            "%s was trained on %s, whose weights are not those of %s",
-            adapter.folder,
-            adapter.config.base,
-            base.name,
-        )
+    if note := other_base_note(adapter, base):
+        logger.warning("%s", note)

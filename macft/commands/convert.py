@@ -50,8 +50,9 @@ def convert_adapter_command(
     source: str, destination: Path, to: Literal["mlx", "peft"], base: str | None, verify: bool
 ) -> None:
     """Convert the adapter folder SRC, of PEFT or of mlx-lm, into the other's format as DST."""
-    from macft.convert.adapter import convert_adapter, read_any_adapter
+    from macft.convert.adapter import convert_adapter
     from macft.models.locate import resolve_adapter, resolve_model
+    from macft.weights.adapters.formats import read_any_adapter
     from macft.weights.model_config import read_config
 
     _check_new(destination)
@@ -146,9 +147,9 @@ def export_merged_command(
     verify: bool,
 ) -> None:
     """Merge adapters into MODEL and write the whole model: a folder that needs no adapter."""
-    from macft.convert.adapter import read_any_adapter
     from macft.convert.merged import export_merged
     from macft.models.locate import resolve_adapter, resolve_model
+    from macft.weights.adapters.formats import read_any_adapter
     from macft.weights.model_config import read_config
 
     _check_new(output)

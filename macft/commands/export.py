@@ -206,10 +206,10 @@ def _wants_check(verify: bool | None) -> bool:
 
 
 def _job(model: str, adapters: tuple[str, ...], template: str | None) -> _Job:
-    from macft.convert.adapter import read_any_adapter
     from macft.data.templates.chat_template import load_template, template_folder
     from macft.data.tokenization.tokenizer import load_tokenizer
     from macft.models.locate import resolve_adapter
+    from macft.weights.adapters.formats import read_any_adapter
     from macft.weights.model_config import read_config
 
     base = _located(model)

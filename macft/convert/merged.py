@@ -10,8 +10,8 @@ from typing import Any
 from macft.errors import ModelError, UsageError
 from macft.weights.adapters.experts import is_expert
 from macft.weights.adapters.merge import adapted_modules, merge_adapters, untie
-from macft.weights.adapters.peft import Adapter
-from macft.weights.folder import ModelFolder, weights_hash
+from macft.weights.adapters.peft import Adapter, other_base_note
+from macft.weights.folder import ModelFolder
 from macft.weights.layouts.mlx import as_hf, mlx_config, to_mlx, with_experts_apart
 from macft.weights.quantization.adapter_loss import Erasure, Form, Versions, planned, quantize_merged
 from macft.weights.quantization.model import check_quantization
@@ -129,12 +129,7 @@ def _forms(
 
 
 def _notes(model: ModelFolder, adapters: Sequence[Adapter], *, is_untied: bool) -> list[str]:
-    notes = []
-    for adapter in adapters:
-        if adapter.base_hash is not None and adapter.base_hash != weights_hash(model.path):
-            notes.append(
-                f"{adapter.folder} was trained on {adapter.config.base}, whose weights are not those of {model.name}"
-            )
+    notes = [note for adapter in adapters if (note := other_base_note(adapter, model))]
     if is_untied:
         notes.append("an adapter changes the head or the embedding, which were one matrix: the merged model has two")
     return notes

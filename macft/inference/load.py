@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
 from macft.backends.base import Backend, LoadedModel, ModelSpec, Sampling
-from macft.convert.adapter import read_any_adapter
 from macft.data.templates.chat_template import Message, load_template, template_end_ids, template_folder
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
 from macft.inference.answer import answer
 from macft.inference.chat import ChatModel
 from macft.models.locate import resolve_adapter, resolve_model
+from macft.weights.adapters.formats import read_any_adapter
 from macft.weights.adapters.peft import Adapter, naming_adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.model_config import read_config

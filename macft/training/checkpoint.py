@@ -17,7 +17,7 @@ from macft.errors import MacftError
 from macft.files import new_dir, write_json
 from macft.training.early_stopping import Best
 from macft.training.log.report import StepRecord
-from macft.weights.tensors.stream import write_state
+from macft.weights.tensors.safetensors import write_state
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"

@@ -19,7 +19,7 @@ from macft.weights.adapters.peft import WEIGHTS_NAME, Adapter, AdapterConfig, re
 from macft.weights.adapters.stack import stack_adapters, unstack_adapter
 from macft.weights.folder import ModelFolder, weights_hash
 from macft.weights.model_config import normalize_config, read_config
-from macft.weights.tensors.stream import write_state
+from macft.weights.tensors.safetensors import write_state
 
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FULL_WEIGHTS = "model.safetensors"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
 from macft.backends.base import LoraSpec, ModelSpec, Under
 from macft.config.settings import Settings
-from macft.convert.adapter import read_any_adapter
 from macft.data.batches import NumpyBatch, Plan, StreamPlan, collate, lengths_of
 from macft.data.templates.chat_template import ChatTemplate, template_folder
 from macft.data.tokenization.packing import PackedRows
@@ -21,6 +20,7 @@ from macft.errors import ConfigError
 from macft.models.locate import resolve_adapter, resolve_model
 from macft.training.data import read_data, read_stream, seed
 from macft.training.model import find_model, resolve_template
+from macft.weights.adapters.formats import read_any_adapter
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.model_config import read_config

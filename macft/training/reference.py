@@ -35,7 +35,7 @@ from macft.training.evaluate import will_evaluate
 from macft.training.prepare import NamedReference, Prepared, model_spec
 from macft.weights.adapters.peft import Adapter, naming_adapter
 from macft.weights.folder import ModelFolder, weights_hash
-from macft.weights.tensors.stream import write_state
+from macft.weights.tensors.safetensors import write_state
 
 logger = logging.getLogger("macft")
 

@@ -16,9 +16,9 @@ import numpy as np
 from macft.backends import BACKENDS, choose_backend, is_installed
 from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import Under
-from macft.convert.adapter import adapter_format
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import MacftError, MissingPackageError, ModelError
+from macft.weights.adapters.formats import adapter_format
 from macft.weights.adapters.peft import Adapter
 from macft.weights.layouts.litgpt import is_litgpt
 from macft.weights.model_config import read_config

@@ -1,12 +1,15 @@
-"""From a model's config.json to a dictionary that mlx-lm and transformers read alike."""
+"""Read a model's config.json and normalize it so that mlx-lm and transformers read it alike."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from macft.errors import ModelError
+
+Config = Mapping[str, Any]  # what a config.json holds
 
 # Keys that transformers v5 renamed (new, old); each library reads only one of the two.
 _RENAMED = (("dtype", "torch_dtype"), ("num_local_experts", "num_experts"))

@@ -12,10 +12,14 @@ import numpy as np
 
 from macft.errors import ModelError, join_problems
 from macft.weights.model_config import normalize_config, read_config
-from macft.weights.quantization.affine import Quantization, dequantize_affine, quantization_of
-from macft.weights.quantization.microscaling import BITS as MXFP4_BITS
-from macft.weights.quantization.microscaling import GROUP_SIZE as MXFP4_GROUP
-from macft.weights.quantization.microscaling import dequantize_mxfp4
+from macft.weights.quantization.affine import (
+    MXFP4_BITS,
+    MXFP4_GROUP_SIZE,
+    Quantization,
+    dequantize_affine,
+    dequantize_mxfp4,
+    quantization_of,
+)
 from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows
 from macft.weights.tensors.safetensors import open_safetensors
 
@@ -225,8 +229,8 @@ def _affine(packed: LazyTensor, scales: LazyTensor, biases: LazyTensor, form: _F
 
 
 def _mxfp4(packed: LazyTensor, scales: LazyTensor, form: _Form, problems: list[str]) -> LazyTensor:
-    is_mxfp4 = scales.dtype == np.uint8 and (form.bits, form.group_size) == (MXFP4_BITS, MXFP4_GROUP)
-    if not is_mxfp4 or not _fits(packed, scales, MXFP4_BITS, MXFP4_GROUP):
+    is_mxfp4 = scales.dtype == np.uint8 and (form.bits, form.group_size) == (MXFP4_BITS, MXFP4_GROUP_SIZE)
+    if not is_mxfp4 or not _fits(packed, scales, MXFP4_BITS, MXFP4_GROUP_SIZE):
         problems.append(
             f"{packed.name}: {packed.dtype} {list(packed.shape)} with scales {scales.dtype} {list(scales.shape)} and "
             "no biases is not mxfp4"
@@ -238,4 +242,4 @@ def _mxfp4(packed: LazyTensor, scales: LazyTensor, form: _Form, problems: list[s
         parts = [read_rows(tensor, start, stop) for tensor in (packed, scales)]
         return dequantize_mxfp4(*parts).astype(dtype, copy=False)
 
-    return from_rows(packed.name, dtype, (*scales.shape[:-1], scales.shape[-1] * MXFP4_GROUP), rows)
+    return from_rows(packed.name, dtype, (*scales.shape[:-1], scales.shape[-1] * MXFP4_GROUP_SIZE), rows)

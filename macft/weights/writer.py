@@ -21,8 +21,7 @@ from macft.weights.source import INDEX, Layout
 from macft.weights.tensors.chunks import Chunk, count_broken, iter_chunks, ordered_map, read_chunk
 from macft.weights.tensors.disk import HashedFile, check_room, disk_problems
 from macft.weights.tensors.lazy import Array, LazyTensor
-from macft.weights.tensors.safetensors import DTYPE_CODES, header_bytes
-from macft.weights.tensors.stream import write_safetensors
+from macft.weights.tensors.safetensors import DTYPE_CODES, header_bytes, write_safetensors
 
 SUMS = "SHA256SUMS"
 TEMPLATE = "chat_template.jinja"

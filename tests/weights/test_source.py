@@ -14,7 +14,7 @@ from safetensors import safe_open
 from support.tiny_models import write_mlx_quantized, write_model
 
 from macft.errors import ModelError
-from macft.weights.quantization.microscaling import dequantize_mxfp4
+from macft.weights.quantization.affine import dequantize_mxfp4
 from macft.weights.source import INDEX, open_model
 from macft.weights.tensors.safetensors import DTYPES, open_safetensors
 

@@ -19,8 +19,8 @@ from macft.gguf.vocabulary.vocabulary import read_vocabulary
 from macft.gguf.writing.model import Field, GgufModel
 from macft.gguf.writing.writer import Written, write_gguf
 from macft.weights.adapters.merge import merge_adapters, untie
-from macft.weights.adapters.peft import Adapter
-from macft.weights.folder import ModelFolder, weights_hash
+from macft.weights.adapters.peft import Adapter, other_base_note
+from macft.weights.folder import ModelFolder
 from macft.weights.layouts.mlx import as_hf
 from macft.weights.model_config import read_config
 from macft.weights.source import open_model
@@ -131,11 +131,7 @@ def _size_label(tensors: Sequence[LazyTensor]) -> str:
 
 
 def _notes(model: ModelFolder, adapters: Sequence[Adapter], is_untied: bool = False) -> list[str]:
-    notes = [
-        f"{adapter.folder} was trained on {adapter.config.base}, whose weights are not those of {model.name}"
-        for adapter in adapters
-        if adapter.base_hash is not None and adapter.base_hash != weights_hash(model.path)
-    ]
+    notes = [note for adapter in adapters if (note := other_base_note(adapter, model))]
     if is_untied:
         notes.append("an adapter changes the head or the embedding, which were one matrix: the file has two")
     return notes

@@ -19,7 +19,7 @@ from macft.gguf.importer.architectures import ARCHITECTURES, Architecture, Rule
 from macft.gguf.importer.tokenizer import GgufVocabulary, read_vocabulary, write_tokenizer
 from macft.weights.model_config import normalize_config
 from macft.weights.tensors.lazy import LazyTensor
-from macft.weights.tensors.stream import write_safetensors
+from macft.weights.tensors.safetensors import write_safetensors
 
 # GGUF types that keep their numbers as they are
 _HALF = np.dtype(np.float16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from threading import Lock
@@ -75,6 +75,13 @@ def merge_adapters(tensors: Sequence[LazyTensor], adapters: Sequence[Adapter]) -
     return [_merged(tensor, changes[tensor.name]) if tensor.name in changes else tensor for tensor in tensors]
 
 
+def merge_problems(tensors: Mapping[str, LazyTensor], adapter: Adapter) -> list[str]:
+    """Why an adapter cannot be merged into these tensors, given by name: a line for each problem."""
+    problems: list[str] = []
+    _changes(adapter, tensors, problems)
+    return problems
+
+
 def adapted_modules(adapter: Adapter) -> set[str]:
     """The modules an adapter changes, such as model.layers.0.self_attn.q_proj."""
     return {*by_module(adapter.state, []), *(name.rpartition(".")[0] for name in adapter.saved)}
@@ -105,7 +112,7 @@ def untie(
     return {**config, "tie_word_embeddings": False}, [*rest, renamed(embeddings[0], HEAD)]
 
 
-def _changes(adapter: Adapter, by_name: dict[str, LazyTensor], problems: list[str]) -> dict[str, _Change]:
+def _changes(adapter: Adapter, by_name: Mapping[str, LazyTensor], problems: list[str]) -> dict[str, _Change]:
     """What an adapter does to which tensor of the model; reasons why it cannot are added to `problems`."""
     found: dict[str, _Change] = {}
     named = {**adapter.state, **{f"{PREFIX}{name}": array for name, array in adapter.saved.items()}}

@@ -29,7 +29,7 @@ from macft.weights.layouts.mlx import layout_of
 from macft.weights.layouts.mlx_experts import EXPERTS_APART
 from macft.weights.layouts.mlx_rules import Rule
 from macft.weights.tensors.lazy import Array, LazyTensor, from_array
-from macft.weights.tensors.stream import write_state
+from macft.weights.tensors.safetensors import write_state
 
 MLX_WEIGHTS_NAME = "adapters.safetensors"
 EMBED, HEAD = "embed_tokens", "lm_head"

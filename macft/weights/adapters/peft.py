@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from macft import __version__
 from macft.errors import MacftError, ModelError, join_problems
 from macft.files import write_json
-from macft.weights.adapters.experts import split_experts
+from macft.weights.adapters.experts import fuse_experts, split_experts
 from macft.weights.adapters.shapes import (
     Modules,
     Shape,
@@ -30,13 +30,15 @@ from macft.weights.adapters.shapes import (
     split_saved,
     uniform,
 )
+from macft.weights.folder import ModelFolder, weights_hash
 from macft.weights.layouts.mlx import LAYOUTS
-from macft.weights.tensors.stream import write_state
+from macft.weights.tensors.lazy import Array
+from macft.weights.tensors.safetensors import write_state
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-State = dict[str, np.ndarray]
+State = dict[str, Array]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,13 @@ def naming_adapter(adapter: Adapter, base: str, kind: type[MacftError]) -> Itera
         raise ModelError(f"{adapter.folder}: made for {adapter.config.base}, on {base}: {error}") from None
 
 
+def other_base_note(adapter: Adapter, base: ModelFolder) -> str | None:
+    """A sentence for the user when the adapter is known to have been trained on weights other than these."""
+    if adapter.base_hash is None or adapter.base_hash == weights_hash(base.path):
+        return None
+    return f"{adapter.folder} was trained on {adapter.config.base}, whose weights are not those of {base.name}"
+
+
 def write_adapter(folder: Path, config: AdapterConfig, state: State, base_hash: str | None) -> None:
     """Write adapter_config.json and adapter_model.safetensors into an existing folder.
 
@@ -83,6 +92,35 @@ def write_adapter(folder: Path, config: AdapterConfig, state: State, base_hash: 
     """
     write_state(folder / WEIGHTS_NAME, state, metadata=metadata_of("pt", base_hash))
     write_json(folder / CONFIG_NAME, peft_config(config))
+
+
+def write_peft_adapter(folder: Path, adapter: Adapter, base_config: Mapping[str, Any] | None = None) -> list[str]:
+    """Write adapter_config.json and adapter_model.safetensors as PEFT reads them into an existing folder.
+
+    Experts and routers become target_parameters. Returns notes for the user.
+    """
+    config = adapter.config
+    problems: list[str] = []
+    modules = split_modules(adapter.state, config.use_dora, problems)
+    if problems:
+        raise ModelError(join_problems(f"{adapter.folder}: PEFT cannot hold this adapter", problems))
+    fused = fuse_experts(modules, base_config, config.rank)
+    as_parameters = {name.rpartition(".")[0] for name in fused.parameters}
+    targets = [name for name in fused.modules if name.removesuffix(".base_layer") not in as_parameters]
+    content = peft_config(config) | {"target_modules": targets}
+    notes: list[str] = []
+    if fused.parameters:
+        content |= {"target_parameters": list(fused.parameters), "lora_dropout": 0.0}
+        if config.dropout:
+            notes.append(f"lora_dropout is 0 in place of {config.dropout}: PEFT has none on experts")
+    if fused.gate_up_rank != config.rank:
+        key = "experts.gate_up_proj"
+        content["rank_pattern"] = {key: fused.gate_up_rank}
+        content["alpha_pattern"] = {key: config.alpha * fused.gate_up_rank / config.rank}
+        notes.append(f"gate and up of the experts are one parameter in PEFT: its rank is {fused.gate_up_rank}")
+    write_state(folder / WEIGHTS_NAME, join_modules(fused.modules), metadata=metadata_of("pt", adapter.base_hash))
+    write_json(folder / CONFIG_NAME, content)
+    return notes
 
 
 def metadata_of(layout: str, base_hash: str | None) -> dict[str, str]:

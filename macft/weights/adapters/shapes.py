@@ -20,7 +20,6 @@ _SUFFIXES = (*LINEAR, *EMBEDDING, MAGNITUDE, COPY)
 
 # module, such as model.layers.0.self_attn.q_proj -> suffix -> array
 Modules = dict[str, dict[str, Array]]
-State = dict[str, Array]
 
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
@@ -81,13 +80,13 @@ def module_problem(parts: Mapping[str, Array], use_dora: bool) -> str | None:
     return None
 
 
-def split_saved(state: Mapping[str, Array], trained_whole: Sequence[str]) -> tuple[State, State]:
+def split_saved(state: Mapping[str, Array], trained_whole: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array]]:
     """(LoRA tensors in PEFT's names, tensors of the modules `trained_whole` in the model's), of PEFT's modules_to_save.
 
     PEFT takes a module whose name ends in one of them, with all that is in it.
     """
-    lora: State = {}
-    saved: State = {}
+    lora: dict[str, Array] = {}
+    saved: dict[str, Array] = {}
     for name, array in state.items():
         path = name.removeprefix(PREFIX)
         parents = path.split(".")[:-1]
@@ -99,7 +98,7 @@ def split_saved(state: Mapping[str, Array], trained_whole: Sequence[str]) -> tup
     return lora, saved
 
 
-def join_modules(modules: Modules) -> State:
+def join_modules(modules: Modules) -> dict[str, Array]:
     """The reverse of `split_modules`."""
     return {f"{PREFIX}{module}.{suffix}": array for module, parts in modules.items() for suffix, array in parts.items()}
 

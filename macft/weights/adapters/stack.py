@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-State = dict[str, np.ndarray]
+from macft.weights.adapters.peft import State
+from macft.weights.tensors.lazy import Array
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def stack_adapters(
-    under: Mapping[str, np.ndarray], under_rank: int, under_scale: float, state: Mapping[str, np.ndarray], scale: float
+    under: Mapping[str, Array], under_rank: int, under_scale: float, state: Mapping[str, Array], scale: float
 ) -> State:
     """An adapter of scale `scale` equal to both: A = [A1; A2], B = [B1 s1/s2, B2]; the second is kept to the bit.
 
@@ -32,7 +33,7 @@ def stack_adapters(
     return stacked
 
 
-def unstack_adapter(stacked: Mapping[str, np.ndarray], under_rank: int, targets: tuple[str, ...]) -> State:
+def unstack_adapter(stacked: Mapping[str, Array], under_rank: int, targets: tuple[str, ...]) -> State:
     """The second adapter of a stack, of the modules whose names end in one of `targets`."""
     state: State = {}
     for name, value in stacked.items():

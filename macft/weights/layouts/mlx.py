@@ -7,7 +7,6 @@ and saves them so; the table says what it does for each, and undoes it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +32,9 @@ from macft.weights.layouts.mlx_rules import (
     Rule,
     ties_head,
 )
+from macft.weights.model_config import Config
 from macft.weights.source import Source
 from macft.weights.tensors.lazy import LazyTensor
-
-Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from macft.errors import ModelError, join_problems
-from macft.weights.layouts.mlx_rules import Change, Config, Rule, Tensors, mapped, same, swap_last
+from macft.weights.layouts.mlx_rules import Change, Rule, Tensors, mapped, same, swap_last
+from macft.weights.model_config import Config
 from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows, renamed
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from macft.errors import ModelError, join_problems
+from macft.weights.model_config import Config
 from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows, renamed
 
-Config = Mapping[str, Any]
 Tensors = list[LazyTensor]
 Change = Callable[[Config, Tensors], Tensors]
 

@@ -12,7 +12,6 @@ from macft.weights.quantization.model import Parts, RowQuantizer, quantize
 from macft.weights.tensors.lazy import Array, LazyTensor, cast, read_rows
 
 Form = tuple[int, int]  # bits, group size
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Erasure:
         return float(np.sqrt(lost / merged)) if merged else 0.0
 
 
-def planned(config: Config, tensors: list[LazyTensor], form: Form) -> dict[str, Form]:
+def planned(config: dict[str, Any], tensors: list[LazyTensor], form: Form) -> dict[str, Form]:
     """The modules that mlx-lm would quantize when asked for this form, each with its own."""
     found, quantized = quantize(config, tensors, *form)
     modules = [t.name.removesuffix(".scales") for t in quantized if t.name.endswith(".scales")]
@@ -50,13 +49,13 @@ def planned(config: Config, tensors: list[LazyTensor], form: Form) -> dict[str, 
 
 
 def quantize_merged(
-    config: Config, versions: Versions, forms: dict[str, Form], default: Form, erasure: Erasure
-) -> tuple[Config, list[LazyTensor]]:
+    config: dict[str, Any], versions: Versions, forms: dict[str, Form], default: Form, erasure: Erasure
+) -> tuple[dict[str, Any], list[LazyTensor]]:
     """(config, tensors) with the modules of `forms` quantized and the rest rounded.
 
     `erasure` is measured while the tensors are read.
     """
-    settings: Config = {"group_size": default[1], "bits": default[0], "mode": "affine"}
+    settings: dict[str, Any] = {"group_size": default[1], "bits": default[0], "mode": "affine"}
     result = []
     for before, after, like in zip(versions.base, versions.merged, versions.rounded, strict=True):
         module = after.name.removesuffix(".weight")
@@ -72,7 +71,7 @@ def quantize_merged(
     return {**config, "quantization": settings, "quantization_config": settings}, result
 
 
-def _form_of(setting: Config) -> Form:
+def _form_of(setting: dict[str, Any]) -> Form:
     return setting["bits"], setting["group_size"]
 
 

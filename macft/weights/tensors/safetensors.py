@@ -1,9 +1,9 @@
-"""The safetensors format: a file in, its checked tensors, read when asked for, out; and the header of a new file."""
+"""Read and write safetensors files: headers are checked at once, tensors read when they are asked for."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from macft.errors import ModelError, join_problems
-from macft.weights.tensors.lazy import Array, LazyTensor, from_rows
+from macft.files import new_file
+from macft.weights.tensors.lazy import Array, LazyTensor, cast, from_array, from_rows
 
 MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 
@@ -33,6 +34,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+_FROM_TORCH = {"format": "pt"}  # what transformers asks of a safetensors file
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,32 @@ def header_bytes(tensors: Iterable[LazyTensor], metadata: Mapping[str, str]) -> 
     encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)
     return len(encoded).to_bytes(8, "little") + encoded
+
+
+def write_state(
+    path: Path,
+    state: Mapping[str, Array],
+    *,
+    dtype: Any = np.float32,
+    metadata: Mapping[str, str] = _FROM_TORCH,
+) -> None:
+    """Write named arrays, converted to `dtype` one by one, in order of name; the file is whole or absent."""
+    tensors = [cast(from_array(name, state[name]), np.dtype(dtype)) for name in sorted(state)]
+    with new_file(path) as temporary:
+        write_safetensors(temporary, tensors, metadata)
+
+
+def write_safetensors(path: Path, tensors: Sequence[LazyTensor], metadata: Mapping[str, str] = _FROM_TORCH) -> None:
+    """Write the tensors in the order given.
+
+    The file is written in place: put it in a folder that only counts when whole.
+    """
+    with path.open("wb") as file:
+        file.write(header_bytes(tensors, metadata))
+        for tensor in tensors:
+            array = tensor.read()
+            assert array.dtype == tensor.dtype and array.shape == tensor.shape, tensor.name
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:

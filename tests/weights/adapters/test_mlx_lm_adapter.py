@@ -19,14 +19,16 @@ from support.toy_backend import ENGINES, toy_settings, write_rows, write_toy_mod
 from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import ModelSpec
-from macft.convert.adapter import convert_adapter, read_any_adapter, write_mlx_adapter, write_peft_adapter
+from macft.convert.adapter import convert_adapter
 from macft.data.batches import collate
 from macft.data.tokenization.conversations import TokenizedExample
 from macft.errors import ModelError
 from macft.inference.load import compare_answers
 from macft.objectives.losses import Sft
 from macft.training.run import train
-from macft.weights.adapters.peft import Adapter, AdapterConfig, read_adapter, write_adapter
+from macft.weights.adapters.formats import read_any_adapter
+from macft.weights.adapters.mlx_lm import write_mlx_adapter
+from macft.weights.adapters.peft import Adapter, AdapterConfig, read_adapter, write_adapter, write_peft_adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.model_config import read_config
 
