@@ -15,7 +15,7 @@ from macft.data.templates.chat_template import ChatTemplate
 from macft.errors import MacftError, UsageError
 from macft.files import new_dir, new_parents, write_json, write_text
 from macft.gguf.exporter.export import if_not_finite, read_gguf_model
-from macft.gguf.writing.model import Field
+from macft.gguf.format import Field
 from macft.gguf.writing.writer import Written, write_gguf
 from macft.ollama.client import Created, ModelRequest, Parameter, Upload, create_model
 from macft.ollama.detection import pad_template

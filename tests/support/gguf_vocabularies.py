@@ -10,9 +10,9 @@ import gguf
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from macft.gguf.format import Field
 from macft.gguf.vocabulary.tokenizer import tokenizer_fields
 from macft.gguf.vocabulary.vocabulary import read_vocabulary
-from macft.gguf.writing.model import Field
 from support.tiny_gguf import CONTROL, TEXT, TinyGguf, hf_weights, sentencepiece, write_gguf
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from gguf import GGUFValueType as Type
 
 from macft.gguf.exporter.tensors import to_gguf
-from macft.gguf.writing.model import Field, GgufModel
+from macft.gguf.format import Field, GgufModel
 from macft.weights.layouts.mlx import as_hf
 from macft.weights.source import open_model
 from support.tiny_gguf import write_spm_model

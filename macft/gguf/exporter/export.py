@@ -14,9 +14,9 @@ from macft.errors import ModelError, join_problems
 from macft.gguf.exporter.lora import adapter_to_gguf
 from macft.gguf.exporter.tensors import check_known, to_gguf
 from macft.gguf.exporter.tensors import notes as architecture_notes
+from macft.gguf.format import Field, GgufModel
 from macft.gguf.vocabulary.tokenizer import required_name, sampling_fields, tokenizer_fields
 from macft.gguf.vocabulary.vocabulary import read_vocabulary
-from macft.gguf.writing.model import Field, GgufModel
 from macft.gguf.writing.writer import Written, write_gguf
 from macft.weights.adapters.merge import merge_adapters, untie
 from macft.weights.adapters.peft import Adapter, other_base_note

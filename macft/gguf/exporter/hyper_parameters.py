@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from macft.gguf.exporter import linear_attention, rope
-from macft.gguf.writing.model import Field
+from macft.gguf.format import Field
 
 Config = Mapping[str, Any]
 Sizes = Mapping[str, int]

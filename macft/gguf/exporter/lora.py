@@ -9,7 +9,7 @@ import numpy as np
 
 from macft.errors import ModelError, join_problems
 from macft.gguf.exporter.tensors import known, module_rule
-from macft.gguf.writing.model import Field, GgufModel
+from macft.gguf.format import Field, GgufModel
 from macft.weights.adapters.peft import Adapter
 from macft.weights.adapters.shapes import EMBEDDING, LINEAR, scale_of, split_modules
 from macft.weights.tensors.lazy import Array, LazyTensor, from_array

@@ -10,7 +10,7 @@ import numpy as np
 
 from macft.errors import ModelError
 from macft.gguf.exporter.row_order import constants
-from macft.gguf.writing.model import Field
+from macft.gguf.format import Field
 from macft.weights.tensors.lazy import LazyTensor
 
 Config = Mapping[str, Any]

@@ -9,8 +9,8 @@ from typing import Any
 
 from macft.gguf.exporter import hyper_parameters as numbers
 from macft.gguf.exporter import linear_attention, rope
+from macft.gguf.format import Field
 from macft.gguf.importer.architectures import ARCHITECTURES, Rule
-from macft.gguf.writing.model import Field
 
 Config = Mapping[str, Any]
 Sizes = Mapping[str, int]

@@ -14,8 +14,8 @@ from macft.gguf.exporter import linear_attention, rope
 from macft.gguf.exporter import row_order as moves
 from macft.gguf.exporter.hyper_parameters import read_sizes
 from macft.gguf.exporter.table import EXPORTS, Export
+from macft.gguf.format import GgufModel
 from macft.gguf.importer.architectures import Rule
-from macft.gguf.writing.model import GgufModel
 from macft.weights.layouts.mlx import LAYOUTS, flat_config
 from macft.weights.model_config import normalize_config
 from macft.weights.tensors.lazy import Array, LazyTensor, cast, renamed

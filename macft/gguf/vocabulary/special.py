@@ -12,8 +12,8 @@ import numpy as np
 from macft.data.templates.chat_template import ChatTemplate, template_end_ids
 from macft.data.tokenization.tokenizer import read_json
 from macft.errors import DataError, ModelError
+from macft.gguf.format import Field
 from macft.gguf.vocabulary.tokens import Vocabulary
-from macft.gguf.writing.model import Field
 
 logger = logging.getLogger("macft")
 

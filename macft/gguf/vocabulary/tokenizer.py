@@ -12,10 +12,10 @@ import numpy as np
 from macft.data.templates.chat_template import ChatTemplate, load_template
 from macft.data.tokenization.tokenizer import read_json
 from macft.errors import ModelError
+from macft.gguf.format import Field
 from macft.gguf.vocabulary.pieces import PADDING_SCORE
 from macft.gguf.vocabulary.special import embedded_template, special_fields
 from macft.gguf.vocabulary.tokens import TokenType, Vocabulary
-from macft.gguf.writing.model import Field
 
 # generation_config.json -> general.sampling.*, and the type that llama.cpp reads
 _SAMPLING: dict[str, tuple[str, Callable[[Any], np.generic]]] = {

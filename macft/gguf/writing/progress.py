@@ -1,4 +1,4 @@
-"""Bytes that are done in; a bar on a terminal and a line now and then in a log out, for what takes seconds."""
+"""Show how much of a long write is done: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 @contextmanager
 def watched(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    """Yield what is to be called with the bytes done since the last call, of `total`."""
+    """Yield a function to call with the bytes done since the last call, out of `total`."""
     if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         with _bar(total, label) as advance:
             yield advance
@@ -36,7 +36,7 @@ def watched(total: int, label: str) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def _bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    # it takes long to import, and a log does without
+    # slow to import, and not needed in a log
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

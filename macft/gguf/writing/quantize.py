@@ -1,4 +1,4 @@
-"""Which type every tensor of a GGUF file has, and rows of float32 packed into the bytes of a type."""
+"""Plan the type of every tensor of a GGUF file, and pack rows of float32 into the bytes of a type."""
 
 from __future__ import annotations
 
@@ -13,33 +13,32 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES
-from gguf import GGMLQuantizationType as Kind
+from gguf import GGMLQuantizationType as GgmlType
 
 from macft.errors import MissingPackageError, UsageError
-from macft.gguf.writing.mixes import ModelSize, fitting_type, mixed_types
-from macft.gguf.writing.model import GgufModel
-from macft.gguf.writing.rules import is_always_f32
+from macft.gguf.format import GgufModel, row_bytes
+from macft.gguf.writing.mixes import ModelSize, fitting_type, is_always_f32, mixed_types
 from macft.weights.tensors.chunks import count_broken
 from macft.weights.tensors.lazy import Array
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # the types that are plain arrays of a numpy type
-PLAIN: dict[Kind, np.dtype[Any]] = {
-    Kind.F32: np.dtype(np.float32),
-    Kind.F16: np.dtype(np.float16),
-    Kind.BF16: BFLOAT16,
+PLAIN: dict[GgmlType, np.dtype[Any]] = {
+    GgmlType.F32: np.dtype(np.float32),
+    GgmlType.F16: np.dtype(np.float16),
+    GgmlType.BF16: BFLOAT16,
 }
 _KINDS = {dtype: kind for kind, dtype in PLAIN.items()}
 # where a block keeps its scales: bytes of it that are float16
 _SCALES = {
-    Kind.Q8_0: slice(0, 2),
-    Kind.Q4_0: slice(0, 2),
-    Kind.Q5_0: slice(0, 2),
-    Kind.Q5_1: slice(0, 4),
-    Kind.Q3_K: slice(108, 110),
-    Kind.Q4_K: slice(0, 4),
-    Kind.Q5_K: slice(0, 4),
-    Kind.Q6_K: slice(208, 210),
+    GgmlType.Q8_0: slice(0, 2),
+    GgmlType.Q4_0: slice(0, 2),
+    GgmlType.Q5_0: slice(0, 2),
+    GgmlType.Q5_1: slice(0, 4),
+    GgmlType.Q3_K: slice(108, 110),
+    GgmlType.Q4_K: slice(0, 4),
+    GgmlType.Q5_K: slice(0, 4),
+    GgmlType.Q6_K: slice(208, 210),
 }
 
 
@@ -48,57 +47,58 @@ class Quant:
     """A kind of file: llama.cpp's number for it, and the type of what no rule of its mix names."""
 
     file_type: int
-    base: Kind
+    base: GgmlType
 
 
 QUANTS: dict[str, Quant] = {
-    "f32": Quant(0, Kind.F32),
-    "f16": Quant(1, Kind.F16),
-    "bf16": Quant(32, Kind.BF16),
-    "q8_0": Quant(7, Kind.Q8_0),
-    "q6_k": Quant(18, Kind.Q6_K),
-    "q5_k_m": Quant(17, Kind.Q5_K),
-    "q5_k_s": Quant(16, Kind.Q5_K),
-    "q4_k_m": Quant(15, Kind.Q4_K),
-    "q4_k_s": Quant(14, Kind.Q4_K),
-    "q3_k_m": Quant(12, Kind.Q3_K),
-    "q4_0": Quant(2, Kind.Q4_0),
+    "f32": Quant(0, GgmlType.F32),
+    "f16": Quant(1, GgmlType.F16),
+    "bf16": Quant(32, GgmlType.BF16),
+    "q8_0": Quant(7, GgmlType.Q8_0),
+    "q6_k": Quant(18, GgmlType.Q6_K),
+    "q5_k_m": Quant(17, GgmlType.Q5_K),
+    "q5_k_s": Quant(16, GgmlType.Q5_K),
+    "q4_k_m": Quant(15, GgmlType.Q4_K),
+    "q4_k_s": Quant(14, GgmlType.Q4_K),
+    "q3_k_m": Quant(12, GgmlType.Q3_K),
+    "q4_0": Quant(2, GgmlType.Q4_0),
 }
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The type of each tensor by name, and a sentence for all whose rows a expected type does not divide."""
+class QuantizationPlan:
+    """The type of each tensor by name, and sentences on those whose rows their type's blocks do not divide."""
 
-    types: dict[str, Kind]
+    types: dict[str, GgmlType]
     fallbacks: tuple[str, ...]
 
 
-def plan_types(model: GgufModel, quant: str) -> Plan:
+def plan_types(model: GgufModel, quant: str) -> QuantizationPlan:
     """The types that llama.cpp writes: its converter for f32, f16 and bf16, its quantizer for the rest.
 
     A tensor that is not quantized keeps its type or, where the converter says so, is F32. UsageError names an
     unknown `quant`.
     """
     if quant not in QUANTS:
-        raise UsageError(f"{quant}: no such quantization (accepted: {', '.join(QUANTS)})")
+        raise UsageError(f"{quant}: unknown quantization (accepted: {', '.join(QUANTS)})")
     base = QUANTS[quant].base
     shapes = {tensor.name: tensor.shape for tensor in model.tensors}
-    kept = {t.name: Kind.F32 if is_always_f32(t.name, t.shape) else _KINDS[t.dtype] for t in model.tensors}
+    kept = {t.name: GgmlType.F32 if is_always_f32(t.name, t.shape) else _KINDS[t.dtype] for t in model.tensors}
     if base in PLAIN:
-        return Plan({name: Kind.F32 if is_always_f32(name, shapes[name]) else base for name in kept}, ())
-    expected = mixed_types(quant, base, shapes, ModelSize.of(model.architecture, model.fields))
+        types = {name: GgmlType.F32 if is_always_f32(name, shape) else base for name, shape in shapes.items()}
+        return QuantizationPlan(types, ())
+    mixed = mixed_types(quant, base, shapes, ModelSize.of(model.architecture, model.fields))
     types = dict(kept)
-    replaced: dict[tuple[Kind, Kind, int], list[str]] = {}
-    for name, kind in expected.items():
+    replaced: dict[tuple[GgmlType, GgmlType, int], list[str]] = {}
+    for name, kind in mixed.items():
         columns = shapes[name][-1]
         types[name] = fitting_type(kind, columns)
         if types[name] != kind:
             replaced.setdefault((types[name], kind, columns), []).append(name)
-    return Plan(types, tuple(_fallback(*key, names) for key, names in replaced.items()))
+    return QuantizationPlan(types, tuple(_fallback(*key, names) for key, names in replaced.items()))
 
 
-def _fallback(kind: Kind, expected: Kind, columns: int, names: list[str]) -> str:
+def _fallback(kind: GgmlType, expected: GgmlType, columns: int, names: list[str]) -> str:
     which = names[0] if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
     return (
         f"{which}: {kind.name} instead of {expected.name}, whose blocks of {GGML_QUANT_SIZES[expected][0]} do not "
@@ -106,17 +106,10 @@ def _fallback(kind: Kind, expected: Kind, columns: int, names: list[str]) -> str
     )
 
 
-def row_bytes(kind: Kind, columns: int) -> int:
-    """How many bytes a row of so many numbers takes."""
-    block, nbytes = GGML_QUANT_SIZES[kind]
-    assert columns % block == 0, (kind.name, columns)
-    return int(columns // block * nbytes)
-
-
-def pack(kind: Kind, rows: Array) -> Array:
+def pack(kind: GgmlType, rows: Array) -> Array:
     """Finite float32 numbers [n, columns] as bytes [n, row_bytes] of a type, rounded to nearest, ties to even.
 
-    Quantized by ggml itself, without the GIL. What a type cannot hold is infinite: see `count_overflow`.
+    Quantized by ggml itself, without the GIL. Numbers too large for the type become infinite: see `count_overflow`.
     """
     assert rows.dtype == np.float32 and rows.ndim == 2, (rows.dtype, rows.shape)
     dtype = PLAIN.get(kind)
@@ -133,7 +126,7 @@ def pack(kind: Kind, rows: Array) -> Array:
     return packed
 
 
-def count_overflow(kind: Kind, packed: Array) -> int:
+def count_overflow(kind: GgmlType, packed: Array) -> int:
     """How many numbers, or scales of blocks, of `packed` are infinite: too large for the type."""
     if kind in PLAIN:
         return count_broken(packed.reshape(-1).view(PLAIN[kind]))
@@ -141,7 +134,7 @@ def count_overflow(kind: Kind, packed: Array) -> int:
     return count_broken(np.ascontiguousarray(scales).reshape(-1).view(np.float16))
 
 
-def check_packable(kinds: Iterable[Kind]) -> None:
+def check_packable(kinds: Iterable[GgmlType]) -> None:
     """MissingPackageError if one of the types needs ggml and it is not installed."""
     if _quantizer() is None and (needed := {kind.name for kind in kinds if kind not in PLAIN} - {"Q8_0"}):
         raise MissingPackageError(
@@ -151,7 +144,7 @@ def check_packable(kinds: Iterable[Kind]) -> None:
 
 
 @cache
-def _quantizer() -> Callable[[Kind, Array], Array] | None:
+def _quantizer() -> Callable[[GgmlType, Array], Array] | None:
     """ggml's quantization of rows, or None where libggml is not installed."""
     path = _library()
     if path is None:
@@ -166,7 +159,7 @@ def _quantizer() -> Callable[[Kind, Array], Array] | None:
     int64, pointer = ctypes.c_int64, ctypes.c_void_p
     function.argtypes = [ctypes.c_int, pointer, pointer, int64, int64, int64, pointer]
 
-    def quantize(kind: Kind, rows: Array) -> Array:
+    def quantize(kind: GgmlType, rows: Array) -> Array:
         rows = np.ascontiguousarray(rows)
         count, columns = rows.shape
         packed = np.empty((count, row_bytes(kind, columns)), np.uint8)

@@ -1,4 +1,4 @@
-"""A model as fields and lazy tensors in; one GGUF file for each expected quantization out, all of them or none."""
+"""Write a model as one GGUF file for each requested quantization, all of them or none."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from threading import Lock
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION
-from gguf import GGMLQuantizationType as Kind
+from gguf import GGMLQuantizationType as GgmlType
 
 from macft.errors import ModelError, UsageError, join_problems
 from macft.files import new_file, new_parents, sync_file
-from macft.gguf.writing.header import header_bytes, padding, tensor_bytes
+from macft.gguf.format import Field, GgufModel, header_bytes, padding, row_bytes, tensor_bytes
 from macft.gguf.writing.mixes import file_order
-from macft.gguf.writing.model import Field, GgufModel
 from macft.gguf.writing.progress import watched
-from macft.gguf.writing.quantize import PLAIN, QUANTS, Plan, check_packable, count_overflow, pack, plan_types, row_bytes
+from macft.gguf.writing.quantize import (
+    PLAIN,
+    QUANTS,
+    QuantizationPlan,
+    check_packable,
+    count_overflow,
+    pack,
+    plan_types,
+)
 from macft.weights.tensors.chunks import CHUNK_BYTES, Chunk, count_broken, iter_chunks, ordered_map, read_chunk
 from macft.weights.tensors.disk import HashedFile, check_room, disk_problems
 from macft.weights.tensors.lazy import Array, LazyTensor
@@ -33,7 +40,7 @@ _MOST_AXES = 4
 
 @dataclass(frozen=True)
 class Written:
-    """A file that was written; `kinds` are its tensors of each type, `fallbacks` as in `Plan`."""
+    """A file that was written; `kinds` are its tensors of each type, `fallbacks` as in `QuantizationPlan`."""
 
     path: Path
     quant: str
@@ -51,10 +58,10 @@ def write_gguf(
 ) -> list[Written]:
     """Write a file for each quantization (`outputs`: its name to a path), reading every tensor once, on all cores.
 
-    Tensors stand in the order of llama.cpp's quantizer, and `general.quantization_version` and
-    `general.file_type` last, so that the file is the one it would write. ModelError, with nothing left behind,
+    Tensors are in the order of llama.cpp's quantizer, and `general.quantization_version` and
+    `general.file_type` come last, so that the file equals what it would write. ModelError, with nothing left behind,
     when a disk has no room, or naming each tensor with numbers that are not finite
-    (`if_not_finite` is what that means) or too large for their type. UsageError for an unknown
+    (`if_not_finite` says what that means) or too large for their type. UsageError for an unknown
     quantization or a path that exists.
     """
     _check_outputs(outputs)
@@ -66,28 +73,30 @@ def write_gguf(
     with disk_problems(_names(outputs), needed), new_parents(outputs.values()):
         check_room({target.path: target.nbytes for target in targets})
         with _new_files([target.path for target in targets]) as temporaries:
-            sums, problems = _write(tensors, targets, temporaries)
-            if problems.not_finite:
-                raise ModelError(join_problems(f"{_names(outputs)}: not written: {if_not_finite}", problems.not_finite))
-            if problems.too_large:
+            sums, bad = _write(tensors, targets, temporaries)
+            if bad.not_finite:
+                raise ModelError(join_problems(f"{_names(outputs)}: not written: {if_not_finite}", bad.not_finite))
+            if bad.too_large:
                 advice = "choose bf16 or f32 instead"
-                raise ModelError(join_problems(f"{_names(outputs)}: not written: {advice}", problems.too_large))
+                raise ModelError(join_problems(f"{_names(outputs)}: not written: {advice}", bad.too_large))
     return [_written(target, digest) for target, digest in zip(targets, sums, strict=True)]
 
 
 @dataclass(frozen=True)
 class _Target:
-    """One file that is to be written."""
+    """One file to write."""
 
     path: Path
     quant: str
-    plan: Plan
+    plan: QuantizationPlan
     header: bytes
     nbytes: int
 
 
 @dataclass(frozen=True)
-class _Problems:
+class _BadNumbers:
+    """Lines on the tensors that cannot be written."""
+
     not_finite: list[str]
     too_large: list[str]
 
@@ -98,12 +107,12 @@ def _names(outputs: Mapping[str, Path]) -> str:
 
 def _check_outputs(outputs: Mapping[str, Path]) -> None:
     problems = [
-        f"{quant}: no such quantization (accepted: {', '.join(QUANTS)})" for quant in outputs if quant not in QUANTS
+        f"{quant}: unknown quantization (accepted: {', '.join(QUANTS)})" for quant in outputs if quant not in QUANTS
     ]
     counts = Counter(path.absolute() for path in outputs.values())
-    problems += [f"{path} is named for {count} quantizations" for path, count in counts.items() if count > 1]
+    problems += [f"{path} is given for {count} quantizations" for path, count in counts.items() if count > 1]
     if problems or not outputs:
-        raise UsageError(join_problems("these files cannot be written:", problems or ["none is named"]))
+        raise UsageError(join_problems("these files cannot be written:", problems or ["none is given"]))
     existing = [str(path) for path in outputs.values() if path.exists() or path.is_symlink()]
     if existing:
         raise UsageError(f"{', '.join(existing)}: exists already; name a file that does not, or remove this one")
@@ -141,14 +150,14 @@ def _written(target: _Target, digest: str) -> Written:
 
 @contextmanager
 def _new_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """`new_file` for several: when one cannot become whole, none does."""
+    """`new_file` for several files: when one cannot be completed, none is."""
     identities: dict[Path, int] = {}
     try:
         with ExitStack() as stack:
             temporaries = [stack.enter_context(new_file(path)) for path in paths]
             yield temporaries
             for path, temporary in zip(paths, temporaries, strict=True):
-                # what a full disk still refuses, it refuses here, before the first is renamed
+                # a full disk fails here, before the first file is renamed
                 sync_file(temporary)
                 identities[path] = temporary.stat().st_ino
     except BaseException:
@@ -160,12 +169,12 @@ def _new_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 def _write(
     tensors: Sequence[LazyTensor], targets: Sequence[_Target], temporaries: Sequence[Path]
-) -> tuple[list[str], _Problems]:
-    """Write all files side by side; their SHA-256, and what is wrong with the numbers."""
+) -> tuple[list[str], _BadNumbers]:
+    """Write all files side by side; returns their SHA-256 and what is wrong with the numbers."""
     broken: Counter[str] = Counter()
-    overflowing: Counter[tuple[str, Kind]] = Counter()
+    overflowing: Counter[tuple[str, GgmlType]] = Counter()
 
-    def make(piece: _Piece) -> _Packed:
+    def make(piece: _Piece) -> _PackedPiece:
         return _pack_piece(piece, {target.plan.types[piece.name] for target in targets})
 
     total = sum(tensor.nbytes for tensor in tensors)
@@ -188,42 +197,44 @@ def _write(
                     file.write(bytes(padding(tensor_bytes(kind, piece.chunk.tensor.shape))))
             advance(piece.nbytes)
         sums = [file.finish() for file in files]
-    return sums, _problems(tensors, broken, overflowing)
+    return sums, _bad_numbers(tensors, broken, overflowing)
 
 
-def _problems(tensors: Sequence[LazyTensor], broken: Counter[str], overflowing: Counter[tuple[str, Kind]]) -> _Problems:
+def _bad_numbers(
+    tensors: Sequence[LazyTensor], broken: Counter[str], overflowing: Counter[tuple[str, GgmlType]]
+) -> _BadNumbers:
     sizes = {tensor.name: prod(tensor.shape) for tensor in tensors}
-    return _Problems(
+    return _BadNumbers(
         [f"{name}: {count} of {sizes[name]} numbers are NaN or infinite" for name, count in broken.items() if count],
         [f"{name}: holds numbers that are too large for {kind.name}" for (name, kind), n in overflowing.items() if n],
     )
 
 
-# --- pieces: what one thread packs at a time
+# --- pieces, each packed by one thread
 
 
-class _Once:
-    """A chunk that the first of its pieces reads, for all of them."""
+class _SharedChunk:
+    """A chunk that is read once, by the first of its pieces."""
 
     def __init__(self, chunk: Chunk) -> None:
-        self._slab = chunk
+        self._chunk = chunk
         self._lock = Lock()
         self._rows: Array | None = None
 
     def rows(self, start: int, stop: int) -> Array:
-        """Rows [n, columns] of the chunk, all axes but the last taken together."""
+        """Rows [n, columns] of the chunk, with all axes but the last flattened."""
         with self._lock:
             if self._rows is None:
-                self._rows = read_chunk(self._slab).reshape(-1, self._slab.tensor.shape[-1])
+                self._rows = read_chunk(self._chunk).reshape(-1, self._chunk.tensor.shape[-1])
         return self._rows[start:stop]
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows `start` to `stop` of a chunk; a tensor that cannot be read in parts is packed by many threads so."""
+    """Rows `start` to `stop` of a chunk, so that many threads pack a tensor that cannot be read in parts."""
 
     chunk: Chunk
-    source: _Once
+    source: _SharedChunk
     start: int
     stop: int
     nbytes: int
@@ -235,10 +246,10 @@ class _Piece:
 
 
 @dataclass(frozen=True)
-class _Packed:
-    content: dict[Kind, Array]
+class _PackedPiece:
+    content: dict[GgmlType, Array]
     broken: int
-    overflowing: dict[Kind, int]
+    overflowing: dict[GgmlType, int]
 
 
 def _pieces(tensors: Sequence[LazyTensor]) -> Iterator[_Piece]:
@@ -246,23 +257,23 @@ def _pieces(tensors: Sequence[LazyTensor]) -> Iterator[_Piece]:
         row = chunk.tensor.shape[-1] * chunk.tensor.dtype.itemsize
         count = chunk.nbytes // row
         step = max(1, CHUNK_BYTES // row)
-        source = _Once(chunk)
+        source = _SharedChunk(chunk)
         ends_tensor = chunk.stop == chunk.tensor.shape[0]
         for start in range(0, count, step):
             stop = min(start + step, count)
             yield _Piece(chunk, source, start, stop, (stop - start) * row, ends_tensor and stop == count)
 
 
-def _pack_piece(piece: _Piece, kinds: set[Kind]) -> _Packed:
+def _pack_piece(piece: _Piece, kinds: set[GgmlType]) -> _PackedPiece:
     """The bytes of a piece in each of the types, and how many numbers it has that are not finite or too large."""
     rows = piece.source.rows(piece.start, piece.stop)
     broken = count_broken(rows.reshape(-1))
     if broken:
-        # no file comes of it, and quantizers are not made for such numbers
+        # no file is written, and quantizers cannot take such numbers
         empty = {kind: np.zeros((len(rows), row_bytes(kind, rows.shape[1])), np.uint8) for kind in kinds}
-        return _Packed(empty, broken, {})
-    content: dict[Kind, Array] = {}
-    overflowing: dict[Kind, int] = {}
+        return _PackedPiece(empty, broken, {})
+    content: dict[GgmlType, Array] = {}
+    overflowing: dict[GgmlType, int] = {}
     floats: Array | None = None
     for kind in kinds:
         if PLAIN.get(kind) == rows.dtype:
@@ -272,4 +283,4 @@ def _pack_piece(piece: _Piece, kinds: set[Kind]) -> _Packed:
             floats = rows.astype(np.float32, copy=False)
         content[kind] = pack(kind, floats)
         overflowing[kind] = count_overflow(kind, content[kind])
-    return _Packed(content, 0, overflowing)
+    return _PackedPiece(content, 0, overflowing)

@@ -22,9 +22,9 @@ from support.tiny_tokenizer import CHATML, write_tiny_model
 from macft.errors import ModelError
 from macft.gguf.exporter.lora import adapter_to_gguf
 from macft.gguf.exporter.tensors import to_gguf
+from macft.gguf.format import GgufModel
 from macft.gguf.vocabulary.tokenizer import tokenizer_fields
 from macft.gguf.vocabulary.vocabulary import read_vocabulary
-from macft.gguf.writing.model import GgufModel
 from macft.gguf.writing.writer import write_gguf
 from macft.weights.adapters.formats import read_any_adapter
 from macft.weights.adapters.peft import read_adapter

@@ -17,8 +17,8 @@ from support.tiny_export import CASES, LLAMA3, YARN, exported, write_model
 
 from macft.errors import ModelError
 from macft.gguf.exporter.tensors import known, module_rule, notes, to_gguf
-from macft.gguf.writing.model import GgufModel
-from macft.gguf.writing.rules import is_always_f32
+from macft.gguf.format import GgufModel
+from macft.gguf.writing.mixes import is_always_f32
 from macft.weights.layouts.mlx import as_hf, hf_config, mlx_config, to_hf, to_mlx
 from macft.weights.source import open_model
 from macft.weights.tensors.lazy import LazyTensor, from_array, renamed

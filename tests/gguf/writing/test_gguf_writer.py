@@ -21,9 +21,8 @@ from support.tiny_gguf import TinyGguf, byte_level, hf_weights, llama_cpp
 from support.tiny_gguf import write_gguf as write_with_gguf_py
 
 from macft.errors import ModelError, UsageError
-from macft.gguf.writing.header import header_bytes
+from macft.gguf.format import GgufModel, header_bytes
 from macft.gguf.writing.mixes import file_order
-from macft.gguf.writing.model import GgufModel
 from macft.gguf.writing.quantize import QUANTS, plan_types
 from macft.gguf.writing.writer import Written, write_gguf
 from macft.weights.tensors.lazy import LazyTensor, from_array, from_rows
@@ -120,8 +119,8 @@ def test_the_header_is_that_of_gguf_py_to_the_byte(tmp_path):
     assert len(expected) - len(found) == 224 + 32 + 1280
 
 
-def test_text_that_is_no_unicode_is_refused_by_its_field():
-    with pytest.raises(ModelError, match=r"general.name: holds text that is no Unicode"):
+def test_text_that_is_not_unicode_is_refused_by_its_field():
+    with pytest.raises(ModelError, match=r"general.name: the text is not valid Unicode"):
         header_bytes({"general.name": "\ud83d"}, [])
 
 
@@ -268,7 +267,7 @@ def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path):
 import resource, sys
 from pathlib import Path
 import ml_dtypes, numpy as np
-from macft.gguf.writing.model import GgufModel
+from macft.gguf.format import GgufModel
 from macft.gguf.writing.writer import write_gguf
 from macft.weights.tensors.lazy import from_rows
 dtype, shape = np.dtype(ml_dtypes.bfloat16), (1 << 16, 1 << 12)
@@ -323,9 +322,9 @@ def test_paths_that_exist_are_refused_and_left_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("outputs", "message"),
     [
-        ({"q9": "x", "f16": "y"}, r"q9: no such quantization \(accepted: f32,"),
-        ({"q8_0": "x", "f16": "x"}, "x is named for 2 quantizations"),
-        ({}, "none is named"),
+        ({"q9": "x", "f16": "y"}, r"q9: unknown quantization \(accepted: f32,"),
+        ({"q8_0": "x", "f16": "x"}, "x is given for 2 quantizations"),
+        ({}, "none is given"),
     ],
 )
 def test_outputs_that_cannot_be_are_refused(outputs, message, tmp_path):
@@ -366,7 +365,7 @@ from pathlib import Path
 import numpy as np
 resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20))
 from macft.errors import ModelError
-from macft.gguf.writing.model import GgufModel
+from macft.gguf.format import GgufModel
 from macft.gguf.writing.writer import write_gguf
 from macft.weights.tensors.lazy import from_array
 tensors = [from_array(f"blk.{i}.weight", np.ones((1 << 10, 1 << 8), np.float32)) for i in range(16)]

@@ -13,8 +13,8 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from macft.errors import UsageError
+from macft.gguf.format import GgufModel
 from macft.gguf.writing.mixes import ModelSize, file_order, fitting_type, may_quantize
-from macft.gguf.writing.model import GgufModel
 from macft.gguf.writing.quantize import QUANTS, _library, count_overflow, pack, plan_types
 from macft.weights.tensors.lazy import LazyTensor
 
@@ -182,13 +182,13 @@ def test_rows_that_256_does_not_divide_have_blocks_of_32(quant, expected):
         assert [plan.types[f"blk.{layer}.{role}.weight"].name for layer in range(3)] == each, role
     assert plan.types["token_embd.weight"] == Kind.Q8_0
     assert (plan.fallbacks == ()) == (quant == "q4_0") or plan.fallbacks == (
-        "token_embd.weight: Q8_0 in place of Q6_K, whose blocks of 256 do not divide rows of 576 numbers",
+        "token_embd.weight: Q8_0 instead of Q6_K, whose blocks of 256 do not divide rows of 576 numbers",
     )
     if quant == "q4_k_m":  # of three layers attn_q, attn_k, attn_output, ffn_gate and ffn_up, and two attn_v
         assert plan.fallbacks == (
-            "17 tensors (blk.0.attn_k.weight, ...): Q5_0 in place of Q4_K, whose blocks of 256 do not divide rows of "
+            "17 tensors (blk.0.attn_k.weight, ...): Q5_0 instead of Q4_K, whose blocks of 256 do not divide rows of "
             "576 numbers",
-            "blk.2.attn_v.weight: Q8_0 in place of Q6_K, whose blocks of 256 do not divide rows of 576 numbers",
+            "blk.2.attn_v.weight: Q8_0 instead of Q6_K, whose blocks of 256 do not divide rows of 576 numbers",
         )
 
 
@@ -224,7 +224,7 @@ def test_what_is_not_quantized_keeps_the_type_it_came_in(dtype):
 
 
 def test_an_unknown_quantization_is_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match=r"q2_k: no such quantization \(accepted: f32, f16, .*q4_0\)"):
+    with pytest.raises(UsageError, match=r"q2_k: unknown quantization \(accepted: f32, f16, .*q4_0\)"):
         plan_types(a_model(1), "q2_k")
 
 
