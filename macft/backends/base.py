@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from macft.data.batches import NumpyBatch
+from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Objective
 
 # canonical parameter name (as PEFT saves it) -> float32 array

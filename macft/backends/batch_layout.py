@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from macft.data.batches import Batch, NumpyBatch, unpack
+from macft.data.batches import unpack
+from macft.objectives.batch import Batch, NumpyBatch
 
 # On a CPU the activations of a step are bounded by passes of so many tokens.
 CPU_TOKENS_AT_ONCE = 1024

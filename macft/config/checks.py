@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 from typing import NamedTuple
 
-from macft.config.settings import OF_AVERAGES, SCHEDULE_OPTIONS, WITHOUT_REFERENCE, Settings
+from macft.config.settings import SCHEDULE_OPTIONS, Settings
+from macft.objectives.preference_losses import LOSSES, losses_where, losses_with
 
 
 class Check(NamedTuple):
@@ -196,19 +197,16 @@ def _stream_checks(settings: Settings) -> Iterator[Check]:
 
 def _preference_checks(settings: Settings) -> Iterator[Check]:
     loss, is_foodpo = settings.pref_loss, settings.stage == "foodpo"
-    yield Check(
-        "stage pref_loss dpo_label_smoothing",
-        settings.is_preference and settings.dpo_label_smoothing > 0 and loss not in ("sigmoid", "robust"),
-        f"dpo_label_smoothing is for pref_loss sigmoid and robust, found {loss}; remove it",
-    )
-    yield Check(
-        "stage pref_loss simpo_gamma",
-        settings.is_preference and _is_changed(settings, "simpo_gamma") and loss != "simpo",
-        f"simpo_gamma is for pref_loss simpo, found {loss}; remove it",
-    )
+    row = LOSSES[loss]
+    for key in ("dpo_label_smoothing", "simpo_gamma"):
+        yield Check(
+            f"stage pref_loss {key}",
+            settings.is_preference and _is_changed(settings, key) and key not in row.options,
+            f"{key} is for pref_loss {losses_with(key)}, found {loss}; remove it",
+        )
     yield Check(
         "stage pref_loss ld_alpha",
-        settings.is_preference and settings.ld_alpha is not None and loss in OF_AVERAGES,
+        settings.is_preference and settings.ld_alpha is not None and row.of_averages,
         f"ld_alpha weighs answers of unlike length, and pref_loss {loss} takes averages; remove it",
     )
     for key, is_set in (
@@ -223,14 +221,14 @@ def _preference_checks(settings: Settings) -> Iterator[Check]:
         )
     yield Check(
         "stage pref_loss",
-        is_foodpo and loss in ("hinge", "ipo", "robust"),
-        f"stage foodpo combines with pref_loss sigmoid, orpo and simpo, found {loss}",
+        is_foodpo and not row.in_foodpo,
+        f"stage foodpo combines with pref_loss {losses_where(lambda other: other.in_foodpo)}, found {loss}",
     )
     # at a scale of 0 or below no perplexity is asked for
     asks_reference = settings.foodpo_perplexity == "reference" and settings.pref_beta_scale > 0
     yield Check(
         "stage pref_loss foodpo_perplexity pref_beta_scale",
-        is_foodpo and loss in WITHOUT_REFERENCE and asks_reference,
+        is_foodpo and not row.needs_reference and asks_reference,
         f"foodpo_perplexity is reference and pref_loss {loss} has none; set policy or policy_with_gradient",
     )
     low, high = settings.foodpo_beta_min, settings.foodpo_beta_max

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-# Values of `pref_loss`: what compares with no reference, and what takes averages over an answer's tokens.
-WITHOUT_REFERENCE = frozenset({"orpo", "simpo"})
-OF_AVERAGES = frozenset({"ipo", "orpo", "simpo"})
+from macft.objectives.preference_losses import LOSSES, losses_with
+
+if TYPE_CHECKING:
+    LossName: TypeAlias = str
+else:
+    LossName = Literal[tuple(LOSSES)]
+
+
+def _papers(needs_reference: bool) -> str:
+    """The losses of one sort, each with its paper."""
+    return ", ".join(
+        f"`{name}` ({loss.paper})" for name, loss in LOSSES.items() if loss.needs_reference == needs_reference
+    )
+
 
 # Values of `lr_scheduler_type` with options -> what `lr_scheduler_kwargs` may hold.
 SCHEDULE_OPTIONS = {
@@ -84,14 +95,17 @@ class Settings(BaseModel):
 
     # ---- preference
     pref_beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference; scale of the rewards.")
-    pref_loss: Literal["sigmoid", "hinge", "ipo", "robust", "orpo", "simpo"] = Field(
+    pref_loss: LossName = Field(
         "sigmoid",
-        description="`sigmoid` (arXiv 2305.18290), `hinge` (2305.10425), `ipo` (2310.12036), `robust` (2403.00409); "
-        "without a reference: `orpo` (2403.07691), `simpo` (2405.14734).",
+        description=f"The loss, with its paper on arXiv: {_papers(needs_reference=True)}; "
+        f"without a reference: {_papers(needs_reference=False)}.",
     )
     pref_ftx: float = Field(0.0, ge=0, description="Weight of the supervised loss of the chosen answer, added.")
     dpo_label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of pairs taken to be labeled the wrong way; for `sigmoid` and `robust`."
+        0.0,
+        ge=0,
+        lt=0.5,
+        description=f"Share of pairs taken to be labeled the wrong way; for {losses_with('dpo_label_smoothing')}.",
     )
     simpo_gamma: float = Field(0.5, ge=0, description="Margin that `simpo` asks for.")
     ld_alpha: float | None = Field(
@@ -295,7 +309,7 @@ class Settings(BaseModel):
     @property
     def has_reference(self) -> bool:
         """Whether the loss compares the policy with a reference."""
-        return self.is_preference and self.pref_loss not in WITHOUT_REFERENCE
+        return self.is_preference and LOSSES[self.pref_loss].needs_reference
 
     @property
     def names_reference(self) -> bool:

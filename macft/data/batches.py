@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,11 +14,10 @@ from macft.data.stream import Stream
 from macft.data.tokenization.packing import PackedExample
 from macft.data.tokenization.table import TokenizedExample, TokenizedPair
 from macft.errors import UsageError
+from macft.objectives.batch import Batch, NumpyBatch
 
 # What a row of a batch is made of; of a pair, two rows.
 Row = TokenizedExample | TokenizedPair | PackedExample
-
-Array = TypeVar("Array")
 
 
 @runtime_checkable
@@ -32,34 +31,6 @@ class Measured(Protocol):
 
 # Sorting whole stretches of this many steps keeps padding low and the order random.
 STEPS_PER_SORTED_STRETCH = 50
-
-
-@dataclass(frozen=True)
-class Batch(Generic[Array]):
-    """Rows of one forward pass; numpy until a backend maps it to its own arrays."""
-
-    tokens: Array  # int32 [rows, T], right-padded with 0
-    loss_mask: Array  # bool [rows, T]; True where the token is a training target
-    lengths: Array  # int32 [rows], real tokens per row
-    # Packed rows alone have it: 1, 2, ... where each of a row's examples stands, 0 at the padding.
-    segment_ids: Array | None = None  # int32 [rows, T]
-    # Pairs alone have the rest. Rows 0..P-1 are chosen, rows P..2P-1 rejected.
-    prompt_mask: Array | None = None  # bool [rows, T]; True at the prompt tokens but the first, of chosen rows
-    reference_logps: Array | None = None  # float32 [rows]; what the reference gives the answers
-    reference_log_perplexity: Array | None = None  # float32 [pairs]; what the prompts cost it
-
-    @property
-    def columns(self) -> dict[str, Array]:
-        """The columns that this batch has, by name."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in found.items() if value is not None}
-
-    def map(self, convert: Callable[[Array], Any]) -> Batch[Any]:
-        """The same batch with every column converted."""
-        return Batch(**{name: convert(value) for name, value in self.columns.items()})
-
-
-NumpyBatch = Batch[np.ndarray]
 
 
 def collate(examples: Sequence[Row]) -> NumpyBatch:

@@ -1,17 +1,14 @@
-"""Training objectives, each written once over `Ops`: log-probabilities in, a summed loss out."""
+"""Define what an objective is, and the simplest one: supervised fine-tuning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from macft.config.settings import Settings
-from macft.data.batches import Batch, NumpyBatch
+from macft.objectives.batch import Batch, NumpyBatch
 from macft.objectives.ops import Array, Ops
-from macft.objectives.preference import Preference, PromptBeta
 
 
 class Objective(Protocol):
@@ -42,39 +39,3 @@ class Sft:
     def __call__(self, ops: Ops, logps: Array, batch: Batch[Array]) -> tuple[Array, dict[str, Array]]:
         """-sum over trained t of log p(token_t | tokens before it)."""
         return -ops.sum(logps * batch.loss_mask[:, 1:]), {}
-
-
-def _sft(_settings: Settings) -> Sft:
-    return Sft()
-
-
-def _dpo(settings: Settings) -> Preference:
-    return Preference(
-        loss=settings.pref_loss,
-        beta=settings.pref_beta,
-        label_smoothing=settings.dpo_label_smoothing,
-        simpo_gamma=settings.simpo_gamma,
-        ftx=settings.pref_ftx,
-        ld_alpha=settings.ld_alpha,
-    )
-
-
-def _foodpo(settings: Settings) -> Preference:
-    if not settings.asks_prompts:
-        return _dpo(settings)
-    strength = PromptBeta(
-        scale=settings.pref_beta_scale,
-        source=settings.foodpo_perplexity,
-        low=settings.foodpo_beta_min,
-        high=settings.foodpo_beta_max,
-    )
-    return replace(_dpo(settings), prompt_beta=strength)
-
-
-# The value of `stage` -> how to make its objective.
-OBJECTIVES: dict[str, Callable[[Settings], Objective]] = {"pt": _sft, "sft": _sft, "dpo": _dpo, "foodpo": _foodpo}
-
-
-def make_objective(settings: Settings) -> Objective:
-    """What a run of these settings minimizes."""
-    return OBJECTIVES[settings.stage](settings)

@@ -1,24 +1,19 @@
-"""Preference objectives, DPO and FooDPO: log-probabilities of chosen and rejected rows in, a summed loss out.
+"""Compute DPO and FooDPO, and their metrics, over pairs of a chosen and a rejected answer.
 
-Rows 0..P-1 of a batch are chosen, rows P..2P-1 rejected. S is the log-probability of a completion, A its
-mean over the n tokens, a hat marks the reference, delta = (S_c - ref S_c) - (S_r - ref S_r).
+Rows 0..P-1 of a batch are chosen, rows P..2P-1 rejected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from macft.config.settings import OF_AVERAGES, WITHOUT_REFERENCE
-from macft.data.batches import Batch, NumpyBatch
 from macft.errors import MacftError
+from macft.objectives.batch import Batch, NumpyBatch
 from macft.objectives.ops import Array, NumpyOps, Ops
-
-# An average log-probability of 0 has infinite odds.
-_ORPO_CEILING = -1e-6
+from macft.objectives.preference_losses import LOSSES, Terms, losses_where
 
 
 @dataclass(frozen=True)
@@ -42,21 +37,6 @@ class PromptBeta:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What the losses are functions of, each [pairs]."""
-
-    chosen: Array  # S_c
-    rejected: Array  # S_r
-    chosen_avg: Array  # A_c
-    rejected_avg: Array  # A_r
-    chosen_ratio: Array  # S_c - ref S_c; without a reference A_c
-    rejected_ratio: Array
-    chosen_tokens: Array  # n_c
-    rejected_tokens: Array
-    beta: Array
-
-
-@dataclass(frozen=True)
 class Preference:
     """One of `LOSSES` over pairs, with `ftx` times the SFT loss of the chosen answer added."""
 
@@ -69,16 +49,10 @@ class Preference:
     prompt_beta: PromptBeta | None = None  # None: every pair has `beta`
 
     @property
-    def has_reference(self) -> bool:
-        """Whether the loss compares with a reference."""
-        return self.loss not in WITHOUT_REFERENCE
-
-    @property
     def start_loss(self) -> float | None:
         """The loss, without its SFT part, of a policy that is its own reference; None if it has none."""
-        return {"sigmoid": np.log(2.0), "robust": np.log(2.0), "hinge": 1.0, "ipo": 1 / (4 * self.beta**2)}.get(
-            self.loss
-        )
+        start = LOSSES[self.loss].start
+        return None if start is None else start(self)
 
     def weight(self, batch: NumpyBatch) -> float:
         """Pairs in the batch."""
@@ -96,7 +70,7 @@ class Preference:
         """
         beta, perplexity = self._beta(ops, logps, batch)
         terms = self._terms(ops, logps, batch, beta)
-        losses, metrics = LOSSES[self.loss](ops, terms, self)
+        losses, metrics = LOSSES[self.loss].function(ops, terms, self)
         if self.ftx > 0:
             losses = losses - self.ftx * terms.chosen_avg
             metrics["sft_loss"] = -terms.chosen_avg
@@ -132,11 +106,11 @@ class Preference:
         tokens = ops.row_sum(mask)
         averages = ops.row_sum(logps * mask) / tokens
         chosen, rejected = answer_scores(ops, logps, batch, self.ld_alpha)
-        if self.has_reference:
+        if LOSSES[self.loss].needs_reference:
             reference = _known(
                 batch.reference_logps,
                 f"pref_loss {self.loss} needs the reference's log-probabilities",
-                "pref_loss orpo or simpo",
+                f"pref_loss {losses_where(lambda loss: not loss.needs_reference, 'or')}",
             )
             ratios = chosen - reference[:pairs], rejected - reference[pairs:]
         else:
@@ -163,7 +137,7 @@ class Preference:
             "logps/chosen": terms.chosen,
             "logps/rejected": terms.rejected,
         }
-        if self.loss in OF_AVERAGES:
+        if LOSSES[self.loss].of_averages:
             metrics |= {"logps/chosen_avg": terms.chosen_avg, "logps/rejected_avg": terms.rejected_avg}
         return metrics
 
@@ -219,63 +193,3 @@ def reference_columns(
 def _prompt_tokens(ops: Ops, batch: Batch[Array]) -> Array:
     assert batch.prompt_mask is not None, "a preference objective takes pairs"
     return ops.row_sum(batch.prompt_mask[: batch.prompt_mask.shape[0] // 2, 1:])
-
-
-def _sigmoid(ops: Ops, terms: Terms, settings: Preference) -> tuple[Array, dict[str, Array]]:
-    """-(1-e) log s(beta delta) - e log s(-beta delta): DPO (arXiv 2305.18290), cDPO with smoothing e."""
-    margin = terms.beta * (terms.chosen_ratio - terms.rejected_ratio)
-    return _smoothed(ops, margin, settings.label_smoothing), {}
-
-
-def _robust(ops: Ops, terms: Terms, settings: Preference) -> tuple[Array, dict[str, Array]]:
-    """(-(1-e) log s(beta delta) + e log s(-beta delta)) / (1 - 2e)   (arXiv 2403.00409)."""
-    margin = terms.beta * (terms.chosen_ratio - terms.rejected_ratio)
-    e = settings.label_smoothing
-    return (e * ops.log_sigmoid(-margin) - (1.0 - e) * ops.log_sigmoid(margin)) / (1.0 - 2.0 * e), {}
-
-
-def _hinge(ops: Ops, terms: Terms, _settings: Preference) -> tuple[Array, dict[str, Array]]:
-    """max(0, 1 - beta delta)   (SLiC, arXiv 2305.10425)."""
-    return ops.maximum(1.0 - terms.beta * (terms.chosen_ratio - terms.rejected_ratio), 0.0), {}
-
-
-def _ipo(_ops: Ops, terms: Terms, _settings: Preference) -> tuple[Array, dict[str, Array]]:
-    """((A_c - ref A_c) - (A_r - ref A_r) - 1/(2 beta))^2   (arXiv 2310.12036, per token)."""
-    margin = terms.chosen_ratio / terms.chosen_tokens - terms.rejected_ratio / terms.rejected_tokens
-    distance = margin - 1.0 / (2.0 * terms.beta)
-    return distance * distance, {}
-
-
-def _orpo(ops: Ops, terms: Terms, _settings: Preference) -> tuple[Array, dict[str, Array]]:
-    """-A_c - beta log s(log odds_c - log odds_r), log odds = A - log(1 - e^A)   (arXiv 2403.07691)."""
-    odds = ops.log_sigmoid(_log_odds(ops, terms.chosen_avg) - _log_odds(ops, terms.rejected_avg))
-    return -terms.chosen_avg - terms.beta * odds, {"sft_loss": -terms.chosen_avg, "odds_ratio_loss": -odds}
-
-
-def _simpo(ops: Ops, terms: Terms, settings: Preference) -> tuple[Array, dict[str, Array]]:
-    """-log s(beta (A_c - A_r) - gamma)   (arXiv 2405.14734)."""
-    return -ops.log_sigmoid(terms.beta * (terms.chosen_avg - terms.rejected_avg) - settings.simpo_gamma), {}
-
-
-def _smoothed(ops: Ops, margin: Array, e: float) -> Array:
-    if e == 0.0:
-        return -ops.log_sigmoid(margin)
-    return -(1.0 - e) * ops.log_sigmoid(margin) - e * ops.log_sigmoid(-margin)
-
-
-def _log_odds(ops: Ops, average: Array) -> Array:
-    average = ops.minimum(average, _ORPO_CEILING)
-    return average - ops.log(-ops.expm1(average))
-
-
-Loss = Callable[[Ops, Terms, Preference], tuple[Array, dict[str, Array]]]
-
-# The value of `pref_loss` -> (loss [pairs], metrics of its own).
-LOSSES: dict[str, Loss] = {
-    "sigmoid": _sigmoid,
-    "hinge": _hinge,
-    "ipo": _ipo,
-    "robust": _robust,
-    "orpo": _orpo,
-    "simpo": _simpo,
-}

@@ -9,9 +9,10 @@ import numpy as np
 
 from macft.backends.base import Backend
 from macft.config.settings import Settings
-from macft.data.batches import NumpyBatch, Plan, StreamPlan, collate
+from macft.data.batches import Plan, StreamPlan, collate
 from macft.data.tokenization.conversations import TokenizedExample
 from macft.data.tokenization.pairs import Reference, TokenizedPair
+from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Objective
 from macft.objectives.ops import NumpyOps
 

@@ -11,13 +11,13 @@ from macft.backends.base import Backend
 from macft.config.settings import Settings
 from macft.data.batches import StreamPlan
 from macft.data.tokenization.table import Pairs
-from macft.objectives.losses import make_objective
 from macft.objectives.preference import Preference
 from macft.training.checkpoint import Progress
 from macft.training.log.plots import plot_distribution, plot_loss, plot_metrics
 from macft.training.log.report import read_log
 from macft.training.log.results import merge_results, model_card, train_results, write_model_card
 from macft.training.model_files import ModelFiles
+from macft.training.objective import make_objective
 from macft.training.prepare import Prepared
 
 # Settings that say nothing about the adapter.

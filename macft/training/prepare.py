@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
 from macft.backends.base import LoraSpec, ModelSpec, Under
 from macft.config.settings import Settings
-from macft.data.batches import NumpyBatch, Plan, StreamPlan, collate, lengths_of
+from macft.data.batches import Plan, StreamPlan, collate, lengths_of
 from macft.data.templates.chat_template import ChatTemplate, template_folder
 from macft.data.tokenization.packing import PackedRows
 from macft.data.tokenization.report import TokenizeReport
@@ -18,6 +18,7 @@ from macft.data.tokenization.table import Rows
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import ConfigError
 from macft.models.locate import resolve_adapter, resolve_model
+from macft.objectives.batch import NumpyBatch
 from macft.training.data import read_data, read_stream, seed
 from macft.training.model import find_model, resolve_template
 from macft.weights.adapters.formats import read_any_adapter

@@ -17,10 +17,10 @@ from macft.backends import PACKAGES, choose_backend, load_backend
 from macft.backends.base import Backend, LoadedModel, LoraSpec, OptimizerSpec, StepResult
 from macft.config.load import dump_yaml
 from macft.config.settings import Settings
-from macft.data.batches import NumpyBatch, StreamPlan, in_order
+from macft.data.batches import StreamPlan, in_order
 from macft.errors import ConfigError, MacftError, ModelError, StoppedError, UsageError
 from macft.files import remove_leftovers, write_text
-from macft.objectives.losses import make_objective
+from macft.objectives.batch import NumpyBatch
 from macft.system import keep_awake
 from macft.text import plural
 from macft.training.checkpoint import (
@@ -43,6 +43,7 @@ from macft.training.log.results import eval_results, merge_results
 from macft.training.log.summary import tell_data, tell_model
 from macft.training.log.trackers import check_reporters, open_reporters
 from macft.training.model_files import ModelFiles
+from macft.training.objective import make_objective
 from macft.training.prepare import Prepared, model_spec, prepare, resolved
 from macft.training.reference import named_references, policy_references
 from macft.training.schedule import Schedule, warmup_steps

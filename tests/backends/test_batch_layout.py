@@ -11,7 +11,8 @@ from support.toy_backend import ENGINES
 from macft.backends import load_backend
 from macft.backends.base import ModelSpec
 from macft.backends.batch_layout import lay_out, pad_batch
-from macft.data.batches import NumpyBatch, collate
+from macft.data.batches import collate
+from macft.objectives.batch import NumpyBatch
 from macft.objectives.preference import answer_positions
 
 pytestmark = pytest.mark.usefixtures("small_threads")

@@ -13,8 +13,9 @@ from support.tiny_models import ARCHITECTURES, VOCABULARY, random_examples
 from macft.backends.base import Backend, LoraSpec, ModelSpec, OptimizerSpec, State
 from macft.backends.mlx.backend import MlxBackend
 from macft.backends.torch.backend import TorchBackend
-from macft.data.batches import Batch, NumpyBatch, collate
+from macft.data.batches import collate
 from macft.data.tokenization.conversations import TokenizedExample
+from macft.objectives.batch import Batch, NumpyBatch
 from macft.objectives.losses import Sft
 from macft.objectives.ops import NumpyOps
 

@@ -14,8 +14,9 @@ from macft.backends import load_backend
 from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec
 from macft.backends.batch_layout import passes
 from macft.backends.torch import backend as torch_backend
-from macft.data.batches import NumpyBatch, collate
+from macft.data.batches import collate
 from macft.data.tokenization.pairs import Reference
+from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Sft
 from macft.objectives.preference import Preference, PromptBeta
 

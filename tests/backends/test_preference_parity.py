@@ -14,12 +14,13 @@ from macft.backends.base import Backend, LoraSpec, ModelSpec, OptimizerSpec, Sta
 from macft.backends.mlx.backend import MlxBackend
 from macft.backends.torch.backend import TorchBackend
 from macft.config.settings import Settings
-from macft.data.batches import NumpyBatch, collate
+from macft.data.batches import collate
 from macft.data.tokenization.conversations import TokenizedExample
 from macft.data.tokenization.pairs import Reference, TokenizedPair
-from macft.objectives.losses import make_objective
+from macft.objectives.batch import NumpyBatch
 from macft.objectives.ops import NumpyOps
 from macft.objectives.preference import Preference, PromptBeta, answer_positions, reference_columns
+from macft.training.objective import make_objective
 
 pytestmark = [pytest.mark.mlx, pytest.mark.torch, pytest.mark.usefixtures("small_threads")]
 

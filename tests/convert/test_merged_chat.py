@@ -16,7 +16,7 @@ from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import LoraSpec, ModelSpec, Sampling, Under
 from macft.convert.merged import export_merged
-from macft.data.batches import Batch
+from macft.objectives.batch import Batch
 from macft.training.run import train
 from macft.weights.adapters.peft import read_adapter
 from macft.weights.folder import ModelFolder

@@ -11,8 +11,9 @@ from support.hand_pairs import HAND, HANDS, RUN, SOURCES, Hand, loss_of, metrics
 from support.tiny_models import VOCABULARY, random_pairs
 from support.toy_backend import ENGINES
 
-from macft.data.batches import NumpyBatch, collate
+from macft.data.batches import collate
 from macft.data.tokenization.pairs import Reference
+from macft.objectives.batch import NumpyBatch
 from macft.objectives.preference import Preference, PromptBeta
 
 

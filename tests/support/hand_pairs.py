@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from macft.data.batches import NumpyBatch, collate
+from macft.data.batches import collate
 from macft.data.tokenization.conversations import TokenizedExample
 from macft.data.tokenization.pairs import Reference, TokenizedPair
+from macft.objectives.batch import NumpyBatch
 from macft.objectives.ops import NumpyOps
 from macft.objectives.preference import Preference, PromptBeta
 

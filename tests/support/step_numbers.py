@@ -10,7 +10,7 @@ import pytest
 
 from macft.backends import load_backend
 from macft.backends.base import Backend, LoraSpec, ModelSpec, OptimizerSpec, State
-from macft.data.batches import NumpyBatch
+from macft.objectives.batch import NumpyBatch
 from macft.objectives.ops import NumpyOps
 from macft.objectives.preference import answer_positions
 

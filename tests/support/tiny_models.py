@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from macft.data.batches import NumpyBatch, collate
+from macft.data.batches import collate
 from macft.data.tokenization.conversations import TokenizedExample
 from macft.data.tokenization.pairs import TokenizedPair
+from macft.objectives.batch import NumpyBatch
 
 VOCABULARY = 199
 ROPE_THETA = 123456.0

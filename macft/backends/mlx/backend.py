@@ -34,7 +34,7 @@ from macft.backends.mlx.step import (
     place,
     token_logps,
 )
-from macft.data.batches import NumpyBatch
+from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Objective
 from macft.system import peak_process_memory
 

@@ -13,7 +13,7 @@ from macft.backends.base import OptimizerSpec, is_decayed
 from macft.backends.mlx.lora import MAGNITUDE, Dropout
 from macft.backends.mlx.ops import MlxOps, exact_sum
 from macft.backends.mlx.split import SplitModel
-from macft.data.batches import Batch
+from macft.objectives.batch import Batch
 from macft.objectives.losses import Objective
 
 Parameters = dict[str, mx.array]  # path in the model -> float32 value

@@ -26,7 +26,7 @@ from macft.backends.torch.ops import TorchOps
 from macft.backends.torch.recompute import recompute_elementwise
 from macft.backends.torch.split import split
 from macft.backends.torch.step import clip, make_optimizer, token_logps
-from macft.data.batches import NumpyBatch
+from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Objective
 from macft.system import peak_process_memory
 

@@ -8,6 +8,7 @@ from macft.backends.base import LoadedModel
 from macft.config.settings import Settings
 from macft.data.batches import StreamPlan
 from macft.data.tokenization.packing import PackedRows
+from macft.objectives.preference_losses import LOSSES
 from macft.text import plural
 from macft.training.checks.alarms import learning_rate_alarm, overlap_alarm
 from macft.training.checks.end_token import untrained_end_token_alarm
@@ -85,7 +86,7 @@ def _loss_text(settings: Settings) -> str:
         reference = "reference: the model as it starts"
     supervised = f" + {settings.pref_ftx:g} x the supervised loss" if settings.pref_ftx > 0 else ""
     parts = [settings.stage, f"{settings.pref_loss}{supervised}", _beta_text(settings)]
-    if settings.pref_loss == "simpo":
+    if "simpo_gamma" in LOSSES[settings.pref_loss].options:
         parts.append(f"gamma {settings.simpo_gamma:g}")
     if settings.dpo_label_smoothing > 0:
         parts.append(f"label smoothing {settings.dpo_label_smoothing:g}")

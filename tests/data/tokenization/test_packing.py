@@ -20,10 +20,11 @@ from support.toy_backend import ENGINES, curve, toy_settings, write_rows
 from macft.backends import load_backend
 from macft.backends.base import Backend, ModelSpec
 from macft.backends.batch_layout import lay_out, pad_batch, passes, rope_problem
-from macft.data.batches import NumpyBatch, Row, collate, row_length, unpack
+from macft.data.batches import Row, collate, row_length, unpack
 from macft.data.tokenization.packing import PackedExample, PackedRows, best_fit, chain, pack
 from macft.data.tokenization.table import TokenizedExample
 from macft.errors import UsageError
+from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Sft
 from macft.training.prepare import prepare
 from macft.training.run import train as train_run

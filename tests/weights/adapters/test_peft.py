@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM
 from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import LoraSpec, ModelSpec
-from macft.data.batches import NumpyBatch, collate
+from macft.data.batches import collate
 from macft.data.tokenization.conversations import TokenizedExample
 from macft.errors import ConfigError, ModelError
 from macft.inference.load import load_chat_model
+from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Sft
 from macft.training.run import train
 from macft.weights.adapters.peft import AdapterConfig, read_adapter, write_adapter

@@ -1,0 +1,39 @@
+"""Define the rows of one forward pass, as data, engines and objectives share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+Array = TypeVar("Array")
+
+
+@dataclass(frozen=True)
+class Batch(Generic[Array]):
+    """Rows of one forward pass; numpy until a backend maps it to its own arrays."""
+
+    tokens: Array  # int32 [rows, T], right-padded with 0
+    loss_mask: Array  # bool [rows, T]; True where the token is a training target
+    lengths: Array  # int32 [rows], real tokens per row
+    # Only packed rows have it: 1, 2, ... where each of a row's examples stands, 0 at the padding.
+    segment_ids: Array | None = None  # int32 [rows, T]
+    # Only pairs have the rest. Rows 0..P-1 are chosen, rows P..2P-1 rejected.
+    prompt_mask: Array | None = None  # bool [rows, T]; True at the prompt tokens but the first, of chosen rows
+    reference_logps: Array | None = None  # float32 [rows]; what the reference gives the answers
+    reference_log_perplexity: Array | None = None  # float32 [pairs]; what the prompts cost it
+
+    @property
+    def columns(self) -> dict[str, Array]:
+        """The columns that this batch has, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def map(self, convert: Callable[[Array], Any]) -> Batch[Any]:
+        """The same batch with every column converted."""
+        return Batch(**{name: convert(value) for name, value in self.columns.items()})
+
+
+NumpyBatch = Batch[np.ndarray]
