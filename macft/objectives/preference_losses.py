@@ -75,6 +75,17 @@ def _ipo(_ops: Ops, terms: Terms, _options: Options) -> tuple[Array, dict[str, A
     return distance * distance, {}
 
 
+def _apo_zero(ops: Ops, terms: Terms, _options: Options) -> tuple[Array, dict[str, Array]]:
+    """(1 - s(beta (S_c - ref S_c))) + s(beta (S_r - ref S_r))."""
+    chosen, rejected = terms.beta * terms.chosen_ratio, terms.beta * terms.rejected_ratio
+    return one_minus_sigmoid(ops, chosen) + one_minus_sigmoid(ops, -rejected), {}
+
+
+def _apo_down(ops: Ops, terms: Terms, _options: Options) -> tuple[Array, dict[str, Array]]:
+    """s(beta (S_c - ref S_c)) + (1 - s(beta delta))."""
+    return one_minus_sigmoid(ops, -terms.beta * terms.chosen_ratio) + one_minus_sigmoid(ops, _margin(terms)), {}
+
+
 def _orpo(ops: Ops, terms: Terms, _options: Options) -> tuple[Array, dict[str, Array]]:
     """-A_c - beta log s(log odds_c - log odds_r), log odds = A - log(1 - e^A)."""
     odds = ops.log_sigmoid(_log_odds(ops, terms.chosen_avg) - _log_odds(ops, terms.rejected_avg))
@@ -84,6 +95,11 @@ def _orpo(ops: Ops, terms: Terms, _options: Options) -> tuple[Array, dict[str, A
 def _simpo(ops: Ops, terms: Terms, options: Options) -> tuple[Array, dict[str, Array]]:
     """-log s(beta (A_c - A_r) - gamma)."""
     return -ops.log_sigmoid(terms.beta * (terms.chosen_avg - terms.rejected_avg) - options.simpo_gamma), {}
+
+
+def one_minus_sigmoid(ops: Ops, x: Array) -> Array:
+    """1 - s(x) = s(-x), with nothing lost where it is near 0."""
+    return -ops.expm1(ops.log_sigmoid(x))
 
 
 def _margin(terms: Terms) -> Array:
@@ -120,6 +136,8 @@ LOSSES: dict[str, Loss] = {
     "hinge": Loss(_hinge, "2305.10425", lambda _: 1.0),
     "ipo": Loss(_ipo, "2310.12036", lambda options: 1 / (4 * options.beta**2), of_averages=True),
     "robust": Loss(_robust, "2403.00409", lambda _: math.log(2.0), options=_SMOOTHING),
+    "apo_zero": Loss(_apo_zero, "2408.06266", lambda _: 1.0),
+    "apo_down": Loss(_apo_down, "2408.06266", lambda _: 1.0),
     "orpo": Loss(_orpo, "2403.07691", None, of_averages=True, in_foodpo=True),
     "simpo": Loss(_simpo, "2405.14734", None, of_averages=True, options=frozenset({"simpo_gamma"}), in_foodpo=True),
 }

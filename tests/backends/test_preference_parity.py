@@ -130,6 +130,17 @@ def torch_curve(tiny_model):
     return get
 
 
+@pytest.mark.parametrize("loss", ["apo_zero", "apo_down"])
+def test_both_engines_give_one_curve_of_other_losses(loss, tiny_model):
+    """Of their own formulas; the architectures are those of DPO above."""
+    theirs, ours = (
+        run(engine, tiny_model("llama"), Preference(loss, beta=0.2), steps=20) for engine in (TorchBackend, MlxBackend)
+    )
+    assert max(distance(theirs, ours)) < TOLERANCE
+    assert ours.losses[0] == pytest.approx(1.0, abs=1e-5)
+    assert ours.losses[-5:].mean() < 0.98, "nothing was learned: the test would be blind"
+
+
 @pytest.mark.parametrize(
     ("architecture", "name"),
     [

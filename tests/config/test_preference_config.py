@@ -22,11 +22,11 @@ def said(caplog: pytest.LogCaptureFixture):
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "foodpo"])
-@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "robust", "orpo", "simpo"])
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "orpo", "simpo"])
 def test_pairs_and_a_reference_go_with_the_stage_and_the_loss(stage, loss):
     settings = load(DPO, f"pref_loss={loss}").model_copy(update={"stage": stage})
     assert settings.is_preference == (stage in ("dpo", "foodpo"))
-    assert settings.has_reference == (stage != "sft" and loss in ("sigmoid", "hinge", "ipo", "robust"))
+    assert settings.has_reference == (stage != "sft" and loss not in ("orpo", "simpo"))
 
 
 def test_names_of_trl_set_the_same_keys():
@@ -36,7 +36,7 @@ def test_names_of_trl_set_the_same_keys():
     assert problem(DPO, "beta=0.3", "pref_beta=0.4") == "pref_beta (command line): means the same as beta; keep one"
 
 
-LOSSES = "'sigmoid', 'hinge', 'ipo', 'robust', 'orpo' or 'simpo'"
+LOSSES = "'sigmoid', 'hinge', 'ipo', 'robust', 'apo_zero', 'apo_down', 'orpo' or 'simpo'"
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,11 @@ SFT_ONLY = "{} is for stage sft; stage {} trains on the two answers alone: remov
 CONTRADICTIONS = [
     *(
         ([DPO, "dpo_label_smoothing=0.1", f"pref_loss={loss}", "pref_beta=2"], SMOOTHING.format(loss))
-        for loss in ("hinge", "ipo", "orpo", "simpo")
+        for loss in ("hinge", "ipo", "apo_zero", "apo_down", "orpo", "simpo")
     ),
     *(
         ([DPO, "simpo_gamma=1", f"pref_loss={loss}"], f"simpo_gamma is for pref_loss simpo, found {loss}; remove it")
-        for loss in ("sigmoid", "hinge", "ipo", "robust", "orpo")
+        for loss in ("sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "orpo")
     ),
     *(
         ([DPO, "ld_alpha=0.5", f"pref_loss={loss}", "pref_beta=2"], LD_ALPHA.format(loss))
@@ -86,7 +86,7 @@ CONTRADICTIONS = [
     (["ref_model_adapters=other"], "stage sft has no reference; remove ref_model_adapters"),
     *(
         ([FOODPO, f"pref_loss={loss}"], f"stage foodpo combines with pref_loss sigmoid, orpo and simpo, found {loss}")
-        for loss in ("hinge", "ipo", "robust")
+        for loss in ("hinge", "ipo", "robust", "apo_zero", "apo_down")
     ),
     *(([FOODPO, f"pref_loss={loss}", "pref_beta=2"], NO_PERPLEXITY.format(loss)) for loss in ("orpo", "simpo")),
     ([FOODPO, "foodpo_beta_min=2", "foodpo_beta_max=1"], "foodpo_beta_min 2.0 is above foodpo_beta_max 1.0"),
@@ -166,7 +166,7 @@ def test_no_contradiction_is_read_into_a_value_that_is_not_known(unsound, others
     "overrides",
     [
         *([DPO, "dpo_label_smoothing=0.1", f"pref_loss={loss}"] for loss in ("sigmoid", "robust")),
-        *([DPO, "ld_alpha=0.5", f"pref_loss={loss}"] for loss in ("sigmoid", "hinge")),
+        *([DPO, "ld_alpha=0.5", f"pref_loss={loss}"] for loss in ("sigmoid", "hinge", "apo_zero", "apo_down")),
         [DPO, "ld_alpha=0.5", "pref_loss=robust", "dpo_label_smoothing=0.1"],
         [DPO, "simpo_gamma=1", "pref_loss=simpo", "pref_beta=2"],
         [DPO, "pref_loss=orpo", "pref_ftx=1"],

@@ -29,6 +29,12 @@ BY_HAND = {
     "hinge outside": (Preference("hinge", beta=1.0), 0.0),
     # (1/2 - (-1/4) - 1)^2
     "ipo": (Preference("ipo", beta=0.5), 0.0625),
+    # rewards 1/2 and -1/2: 2 s(-1/2)
+    "apo_zero": (Preference("apo_zero", beta=0.5), 0.7550813376),
+    # s(1/2) + s(-1)
+    "apo_down": (Preference("apo_down", beta=0.5), 0.8914007526),
+    # S_r = -3 + 0.5 * -5, rewards 1/2 and 3/4: s(-1/2) + s(3/4)
+    "apo_zero with ld": (Preference("apo_zero", beta=0.5, ld_alpha=0.5), 1.0567193680),
     # 2 * 0.5 - 0.5 = 0.5: log(1 + e^-0.5)
     "simpo": (Preference("simpo", beta=2.0, simpo_gamma=0.5), 0.4740769842),
     # + 0.25 * 1.5
@@ -77,7 +83,8 @@ def test_orpo_and_simpo_follow_the_published_formulae():
 def test_a_policy_that_is_its_own_reference_starts_at_the_start_loss(loss):
     objective = Preference(loss, beta=0.2, label_smoothing=0.1 if loss in ("sigmoid", "robust") else 0.0)
     start = loss_of(objective, replace(HAND, reference=(-3.0, -8.0, 2.0)))
-    expected = {"sigmoid": 0.6931471806, "robust": 0.6931471806, "hinge": 1.0, "ipo": 6.25}[loss]
+    ones = dict.fromkeys(("hinge", "apo_zero", "apo_down"), 1.0)
+    expected = ({"sigmoid": 0.6931471806, "robust": 0.6931471806, "ipo": 6.25} | ones)[loss]
     assert start == pytest.approx(expected, rel=1e-9)
     assert objective.start_loss == pytest.approx(expected, rel=1e-9)
 
@@ -123,13 +130,13 @@ def closed_form(o: Preference, hand: Hand) -> tuple[float, np.ndarray, np.ndarra
     rest = 1.0 if o.ld_alpha is None else o.ld_alpha
     weights = {y: np.where(np.arange(n[y]) < min(n.values()), 1.0, rest) for y in n}
     average = {y: float(np.mean(getattr(hand, y))) for y in n}
-    delta = (
-        weights["chosen"] @ hand.chosen - weights["rejected"] @ hand.rejected - hand.reference[0] + hand.reference[1]
-    )
+    ratio = {y: weights[y] @ getattr(hand, y) - ref for y, ref in zip(n, hand.reference, strict=False)}
+    delta = ratio["chosen"] - ratio["rejected"]
     beta, slope = beta_and_slope(o, hand)
     m, e = beta * delta, o.label_smoothing
     by_m = by_beta = 0.0  # derivatives by beta delta; by beta, where it is not inside beta delta
     by_average = {"chosen": -o.ftx, "rejected": 0.0}
+    by_reward = {"chosen": 0.0, "rejected": 0.0}  # where it is not inside beta delta
     if o.loss == "sigmoid":
         loss, by_m = -(1 - e) * log_s(m) - e * log_s(-m), e * s(m) - (1 - e) * s(-m)
     elif o.loss == "robust":
@@ -137,6 +144,12 @@ def closed_form(o: Preference, hand: Hand) -> tuple[float, np.ndarray, np.ndarra
         by_m = -((1 - e) * s(-m) + e * s(m)) / (1 - 2 * e)
     elif o.loss == "hinge":
         loss, by_m = max(0.0, 1 - m), -1.0 if m < 1 else 0.0
+    elif o.loss in ("apo_zero", "apo_down"):
+        rc, rr = beta * ratio["chosen"], beta * ratio["rejected"]
+        if o.loss == "apo_zero":
+            loss, by_reward = s(-rc) + s(rr), {"chosen": -s(rc) * s(-rc), "rejected": s(rr) * s(-rr)}
+        else:
+            loss, by_m, by_reward["chosen"] = s(rc) + s(-m), -s(m) * s(-m), s(rc) * s(-rc)
     elif o.loss == "ipo":
         reference = hand.reference[0] / n["chosen"] - hand.reference[1] / n["rejected"]
         off = average["chosen"] - average["rejected"] - reference - 1 / (2 * beta)
@@ -156,8 +169,8 @@ def closed_form(o: Preference, hand: Hand) -> tuple[float, np.ndarray, np.ndarra
     return (
         loss - o.ftx * average["chosen"],
         np.full(len(hand.prompt), (by_beta + by_m * delta) * slope),
-        by_m * beta * weights["chosen"] + by_average["chosen"] / n["chosen"],
-        -by_m * beta * weights["rejected"] + by_average["rejected"] / n["rejected"],
+        (by_m + by_reward["chosen"]) * beta * weights["chosen"] + by_average["chosen"] / n["chosen"],
+        (by_reward["rejected"] - by_m) * beta * weights["rejected"] + by_average["rejected"] / n["rejected"],
     )
 
 
@@ -300,7 +313,7 @@ def test_reference_columns_are_those_computed_by_hand():
     np.testing.assert_array_equal(reference_columns(logps, batch, 0.5)[:2], [[-3, -1], [-5.5, -0.5]])
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "robust"])
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"])
 def test_a_loss_with_a_reference_refuses_a_batch_without(loss):
     with pytest.raises(MacftError, match=f"{loss} needs the reference's log-probabilities, and the batch has none"):
         loss_of(Preference(loss), replace(HAND, reference=None))

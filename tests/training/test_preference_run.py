@@ -90,6 +90,8 @@ def test_a_run_starts_at_ln_2_with_rewards_0(engine, start, model, data, adapter
     ("keys", "loss"),
     [
         ({"pref_loss": "hinge"}, 1.0),
+        ({"pref_loss": "apo_zero"}, 1.0),
+        ({"pref_loss": "apo_down"}, 1.0),
         ({"pref_loss": "ipo", "pref_beta": 0.3}, 1 / (4 * 0.09)),
         ({"pref_loss": "robust", "dpo_label_smoothing": 0.2}, LN2),
         ({"pref_loss": "sigmoid", "dpo_label_smoothing": 0.2}, LN2),

@@ -43,6 +43,8 @@ LOSSES = {
         Preference("robust", beta=0.3, label_smoothing=0.1),
         {"loss_type": ["robust"], "beta": 0.3, "label_smoothing": 0.1},
     ),
+    "apo_zero": (Preference("apo_zero", beta=0.5), {"loss_type": ["apo_zero"], "beta": 0.5}),
+    "apo_down": (Preference("apo_down", beta=0.5), {"loss_type": ["apo_down"], "beta": 0.5}),
     "ld_alpha": (Preference(beta=0.1, ld_alpha=0.4), {"loss_type": ["sigmoid"], "beta": 0.1, "ld_alpha": 0.4}),
 }
 
