@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.text import Text
 
 from macft import __version__
+from macft.errors import ConfigError
 from macft.files import cache_dir
+from macft.system import is_on
 
 Status = Literal["ok", "optional", "missing", "warning"]
 
@@ -196,14 +198,13 @@ def _built_in_model() -> Finding:
 
 def _hub() -> Finding:
     endpoint = os.environ.get("HF_ENDPOINT") or "huggingface.co, HF_ENDPOINT is not set"
-    set_flags = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_set(name)]
+    try:
+        set_flags = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if is_on(name)]
+    except ConfigError as error:
+        return Finding("hub", "warning", str(error))
     if set_flags:
         return Finding("hub", "ok", f"offline, by {' and '.join(set_flags)}: only models already here are used")
     return Finding("hub", "ok", endpoint)
-
-
-def _is_set(flag: str) -> bool:
-    return os.environ.get(flag, "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def _auto() -> Finding:

@@ -1,4 +1,4 @@
-"""Keep a Mac awake and measure the memory of this process."""
+"""Read on/off environment variables, keep a Mac awake, and measure the memory of this process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from macft.errors import ConfigError
+
+_ON = ("1", "true", "yes", "on", "y")
+_OFF = ("0", "false", "no", "off", "n", "")
+
+
+def is_on(name: str) -> bool:
+    """Whether an environment variable says yes; ConfigError when it says neither yes nor no."""
+    value = os.environ.get(name, "")
+    if value.lower() not in (*_ON, *_OFF):
+        raise ConfigError(
+            f"the environment variable {name} is {value!r}; set it to one of {', '.join(_ON)}, or to one of "
+            f"{', '.join(_OFF[:-1])}, or unset it"
+        )
+    return value.lower() in _ON
 
 
 @contextmanager

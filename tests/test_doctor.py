@@ -125,6 +125,9 @@ def test_hub_settings_are_shown(monkeypatch):
     assert doctor._hub().detail == "https://mirror.example"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert doctor._hub().detail == "offline, by HF_HUB_OFFLINE: only models already here are used"
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "maybe")
+    finding = doctor._hub()
+    assert finding.status == "warning" and "TRANSFORMERS_OFFLINE is 'maybe'" in finding.detail
 
 
 def test_a_cache_that_does_not_exist_yet_is_measured_where_it_will_be(tmp_path, monkeypatch):

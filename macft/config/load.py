@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,10 @@ from macft.config.parse import Entry, parse_overrides, read_yaml
 from macft.config.settings import Settings
 from macft.config.translate import TRANSLATIONS, own_name, shown, to_own_names
 from macft.errors import ConfigError, join_problems
+from macft.hub.models import MODELSCOPE_VARIABLE, asks_modelscope
 
 logger = logging.getLogger("macft")
 
-_HUB_VARIABLE = "USE_MODELSCOPE_HUB"
 _LONGEST_VALUE = 40  # characters of a value in a message
 
 
@@ -107,8 +106,8 @@ def _complete(entries: dict[str, Entry]) -> None:
     loss, stage = entries.get("pref_loss"), entries.get("stage")
     if loss is not None and loss.value == "nll" and (stage is None or stage.value in ("pt", "sft")):
         del entries["pref_loss"]  # what these stages train on anyway
-    if "hub" not in entries and os.environ.get(_HUB_VARIABLE, "").lower() in ("1", "true", "y", "yes"):
-        entries["hub"] = Entry("modelscope", _HUB_VARIABLE)
+    if "hub" not in entries and asks_modelscope(None):
+        entries["hub"] = Entry("modelscope", MODELSCOPE_VARIABLE)
 
 
 def _verdict(key: str, entry: Entry, problems: list[str]) -> Verdict | None:

@@ -1,33 +1,35 @@
-"""From a hub id (org/name) to a folder in the local hub cache that holds the repository's model files."""
+"""Find or download a model by its hub id (org/name)."""
 
 from __future__ import annotations
 
-import os
 from fnmatch import fnmatch
 from pathlib import Path
 
 from macft.errors import ModelError
 from macft.hub.modelscope import ModelScopeError, fetch_file, folder_of, list_files
+from macft.system import is_on
 
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+MODELSCOPE_VARIABLE = "USE_MODELSCOPE_HUB"  # LLaMA-Factory's name
+
+_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # subfolders and "consolidated" files repeat the weights in layouts of other programs
-_UNWANTED = ["*/*", "consolidated*"]
+_IGNORED = ["*/*", "consolidated*"]
 
 
 def cached_snapshot(name: str) -> Path | None:
-    """The cached copy if it holds all files that a download would bring; never touches the network."""
+    """The cached copy if it has every file that a download would bring; never touches the network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=True)
+        folder = snapshot_download(name, allow_patterns=_MODEL_FILES, ignore_patterns=_IGNORED, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
     return Path(folder)
 
 
 def partial_snapshot(name: str, marker: str) -> Path | None:
-    """The folder of a cached copy that holds at least the file `marker`, as other programs leave them."""
+    """The folder of a cached copy, perhaps incomplete as other programs leave them, that has the file `marker`."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, marker)
@@ -54,7 +56,7 @@ def download_snapshot(name: str) -> Path:
         )
     here = f"and there is no folder {Path(name).absolute()}"
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES, ignore_patterns=_IGNORED))
     except GatedRepoError:
         raise ModelError(
             f"{name}: gated; accept its terms on {constants.ENDPOINT}/{name}, then run: hf auth login"
@@ -74,20 +76,20 @@ def download_snapshot(name: str) -> Path:
 def asks_modelscope(hub: str | None) -> bool:
     """Whether models come from ModelScope: `hub` says so, or, where it is None, $USE_MODELSCOPE_HUB."""
     if hub is None:
-        return os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true", "yes", "on")
+        return is_on(MODELSCOPE_VARIABLE)
     return hub == "modelscope"
 
 
 def modelscope_snapshot(name: str) -> Path:
-    """The same files of a model on ModelScope, from the cache where they are there already.
+    """The folder of a model from ModelScope; files already in the cache are not downloaded again.
 
     Raises ModelError, in one line, when there is no such model or ModelScope is out of reach.
     """
     try:
         sizes = list_files("models", name)
-        expected = [file for file in sizes if any(fnmatch(file, pattern) for pattern in _WANTED)]
+        expected = [file for file in sizes if any(fnmatch(file, pattern) for pattern in _MODEL_FILES)]
         for file in expected:
-            if not any(fnmatch(file, pattern) for pattern in _UNWANTED):
+            if not any(fnmatch(file, pattern) for pattern in _IGNORED):
                 fetch_file("models", name, file, sizes[file])
     except ModelScopeError as error:
         raise ModelError(str(error)) from None

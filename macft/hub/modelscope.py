@@ -1,4 +1,4 @@
-"""The name of a model or data set on ModelScope in; its files, downloaded or from the cache, out."""
+"""Download the files of a model or data set from ModelScope into the cache."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, cast
-from urllib.error import URLError
-from urllib.parse import quote, urlencode
-from urllib.request import Request, urlopen
+from typing import Any, Literal
+from urllib.parse import quote
 
 from macft.errors import MacftError
 from macft.files import cache_dir, new_file, write_json
+from macft.system import is_on
 
 Kind = Literal["datasets", "models"]
 
@@ -25,21 +24,21 @@ _TIMEOUT_SECONDS = 60
 
 
 class ModelScopeError(MacftError):
-    """ModelScope has no such thing, or is out of reach."""
+    """ModelScope does not have what was asked for, or cannot be reached."""
 
 
 def is_offline() -> bool:
     """Whether $HF_HUB_OFFLINE forbids the network."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    return is_on("HF_HUB_OFFLINE")
 
 
 def folder_of(kind: Kind, name: str) -> Path:
-    """Where its files are kept."""
+    """Where the files of a model or data set are kept."""
     return cache_dir() / "modelscope" / kind / name
 
 
 def list_files(kind: Kind, name: str) -> dict[str, int]:
-    """Name to size in bytes of each file; offline as the listing was when it was last seen.
+    """The size in bytes of each file by name; offline, as last listed.
 
     $MODELSCOPE_DOMAIN and $HF_HUB_OFFLINE are respected. Raises ModelScopeError, in one line.
     """
@@ -59,7 +58,7 @@ def list_files(kind: Kind, name: str) -> dict[str, int]:
 
 
 def fetch_file(kind: Kind, name: str, file_name: str, size: int) -> Path:
-    """One file, downloaded unless it is there with its size; whole or absent. Raises ModelScopeError, in one line."""
+    """Download a file, unless the cache has it with this size; whole or absent. Raises ModelScopeError, in one line."""
     path = folder_of(kind, name) / file_name
     if path.is_file() and path.stat().st_size == size:
         return path
@@ -68,19 +67,13 @@ def fetch_file(kind: Kind, name: str, file_name: str, size: int) -> Path:
             f"{name}: {file_name} is not in the cache, and HF_HUB_OFFLINE is set; unset it once to download"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    address = _address(kind, name, "repo", Source="SDK", Revision="master", FilePath=file_name)
-    with new_file(path) as temporary, _answer(kind, name, address) as answer, temporary.open("wb") as file:
-        while chunk := answer.read(_CHUNK):
+    query = {"Source": "SDK", "Revision": "master", "FilePath": file_name}
+    with new_file(path) as temporary, _get(kind, name, "repo", **query) as answer, temporary.open("wb") as file:
+        for chunk in answer.iter_bytes(_CHUNK):
             file.write(chunk)
         if size and file.tell() != size:
-            raise ModelScopeError(f"{name}: {file_name} came with {file.tell()} bytes of {size}; try again")
+            raise ModelScopeError(f"{name}: {file_name} came with {file.tell()} of {size} bytes; try again")
     return path
-
-
-def _address(kind: Kind, name: str, path: str, **query: str | int) -> str:
-    domain = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
-    root = domain if "://" in domain else f"https://{domain}"
-    return f"{root.rstrip('/')}/api/v1/{kind}/{quote(name)}/{path}?{urlencode(query)}"
 
 
 def _listing(kind: Kind, name: str) -> dict[str, int]:
@@ -89,9 +82,9 @@ def _listing(kind: Kind, name: str) -> dict[str, int]:
     while True:
         # models come in one page and ignore the numbers
         query: dict[str, str | int] = {"Revision": "master", "Recursive": "True", "Root": "/" * (kind == "datasets")}
-        address = _address(kind, name, _LISTINGS[kind], **query, PageNumber=page, PageSize=_PAGE)
-        with _answer(kind, name, address) as answer:
-            value: Any = json.load(answer)
+        with _get(kind, name, _LISTINGS[kind], **query, PageNumber=page, PageSize=_PAGE) as answer:
+            answer.read()
+            value: Any = answer.json()
         files = ((value.get("Data") or {}).get("Files") or []) if isinstance(value, dict) else []
         for file in files:
             path = PurePosixPath(str(file.get("Path", "")))
@@ -103,16 +96,28 @@ def _listing(kind: Kind, name: str) -> dict[str, int]:
 
 
 @contextmanager
-def _answer(kind: Kind, name: str, address: str) -> Iterator[IO[bytes]]:
-    request = Request(address, headers={"User-Agent": "macft"})
+def _get(kind: Kind, name: str, path: str, **query: str | int) -> Iterator[Any]:
+    """The answer of a path under a model or data set, its body not read yet. Raises ModelScopeError, in one line."""
+    from macft.http import httpx
+
+    domain = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
+    host = (domain if "://" in domain else f"https://{domain}").rstrip("/")
     try:
-        with urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
-            yield cast(IO[bytes], answer)
-    except (URLError, OSError, json.JSONDecodeError) as error:
-        host = address.split("/api/")[0]
-        if getattr(error, "code", None) == 404:
-            raise ModelScopeError(f"{name}: no such {_NOUNS[kind]} or file on {host}; look up its name there") from None
-        reason = getattr(error, "reason", None) or error
+        with httpx.stream(
+            "GET",
+            f"{host}/api/v1/{kind}/{quote(name)}/{path}",
+            params=query,
+            headers={"User-Agent": "macft", "Accept-Encoding": "identity"},
+            timeout=_TIMEOUT_SECONDS,
+            follow_redirects=True,
+        ) as answer:
+            if answer.status_code == httpx.codes.NOT_FOUND:
+                raise ModelScopeError(f"{name}: no such {_NOUNS[kind]} or file on {host}; look up its name there")
+            if answer.is_error:
+                raise ConnectionError(f"{answer.status_code} {answer.reason_phrase}")
+            yield answer
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, json.JSONDecodeError) as error:
         raise ModelScopeError(
-            f"{name}: cannot be downloaded from {host} ({reason}); check the network, or give a file"
+            f"{name}: cannot be downloaded from {host} ({error or type(error).__name__}); "
+            "check the network, or give a file"
         ) from None

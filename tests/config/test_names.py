@@ -262,7 +262,7 @@ def test_a_bare_key_is_true_and_only_where_it_can_be():
 
 def test_the_environment_of_llama_factory_sets_the_hub(monkeypatch):
     assert load().hub == "hf"
-    for value, hub in (("1", "modelscope"), ("true", "modelscope"), ("0", "hf"), ("", "hf")):
+    for value, hub in (("1", "modelscope"), ("on", "modelscope"), ("Y", "modelscope"), ("0", "hf"), ("", "hf")):
         monkeypatch.setenv("USE_MODELSCOPE_HUB", value)
         assert load().hub == hub
     monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")

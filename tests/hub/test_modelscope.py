@@ -26,6 +26,7 @@ class Models(BaseHTTPRequestHandler):
 
     files: ClassVar[dict[str, bytes]] = {}
     seen: ClassVar[list[str]] = []
+    moved: ClassVar[tuple[str, ...]] = ()
 
     def do_GET(self) -> None:
         url = urlparse(self.path)
@@ -35,13 +36,22 @@ class Models(BaseHTTPRequestHandler):
             listed = [{"Path": name, "Type": "blob", "Size": len(content)} for name, content in self.files.items()]
             listed += [{"Path": "onnx", "Type": "tree"}, {"Path": "../evil.json", "Type": "blob", "Size": 1}]
             return self.answer(200, json.dumps({"Code": 200, "Data": {"Files": listed}}).encode())
+        if url.path == ROUTE and query.get("FilePath") in self.moved:
+            return self.answer(302, b"", Location=f"/elsewhere/{query['FilePath']}")
+        if url.path.startswith("/elsewhere/"):
+            return self.answer(200, self.files[url.path.removeprefix("/elsewhere/")])
+        if url.path == "/api/v1/models/org/broken/repo/files":
+            return self.answer(500, b"<html>")
+        if url.path == "/api/v1/models/org/proxy/repo/files":
+            return self.answer(200, b"<html>sign in</html>")
         if url.path == ROUTE and query.get("FilePath") in self.files:
             return self.answer(200, self.files[query["FilePath"]])
         return self.answer(404, b"{}")
 
-    def answer(self, status: int, content: bytes) -> None:
+    def answer(self, status: int, content: bytes, **headers: str) -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
@@ -56,6 +66,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     Models.files = {path.name: path.read_bytes() for path in folder.iterdir()}
     Models.files |= {"pytorch_model.bin": b"x" * 100, "onnx/model.json": b"{}", "README.md": b"# toy"}
     Models.seen = []
+    Models.moved = ()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Models)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("MODELSCOPE_DOMAIN", f"http://127.0.0.1:{server.server_port}")
@@ -100,6 +111,32 @@ def test_looking_at_data_asks_the_hub_that_the_file_names(served: Path, tmp_path
     config.write_text(f"model_name_or_path: org/toy\nhub: modelscope\ndataset: {rows}\noutput_dir: {tmp_path}/out\n")
     look = look_at(str(config), (), None)
     assert look.tokenizer.vocabulary == load_tokenizer(served).vocabulary and "tokenizer.json" in Models.seen
+
+
+def test_a_file_that_is_stored_elsewhere_is_followed(served: Path) -> None:
+    Models.moved = ("tokenizer.json",)
+    found = resolve_model("org/toy", "modelscope").path
+    assert (found / "tokenizer.json").read_bytes() == (served / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize(
+    ("name", "domain", "reason"),
+    [
+        ("org/broken", None, "500 Internal Server Error"),
+        ("org/proxy", None, "Expecting value"),
+        ("org/toy", "http://127.0.0.1:1", "refused"),
+        ("org/toy", "no host at all:port", "[Ii]nvalid"),
+    ],
+)
+def test_what_keeps_modelscope_from_answering_is_one_line(
+    name: str, domain: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if domain is not None:
+        monkeypatch.setenv("MODELSCOPE_DOMAIN", domain)
+    with pytest.raises(ModelError, match=rf"{name}: cannot be downloaded from .* \(.*{reason}.*\); check") as caught:
+        resolve_model(name, "modelscope")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_is_not_there_and_a_file_cut_short_are_one_line(served: Path) -> None:
