@@ -1,4 +1,4 @@
-"""`python -m macft` runs the command line."""
+"""Run the command line as `python -m macft`."""
 
 from macft.cli import main
 

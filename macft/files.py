@@ -1,4 +1,4 @@
-"""Write files that are either complete or absent: to a temporary name, flushed to disk, then renamed."""
+"""Write files that are either complete or absent: under a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+StrPath = str | os.PathLike[str]
 
 _LEFTOVER = re.compile(r"\..+\.\d+(\.old)?\.tmp")
 
@@ -20,7 +23,7 @@ def cache_dir() -> Path:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, nothing between."""
+    """Write a file so that a reader, or a crash, sees either the old content or the new."""
     with new_file(path) as temporary:
         temporary.write_bytes(content)
 
@@ -35,8 +38,34 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder and the folders below it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let only one process at a time into the block, per `path`; the others wait."""
+    with path.open("w") as file:
+        if sys.platform == "win32":
+            import msvcrt
+
+            # it gives up after ten attempts, a second apart
+            while True:
+                with suppress(OSError):
+                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+                    break
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def sync_dir(path: Path) -> None:
     """Flush a folder's entries, so that a rename inside it survives a power cut."""
+    if sys.platform == "win32":
+        return  # a folder cannot be opened there
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -92,7 +121,7 @@ def new_dir(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left of `new_file` and `new_dir` in a folder that nobody else writes to."""
+    """Remove what a killed process left behind of `new_file` and `new_dir`, in a folder that nobody else writes to."""
     for path in folder.glob(".*.tmp"):
         if not _LEFTOVER.fullmatch(path.name):
             continue
@@ -108,7 +137,7 @@ def _temporary(path: Path) -> Path:
 
 @contextmanager
 def new_parents(paths: Iterable[Path]) -> Iterator[None]:
-    """Remove the folders above `paths` that the block made, if it fails and they are empty."""
+    """Remove the folders above `paths` that the block created, if it fails and they are empty."""
     parents = dict.fromkeys(parent for path in paths for parent in path.absolute().parents)
     missing = [parent for parent in parents if not parent.exists()]
     try:

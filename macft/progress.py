@@ -1,54 +1,131 @@
-"""Items in, the same items out, with a bar on a terminal and a line now and then in a log."""
+"""Show how far a long job is: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import Progress, track
+from macft.files import folder_size
+from macft.text import size
 
 logger = logging.getLogger("macft")
 
 T = TypeVar("T")
+Advance = Callable[[int], None]  # takes how many more are done
 
+_SECONDS_BEFORE_BAR = 1.0
 _SECONDS_BETWEEN_LINES = 30.0
 
 
 def tracked(items: Iterable[T], total: int, label: str) -> Iterator[T]:
     """Yield the items while showing how many of `total` are done."""
-    console = Console(stderr=True)
-    if sys.stderr.isatty() and not console.is_dumb_terminal:
-        yield from track(items, description=label, total=total, console=console, transient=True)
-        return
-    said = time.monotonic()
-    for count, item in enumerate(items, start=1):
-        yield item
-        if count < total and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-            logger.info("%s: %d of %d batches", label, count, total)
-            said = time.monotonic()
+    with _shown(label, total, lambda done: f"{done} of {total} batches") as advance:
+        for item in items:
+            yield item
+            advance(1)
 
 
 @contextmanager
-def counting(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """The same for rows that are done many at a time: yields what is told how many more are; `total` may be unknown."""
-    console = Console(stderr=True)
-    if sys.stderr.isatty() and not console.is_dumb_terminal:
-        with Progress(console=console, transient=True) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda more: bar.advance(task, more)
+def counting(label: str, total: int | None) -> Iterator[Advance]:
+    """Yield a function that takes how many more rows are done; `total` may be unknown."""
+    of_total = f" of {total}" if total is not None else ""
+    with _shown(label, total, lambda done: f"{done}{of_total} rows") as advance:
+        yield advance
+
+
+@contextmanager
+def counting_bytes(total: int, label: str) -> Iterator[Advance]:
+    """Yield a function that takes how many more bytes of `total` are done; a bar appears only after a second."""
+    with _shown(label, total, lambda done: f"{100 * done // total}% of {size(total)}", is_bytes=True) as advance:
+        yield advance
+
+
+@contextmanager
+def watching(destination: Path, label: str) -> Iterator[None]:
+    """While the block runs, show how much of the new folder `destination` is written."""
+    stop = Event()
+    thread = Thread(target=_watch, args=(destination, label, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def _shown(
+    label: str, total: int | None, describe: Callable[[int], str], *, is_bytes: bool = False
+) -> Iterator[Advance]:
+    if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+        with _bar(label, total, is_bytes=is_bytes) as advance:
+            yield advance
         return
-    said, done = time.monotonic(), 0
+    done, last_line = 0, time.monotonic()
+
+    def tell(more: int) -> None:
+        nonlocal done, last_line
+        done += more
+        if done != total and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+            logger.info("%s: %s", label, describe(done))
+            last_line = time.monotonic()
+
+    yield tell
+
+
+@contextmanager
+def _bar(label: str, total: int | None, *, is_bytes: bool) -> Iterator[Advance]:
+    # rich takes long to import, and a log does without it
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    byte_columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    progress = Progress(*(byte_columns if is_bytes else ()), console=Console(stderr=True), transient=True)
+    task = progress.add_task(label, total=total)
+    show_after = time.monotonic() + (_SECONDS_BEFORE_BAR if is_bytes else 0.0)
+    if not is_bytes:
+        progress.start()
 
     def advance(more: int) -> None:
-        nonlocal said, done
-        done += more
-        if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-            logger.info("%s: %d%s rows", label, done, f" of {total}" if total is not None else "")
-            said = time.monotonic()
+        progress.advance(task, more)
+        if not progress.live.is_started and time.monotonic() > show_after:
+            progress.start()
 
-    yield advance
+    try:
+        yield advance
+    finally:
+        progress.stop()
+
+
+def _watch(destination: Path, label: str, stop: Event) -> None:
+    is_terminal = sys.stderr.isatty()
+    last_line, is_shown = time.monotonic(), False
+    while not stop.wait(0.5):
+        if not is_terminal and time.monotonic() - last_line < _SECONDS_BETWEEN_LINES:
+            continue
+        last_line = time.monotonic()
+        text = f"{label}: {size(_written(destination))} written"
+        if is_terminal:
+            sys.stderr.write(f"\r\x1b[K{text}")
+            sys.stderr.flush()
+            is_shown = True
+        else:
+            logger.info(text)
+    if is_shown:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+
+def _written(destination: Path) -> int:
+    """Bytes in the hidden folder that becomes `destination`; files that vanish meanwhile count as none."""
+    try:
+        return sum(folder_size(folder) for folder in destination.parent.glob(f".{destination.name}.*.tmp"))
+    except OSError:
+        return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ def is_on(name: str) -> bool:
 
 @contextmanager
 def keep_awake() -> Iterator[None]:
-    """On macOS, `caffeinate` holds the machine awake for as long as this block, or process, lives."""
+    """On macOS, keep the machine awake with `caffeinate` for as long as this block, or process, lives."""
     if sys.platform != "darwin" or shutil.which("caffeinate") is None:
         yield
         return
@@ -41,6 +40,10 @@ def keep_awake() -> Iterator[None]:
 
 
 def peak_process_memory() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """Largest resident set of this process so far, in bytes; 0 on Windows, where Python cannot tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

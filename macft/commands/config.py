@@ -1,14 +1,13 @@
-"""The command that explains a configuration: `macft config explain`."""
+"""Define `macft config explain`."""
 
 from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 
 import click
 
-from macft.errors import UsageError
+from macft.commands.options import KEYS_AS_OPTIONS, config_and_overrides, json_option
 
 
 @click.group()
@@ -16,9 +15,9 @@ def config() -> None:
     """Look at configurations."""
 
 
-@config.command("explain", context_settings={"ignore_unknown_options": True})
+@config.command("explain", context_settings=KEYS_AS_OPTIONS)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="CONFIG.yaml [key=value | --key value]...")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def explain(arguments: tuple[str, ...], as_json: bool) -> None:
     """Every value that CONFIG.yaml gives a run, and where it came from."""
     from rich.console import Console
@@ -27,12 +26,7 @@ def explain(arguments: tuple[str, ...], as_json: bool) -> None:
     from macft.config.explain import show
     from macft.config.load import load
 
-    if not arguments:
-        raise UsageError("macft config explain wants a configuration: macft config explain run.yaml [key=value ...]")
-    overrides = list(arguments)
-    path = None
-    if not overrides[0].startswith("--") and "=" not in overrides[0]:
-        path = Path(overrides.pop(0))
+    path, overrides = config_and_overrides(arguments, "config explain")
     loaded = load(path, overrides)
     if as_json:
         click.echo(json.dumps(to_json(loaded, path), indent=2, ensure_ascii=False))

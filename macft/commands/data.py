@@ -1,26 +1,12 @@
-"""The commands that look at training data: `macft data preview`, `stats` and `check`."""
+"""Define `macft data preview`, `stats` and `check`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
-_NO_OPTIONS = {"ignore_unknown_options": True}
-
-
-def _common(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = [
-        click.argument("source", metavar="DATASET|CONFIG.yaml"),
-        click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[key=value]..."),
-        click.option("--model", help="Whose tokenizer and template. Default: the config's, or smollm2-135m."),
-        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+from macft.commands.options import KEYS_AS_OPTIONS, PATH, data_options
 
 
 @click.group()
@@ -31,8 +17,8 @@ def data() -> None:
     """
 
 
-@data.command("preview", context_settings=_NO_OPTIONS)
-@_common
+@data.command("preview", context_settings=KEYS_AS_OPTIONS)
+@data_options
 @click.option("--row", type=click.IntRange(0), default=0, show_default=True, help="Which row, from 0.")
 def preview(source: str, overrides: tuple[str, ...], model: str | None, as_json: bool, row: int) -> None:
     """Show one row as it is trained on: template, trained tokens colored, counts."""
@@ -41,9 +27,9 @@ def preview(source: str, overrides: tuple[str, ...], model: str | None, as_json:
     preview_source(source, overrides, row, model, as_json)
 
 
-@data.command("stats", context_settings=_NO_OPTIONS)
-@_common
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the lengths into a picture.")
+@data.command("stats", context_settings=KEYS_AS_OPTIONS)
+@data_options
+@click.option("--plot", type=PATH, metavar="FILE.png", help="Draw the lengths into a picture.")
 def stats(source: str, overrides: tuple[str, ...], model: str | None, as_json: bool, plot: Path | None) -> None:
     """Show how many rows and tokens there are, how long rows are, and what cutoff_len takes of them."""
     from macft.inspection.dataset import stats_source
@@ -51,8 +37,8 @@ def stats(source: str, overrides: tuple[str, ...], model: str | None, as_json: b
     stats_source(source, overrides, model, plot, as_json)
 
 
-@data.command("check", context_settings=_NO_OPTIONS)
-@_common
+@data.command("check", context_settings=KEYS_AS_OPTIONS)
+@data_options
 def check(source: str, overrides: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """Find rows that training would refuse, leave out, or learn something unwanted from.
 

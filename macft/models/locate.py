@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import fcntl
 import hashlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from macft.errors import MissingPackageError, ModelError
-from macft.files import cache_dir
+from macft.files import cache_dir, locked
 from macft.hub.models import (
     asks_modelscope,
     cached_snapshot,
@@ -100,7 +98,7 @@ def _imported(gguf: Path) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f".{folder.name}.lock")):
+        with locked(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():
                 _remove_leftovers(folder)
                 # the gguf package takes 0.2 s to import, and most runs find the model in the cache
@@ -113,14 +111,6 @@ def _imported(gguf: Path) -> Path:
             f"{folder}: cannot be written: {error.strerror or error}; set MACFT_CACHE to a folder with room"
         ) from None
     return folder
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Only one process at a time is inside, per `path`; the others wait."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _remove_leftovers(folder: Path) -> None:

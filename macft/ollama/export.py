@@ -21,6 +21,7 @@ from macft.ollama.client import Created, ModelRequest, Parameter, Upload, create
 from macft.ollama.detection import pad_template
 from macft.ollama.modelfile import modelfile
 from macft.ollama.template import Proof, needed_stops, prove_template
+from macft.text import size
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
 
@@ -141,7 +142,7 @@ def create_in_ollama(
 def report_lines(report: OllamaReport) -> list[str]:
     """What a user should know of the folder, a fact a line."""
     gguf, proof, request = report.gguf, report.proof, report.request
-    lines = [f"{gguf.path.name}: {gguf.quant}, {_megabytes(gguf.nbytes)}, sha256 {gguf.sha256}"]
+    lines = [f"{gguf.path.name}: {gguf.quant}, {size(gguf.nbytes)}, sha256 {gguf.sha256}"]
     if proof.go is not None:
         lines.append(f"prompt: the TEMPLATE gives the trained template's text in all of {proof.cases} conversations")
     else:
@@ -240,7 +241,3 @@ def _file_stem(name: str) -> str:
     """A file name that a Modelfile and a shell take unquoted, without the namespace; the tag stays in it."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition("/")[2]).strip(".-_")
     return stem or "model"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -15,6 +15,7 @@ import pytest
 from support.commands import CHECKOUT, QUESTIONS, macft, macft_process, write_chat_data, write_chat_model, write_config
 
 from macft.cli import cli
+from macft.commands.data import data
 from macft.config.load import load_settings
 
 SAMPLING = {"--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty", "--seed"}
@@ -72,7 +73,10 @@ def adapter(folder: Path) -> Path:
 
 def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
     found: dict[str, click.Command] = {}
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None, name
         found |= commands(command, f"{name} ") if isinstance(command, click.Group) else {prefix + name: command}
     return found
 
@@ -89,7 +93,7 @@ def test_commands_and_options_are_these():
 def test_help_is_written_in_sentences(name):
     shown = macft(*name.split(), "--help")
     assert (shown.code, shown.err) == (0, "")
-    command = commands(cli).get(name) or {"": cli, "data": cli.commands["data"]}[name]
+    command = commands(cli).get(name) or {"": cli, "data": data}[name]
     first = str(command.help).strip()
     assert first[0].isupper() and first.endswith(".")
     for parameter in command.params:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_several_quantizations_are_several_files(model, tmp_path):
     done = macft("export", "gguf", model, "--output", tmp_path / "a" / "x.gguf", "--quant", "f16,Q8_0", "--no-verify")
     assert done.code == 0 and done.err == ""
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["x-f16.gguf", "x-q8_0.gguf"]
-    assert [line.split(" MB ")[1] for line in done.out.splitlines()] == ["(15 F16, 5 F32)", "(5 F32, 15 Q8_0)"]
+    assert [re.split(" [kM]B ", line)[1] for line in done.out.splitlines()] == ["(15 F16, 5 F32)", "(5 F32, 15 Q8_0)"]
 
 
 def test_the_check_is_told_before_the_file(model, tmp_path):

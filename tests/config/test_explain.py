@@ -103,6 +103,6 @@ def test_a_translated_file_says_from_what(tmp_path):
 
 
 def test_without_arguments_it_says_how_it_is_called():
-    with pytest.raises(UsageError, match="wants a configuration"):
+    with pytest.raises(UsageError, match="needs a configuration"):
         CliRunner().invoke(config, ["explain"], catch_exceptions=False)
     assert isinstance(config, click.Group)

@@ -30,7 +30,7 @@ from macft.data.tokenization.table import Table
 from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import DataError
 from macft.files import cache_dir
-from macft.text import plural
+from macft.text import plural, size
 
 logger = logging.getLogger("macft")
 
@@ -247,8 +247,7 @@ def _read_parts(paths: Iterable[Path]) -> Iterator[Table]:
 
 
 def _size(folder: Path) -> str:
-    size = table_bytes(folder)
-    return f"{size / 1e3:.0f} kB" if size < 1e6 else f"{size / 1e6:.1f} MB"
+    return size(table_bytes(folder))
 
 
 class _Records(logging.Filter):

@@ -20,7 +20,6 @@ from macft.errors import ModelError, UsageError, join_problems
 from macft.files import new_file, new_parents, sync_file
 from macft.gguf.format import Field, GgufModel, header_bytes, padding, row_bytes, tensor_bytes
 from macft.gguf.writing.mixes import file_order
-from macft.gguf.writing.progress import watched
 from macft.gguf.writing.quantize import (
     PLAIN,
     QUANTS,
@@ -30,6 +29,7 @@ from macft.gguf.writing.quantize import (
     pack,
     plan_types,
 )
+from macft.progress import counting_bytes
 from macft.weights.tensors.chunks import CHUNK_BYTES, Chunk, count_broken, iter_chunks, ordered_map, read_chunk
 from macft.weights.tensors.disk import HashedFile, check_room, disk_problems
 from macft.weights.tensors.lazy import Array, LazyTensor
@@ -181,7 +181,7 @@ def _write(
     label = f"writing {', '.join(target.path.name for target in targets)}"
     with ExitStack() as stack:
         opened = [stack.enter_context(path.open("wb")) for path in temporaries]
-        advance: Callable[[int], None] = stack.enter_context(watched(total, label))
+        advance: Callable[[int], None] = stack.enter_context(counting_bytes(total, label))
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
         flusher = stack.enter_context(ThreadPoolExecutor(1))
         files = [HashedFile(file, flusher) for file in opened]

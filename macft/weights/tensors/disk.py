@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from macft.errors import ModelError
+from macft.text import size
 
 _FLUSH = 128 << 20  # bytes after which the disk is told to begin
 
@@ -49,7 +50,7 @@ def disk_problems(destination: Path | str, needed: int) -> Iterator[None]:
         yield
     except OSError as error:
         raise ModelError(
-            f"{destination}: cannot be written: {error.strerror or error}; {gigabytes(needed)} are needed, nothing "
+            f"{destination}: cannot be written: {error.strerror or error}; {size(needed)} are needed, nothing "
             "was left behind"
         ) from None
 
@@ -65,11 +66,6 @@ def check_room(needed: Mapping[Path, int]) -> None:
         free = shutil.disk_usage(paths[0].parent).free
         if free < expected:
             raise ModelError(
-                f"{', '.join(map(str, paths))}: {gigabytes(expected)} are needed, the disk has {gigabytes(free)}; make "
+                f"{', '.join(map(str, paths))}: {size(expected)} are needed, the disk has {size(free)}; make "
                 "room or name another destination"
             )
-
-
-def gigabytes(count: int) -> str:
-    """A number of bytes to read."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""What a terminal and a log see while a GGUF file is written."""
+"""What a terminal and a log see of a long job."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from macft.gguf.writing import progress
+from macft import progress
 
 
 def test_a_log_hears_now_and_then_how_far_it_is(monkeypatch, caplog, capfd):
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
-    with caplog.at_level("INFO", "macft"), progress.watched(4_000_000_000, "writing x.gguf") as advance:
+    with caplog.at_level("INFO", "macft"), progress.counting_bytes(4_000_000_000, "writing x.gguf") as advance:
         for _ in range(4):
             advance(1_000_000_000)
     assert caplog.messages == [f"writing x.gguf: {share}% of 4.0 GB" for share in (25, 50, 75)]
@@ -24,12 +24,12 @@ def test_a_terminal_has_a_bar_only_when_it_takes_a_while(seconds, is_shown):
     """Under a pseudo-terminal of its own."""
     code = f"""
 import os, pty, sys
-from macft.gguf.writing import progress
+from macft import progress
 progress._SECONDS_BEFORE_BAR = {seconds}
 pid, descriptor = pty.fork()
 if pid == 0:
     os.environ["TERM"] = "xterm"
-    with progress.watched(100, "writing x.gguf") as advance:
+    with progress.counting_bytes(100, "writing x.gguf") as advance:
         advance(50)
         advance(50)
     os._exit(0)

@@ -1,0 +1,1 @@
+"""Hold the functions that `import macft` offers and that the commands call."""
