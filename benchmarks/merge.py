@@ -94,7 +94,7 @@ def make_files(model: Path, adapter: Path, layers: int) -> None:
 
 def run_macft(model: Path, adapter: Path, destination: Path) -> None:
     """`macft export merged` without the command line."""
-    from macft.convert.merged import export_merged
+    from macft.conversion.merged import export_merged
     from macft.models.locate import resolve_model
     from macft.weights.adapters.peft import read_adapter
 

@@ -47,11 +47,15 @@ def _run(command: str, folder: Path, environment: dict[str, str]) -> subprocess.
     )
 
 
+def blocks(document: str, language: str) -> list[str]:
+    """The code blocks of a document in a language."""
+    text = (CHECKOUT / document).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def shell_commands(document: str) -> list[str]:
     """The lines of all ```sh blocks of a document, without blank ones and comments."""
-    text = (CHECKOUT / document).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    lines = [line.strip() for block in blocks(document, "sh") for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -113,6 +117,20 @@ def test_every_command_of_the_documents_works(copy):
         done = copy.run(command)
         assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
         assert "Traceback" not in done.stderr, f"$ {command}\n{done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_python_of_the_documents_works(copy):
+    """The blocks of a document one after the other, as one program, with the installation that the quickstart made."""
+    assert copy.first.returncode == 0, copy.first.stderr
+    programs = {document: "\n".join(blocks(document, "python")) for document in DOCUMENTS}
+    programs = {document: code for document, code in programs.items() if code}
+    assert "docs/python.md" in programs
+    for number, (document, code) in enumerate(programs.items()):
+        (copy.folder / f"program{number}.py").write_text(code, encoding="utf-8")
+        done = copy.run(f".venv/bin/python program{number}.py")
+        assert done.returncode == 0, f"{document}\n{done.stdout}{done.stderr}"
+    assert (copy.folder / "runs" / "python.gguf").is_file()
 
 
 def test_the_readme_shows_the_two_commands_first():

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from macft.convert.adapter import convert_adapter as convert_adapter_folder
-from macft.convert.merged import MergeReport
-from macft.convert.merged import export_merged as merge_folder
-from macft.convert.model import ConvertReport
-from macft.convert.model import convert_model as convert_model_folder
+from macft.conversion.adapter import convert_adapter as convert_adapter_folder
+from macft.conversion.merged import MergeReport
+from macft.conversion.merged import export_merged as merge_folder
+from macft.conversion.model import ConvertReport
+from macft.conversion.model import convert_model as convert_model_folder
 from macft.errors import UsageError
 from macft.files import StrPath
 from macft.models.locate import resolve_adapter, resolve_model

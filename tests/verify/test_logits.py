@@ -13,7 +13,7 @@ from support.commands import write_chat_model
 from support.tiny_adapters import write_peft
 from support.tiny_models import write_mlx_quantized, write_model
 
-from macft.convert.merged import export_merged
+from macft.conversion.merged import export_merged
 from macft.errors import ModelError
 from macft.verify.logits import (
     Subject,

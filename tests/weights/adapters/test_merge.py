@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from support.tiny_models import VOCABULARY, write_mlx_quantized, write_model
 from transformers import AutoModelForCausalLM
 
-from macft.convert.merged import MergeReport, export_merged
+from macft.conversion.merged import MergeReport, export_merged
 from macft.errors import MacftError, ModelError
 from macft.weights.adapters.merge import merge_adapters, untie
 from macft.weights.adapters.peft import Adapter, AdapterConfig, read_adapter

@@ -19,7 +19,7 @@ from support.toy_backend import ENGINES, toy_settings, write_rows, write_toy_mod
 from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import ModelSpec
-from macft.convert.adapter import convert_adapter
+from macft.conversion.adapter import convert_adapter
 from macft.data.batches import collate
 from macft.data.tokenization.conversations import TokenizedExample
 from macft.errors import ModelError

@@ -15,7 +15,7 @@ from support.litgpt_folders import BASE, LLAMA, lit_state, write_lit
 from support.tiny_layouts import PROMPT, torch_logits
 from support.tiny_models import write_model
 
-from macft.convert.model import convert_model
+from macft.conversion.model import convert_model
 from macft.errors import ModelError
 from macft.weights.layouts.litgpt import is_litgpt
 from macft.weights.layouts.litgpt_config import model_types

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from support.tiny_adapters import mlx_adapter_logits, peft_logits, save_mlx, save_peft
 from support.tiny_layouts import mlx_logits, torch_logits, write_case
 
-from macft.convert.adapter import convert_adapter
-from macft.convert.merged import export_merged
+from macft.conversion.adapter import convert_adapter
+from macft.conversion.merged import export_merged
 from macft.errors import ModelError, UsageError
 from macft.weights.adapters.formats import read_any_adapter
 from macft.weights.folder import ModelFolder

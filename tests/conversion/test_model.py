@@ -12,7 +12,7 @@ import pytest
 from support.tiny_layouts import CASES, PROMPT, bytes_of, mlx_logits, torch_logits, write_case
 from support.tiny_models import write_mlx_quantized
 
-from macft.convert.model import NORMS, convert_model
+from macft.conversion.model import NORMS, convert_model
 from macft.errors import ModelError, UsageError
 from macft.weights.model_config import read_config
 from macft.weights.source import open_model

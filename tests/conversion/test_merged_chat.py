@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import LoraSpec, ModelSpec, Sampling, Under
-from macft.convert.merged import export_merged
+from macft.conversion.merged import export_merged
 from macft.objectives.batch import Batch
 from macft.training.run import train
 from macft.weights.adapters.peft import read_adapter
