@@ -25,9 +25,11 @@ from support.data_folders import data_folder, qwen, skip_without_public_data  # 
 from support.isolation import isolated, pytest_fixture_setup  # noqa: F401
 from support.shuffle import pytest_addoption, pytest_report_header, shuffle  # noqa: F401
 from support.tiny_models import write_model
+from support.tiny_tokenizer import write_tiny_model
 from support.toy_backend import one_thread, toy_settings, write_pairs, write_rows, write_toy_model
 
 import macft.backends.mlx  # noqa: F401
+from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.training.run import train
 from macft.weights.adapters.peft import read_adapter
 
@@ -77,7 +79,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy llama that trains and chats."""
-    return write_toy_model(tmp_path_factory.mktemp("base"))
+    return write_toy_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The tokenizer of `model`, without its weights."""
+    return load_tokenizer(write_tiny_model(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.commands import CHECKOUT, macft_process, write_chat_data, write_chat_model, write_config
+from support.commands import CHECKOUT, macft_process, write_chat_data, write_config
+from support.toy_backend import write_toy_model
 
 MLX = ("mlx", "mlx_lm")
 TORCH = ("torch",)
@@ -20,7 +21,7 @@ HEAVY = ("torch", "mlx", "mlx_lm", "transformers", "peft", "matplotlib", "huggin
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imports")
-    write_chat_model(folder / "model")
+    write_toy_model(folder / "model")
     write_chat_data(folder / "chat.jsonl")
     write_config(
         folder / "run.yaml",

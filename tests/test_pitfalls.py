@@ -53,7 +53,7 @@ from support.commands import CHECKOUT
 from support.paths import TESTS
 from support.rows import write_lines
 from support.tiny_tokenizer import CHATML, write_tiny_model
-from support.toy_backend import toy_settings, write_pairs, write_rows, write_toy_model
+from support.toy_backend import toy_settings, write_pairs, write_rows
 
 from macft.config.load import load_settings
 from macft.config.settings import Settings
@@ -69,11 +69,6 @@ pytestmark = pytest.mark.usefixtures("small_threads")
 
 BASE = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
 LISTED = re.findall(r"^    (P\d+) ([\w/]+\.py) (test_\w+)$", str(__doc__), flags=re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_model(tmp_path_factory.mktemp("pitfalls") / "model")
 
 
 def settings(tmp_path: Path, **keys: Any) -> Settings:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 import pytest
-from support.commands import CHECKOUT, QUESTIONS, macft, macft_process, write_chat_data, write_chat_model, write_config
+from support.commands import CHECKOUT, QUESTIONS, macft, macft_process, write_chat_data, write_config
+from support.toy_backend import write_toy_model
 
 from macft.cli import cli
 from macft.commands.data import data
@@ -42,7 +43,7 @@ STEP_LINE = re.compile(r"step +\d+/\d+  loss \d+\.\d{4}  grad +[\d.]+  lr [\d.e+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
-    write_chat_model(folder / "model")
+    write_toy_model(folder / "model")
     write_chat_data(folder / "chat.jsonl")
     (folder / "prompts.txt").write_text("hello\n你好\n", encoding="utf-8")
     write_config(

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from support.commands import CHECKOUT, macft, macft_process, write_chat_model
+from support.commands import CHECKOUT, macft, macft_process
 from support.litgpt_folders import LLAMA, lit_state, write_lit
 from support.tiny_adapters import write_peft
 from support.tiny_gguf import TinyGguf, byte_level, hf_weights, write_gguf
 from support.tiny_models import write_mlx_quantized, write_model
+from support.toy_backend import write_toy_model
 
 from macft.docs import conversion_table, layout_table
 from macft.weights.model_config import read_config
@@ -24,7 +25,7 @@ NO_ENGINE = ("torch", "mlx", "mlx_lm", "transformers", "peft", "huggingface_hub"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    write_chat_model(folder / "model")
+    write_toy_model(folder / "model")
     write_peft(folder / "adapter", folder / "model")
     write_mlx_quantized(folder / "model", folder / "quantized", 8)
     write_lit(folder / "lit", LLAMA, lit_state(write_model(folder / "hf", "llama", tie_word_embeddings=False)))

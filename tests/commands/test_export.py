@@ -11,16 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.commands import macft, write_chat_model
+from support.commands import macft
 
 from macft.gguf.format import read_gguf
 from macft.weights.adapters.peft import AdapterConfig, write_adapter
 from macft.weights.folder import weights_hash
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import CHECKOUT
-from support.toy_backend import ENGINES, write_toy_model
+from support.toy_backend import ENGINES
 
 from macft.commands.data import data
 from macft.config.load import load_settings
@@ -28,11 +28,6 @@ EXAMPLES = {
 }
 each_example = pytest.mark.parametrize("name", EXAMPLES)
 CONFIGS = {name: Path("examples") / name / file for name, file in EXAMPLES.items()}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_model(tmp_path_factory.mktemp("toy") / "model")
 
 
 @pytest.fixture(autouse=True)

@@ -9,15 +9,9 @@ from typing import Any
 import click
 import pytest
 from support.rows import write_lines
-from support.tiny_tokenizer import write_tiny_model
 
 from macft.commands.data import data
 from macft.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("check") / "model")
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 from support.chat_templates import build, chat
-from support.commands import write_chat_model
 from support.rows import write_lines
-from support.tiny_tokenizer import TEMPLATES, write_tiny_model
+from support.tiny_tokenizer import TEMPLATES
+from support.toy_backend import write_toy_model
 
 from macft.data.formats.conversations import Example
 from macft.data.formats.pairs import PairExample
@@ -23,11 +23,6 @@ from macft.inspection.dataset import preview_source
 from macft.inspection.preview import preview, preview_json, preview_pair, preview_pair_json
 
 CHATML = build(TEMPLATES["chatml"])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(write_tiny_model(tmp_path_factory.mktemp("model")))
 
 
 def shown(tokenizer: Tokenizer, *contents: str, colors: bool = False, **options: Any) -> str:
@@ -158,7 +153,7 @@ def test_json_of_a_pair_holds_the_same(tokenizer: Tokenizer) -> None:
 def test_a_file_is_shown_by_what_it_holds_and_a_config_by_its_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = write_chat_model(tmp_path / "model")
+    model = write_toy_model(tmp_path / "model")
     data, config = tmp_path / "p.jsonl", tmp_path / "run.yaml"
     data.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
     config.write_text(json.dumps({"model_name_or_path": str(model), "dataset": str(data), "output_dir": "out"}))
@@ -175,19 +170,14 @@ def test_a_file_is_shown_by_what_it_holds_and_a_config_by_its_stage(
 # --- whatever a data set holds
 
 
-def shown_source(capsys: pytest.CaptureFixture[str], source: object, *overrides: str, row: int = 0, **keys: Any) -> Any:
+def shown_source(capsys: pytest.CaptureFixture[str], source: object, *overrides: str, model: Path, row: int = 0) -> Any:
     capsys.readouterr()
-    preview_source(str(source), overrides, row, **keys, as_json=True)
+    preview_source(str(source), overrides, row, str(model), as_json=True)
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny_model(tmp_path_factory.mktemp("names") / "model"))
-
-
 def test_a_name_in_dataset_info_is_shown_by_its_entry(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_lines(tmp_path / "rows.jsonl", {"q": "a", "r": "b", "worse": "c"})
     columns = {"query": "q", "response": "r"}
@@ -210,11 +200,11 @@ def test_a_name_in_dataset_info_is_shown_by_its_entry(
 
 
 def test_texts_are_shown_with_the_token_that_ends_them(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_lines(tmp_path / "t.jsonl", {"text": "a\x1bb"}, {"text": "hello </s>"})
-    preview_source(str(path), ("cutoff_len=2",), 0, model, as_json=False)
-    end = load_tokenizer(Path(model)).special_map["eos_token"]
+    preview_source(str(path), ("cutoff_len=2",), 0, str(model), as_json=False)
+    end = load_tokenizer(model).special_map["eos_token"]
     assert capsys.readouterr().out == (
         f"a⟦<U+001B>b{end}⟧\n"
         f"{path}:1: 4 tokens, 3 trained, 2 rows of cutoff_len 2, special tokens inside content: none\n"
@@ -226,7 +216,7 @@ def test_texts_are_shown_with_the_token_that_ends_them(
 
 
 def test_tools_and_their_calls_are_shown_as_the_template_writes_them(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     turns = [("human", "time?"), ("function_call", '{"name": "clock", "arguments": {}}'), ("observation", "12")]
     row = {
@@ -242,7 +232,7 @@ def test_tools_and_their_calls_are_shown_as_the_template_writes_them(
 
 
 def test_a_row_is_shown_though_a_later_one_is_invalid(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_lines(tmp_path / "d.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a"})
     assert shown_source(capsys, path, model=model)["source"] == f"{path}:1"

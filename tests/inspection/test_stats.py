@@ -28,11 +28,6 @@ from macft.inspection.stats import Stats, histogram, measure
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "how", "are", "you", "today"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("stats") / "model")
-
-
 def encoder(model: Path, kind: Kind, cutoff_len: int = 2048, **keys: Any) -> Encoder:
     tokenizer = load_tokenizer(model)
     template = load_template(model, tokenizer.special_map)
@@ -194,12 +189,13 @@ def test_invalid_data_are_an_error_as_in_training(model: Path, tmp_path: Path) -
 
 
 def test_a_folder_with_a_tokenizer_alone_will_do(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="macft")
-    assert not list(model.glob("*.safetensors"))
+    folder = write_tiny_model(tmp_path / "model")
+    assert not list(folder.glob("*.safetensors"))
     path = write_lines(tmp_path / "d.jsonl", {"text": "hello, how are you today?"})
-    run("stats", path, "--model", model)
+    run("stats", path, "--model", folder)
     assert capsys.readouterr().out.startswith("texts           1\n")
 
 

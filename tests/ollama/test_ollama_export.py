@@ -10,7 +10,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from support.commands import write_chat_model
 from support.ollama_server import ollama
 from support.tiny_tokenizer import CHATML, DEFAULT_SYSTEM, GEMMA, QWEN3
 
@@ -39,11 +38,6 @@ _BRACKETS = (
     "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '[END]' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("llama") / "model")
 
 
 def template_of(model: Path, source: str) -> ChatTemplate:

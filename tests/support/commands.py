@@ -15,12 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from tokenizers import Tokenizer
-
 from macft.cli import main
 from support.paths import CHECKOUT
-from support.tiny_models import write_model
-from support.tiny_tokenizer import write_tiny_model
 
 
 def heed_ctrl_c() -> None:
@@ -81,15 +77,6 @@ def macft_process(
         [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8", timeout=300
     )
     return Result(done.returncode, done.stdout, done.stderr)
-
-
-def write_chat_model(folder: Path, architecture: str = "llama", **sizes) -> Path:
-    """A tiny random model with tokenizer and ChatML template in one folder."""
-    write_tiny_model(folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = {"bos_token_id": "<s>", "eos_token_id": "<|im_end|>", "pad_token_id": "<|endoftext|>"}
-    special = {key: tokenizer.token_to_id(text) for key, text in ids.items()}
-    return write_model(folder, architecture, vocab_size=tokenizer.get_vocab_size(), **special, **sizes)
 
 
 QUESTIONS = ("hello", "what is the capital of France?", "one two three", "你好", "the quick brown fox")

@@ -6,16 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from support.commands import macft, macft_process, write_chat_data, write_chat_model, write_config
+from support.commands import macft, macft_process, write_chat_data, write_config
 from support.paths import CHECKOUT
 from support.refused_runs import changed_model, message_of, refused
 
 ENGINES = pytest.mark.parametrize("backend", ["mlx", "torch"])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("bad") / "model")
 
 
 @pytest.fixture

@@ -6,19 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from support.commands import macft, write_chat_data, write_chat_model, write_config
+from support.commands import macft, write_chat_data, write_config
 from support.refused_runs import changed_model, message_of, refused
-from support.toy_backend import toy_settings, write_pairs, write_rows
+from support.toy_backend import toy_settings, write_pairs, write_rows, write_toy_model
 
 from macft.training.run import train
 
 GOOD = {"prompt": "hello", "chosen": "Paris is the capital.", "rejected": "one two"}
 ENGINES = pytest.mark.parametrize("backend", ["mlx", "torch"])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("bad") / "model")
 
 
 @pytest.fixture
@@ -172,7 +167,7 @@ def test_a_new_adapter_on_a_dora_adapter(folder, adapter):
 @ENGINES
 @pytest.mark.parametrize("how", ["to go on", "below a new one", "as the reference"])
 def test_an_adapter_of_another_model(backend, how, folder, adapter):
-    other = write_chat_model(folder / "other", hidden_size=32, head_dim=16)
+    other = write_toy_model(folder / "other", hidden_size=32, head_dim=16)
     key = "ref_model_adapters" if how == "as the reference" else "adapter_name_or_path"
     new = ["create_new_adapter=true"] if how == "below a new one" else []
     arguments = [f"model_name_or_path={other}", f"{key}={adapter}", f"backend={backend}", *new]

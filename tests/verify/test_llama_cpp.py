@@ -11,8 +11,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from support.commands import write_chat_model
 from support.tiny_tokenizer import CHATML, DEFAULT_SYSTEM, GEMMA
+from support.toy_backend import write_toy_model
 
 from macft.data.templates.chat_template import ChatTemplate, load_template
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -26,11 +26,6 @@ from macft.weights.adapters.peft import Adapter, AdapterConfig, read_adapter, wr
 from macft.weights.folder import ModelFolder, weights_hash
 
 PROMPT = [5, 17, 99, 3, 250, 41, 7, 123, 77, 300]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("llama") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +141,7 @@ def test_a_lora_file_is_loaded_beside_its_base(tmp_path, file, model):
 def test_each_rounding_is_within_its_limit_and_another_model_is_not(quant, tmp_path, model):
     found = checked(written(model, tmp_path / "a.gguf", quant), model, quant=quant)
     assert 0 < found.kl < LIMITS[quant]
-    other = write_chat_model(tmp_path / "other", seed=1)
+    other = write_toy_model(tmp_path / "other", seed=1)
     with pytest.raises(VerifyError) as caught:
         checked(written(other, tmp_path / "b.gguf", quant), model, quant=quant)
     text = str(caught.value)

@@ -9,9 +9,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from support.commands import write_chat_model
 from support.tiny_adapters import write_peft
 from support.tiny_models import write_mlx_quantized, write_model
+from support.toy_backend import write_toy_model
 
 from macft.conversion.merged import export_merged
 from macft.errors import ModelError
@@ -31,11 +31,6 @@ from macft.weights.tensors.lazy import Array, LazyTensor, cast, from_array
 from macft.weights.writer import write_model as write_tensors
 
 ENGINES = ("mlx", "torch")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("verify") / "model")
 
 
 def changed(source: Path, folder: Path, change: Callable[[str, Array], Array]) -> Path:
@@ -108,7 +103,7 @@ def test_a_wrong_rope_base_fails(model, tmp_path):
 
 def test_another_vocabulary_fails_by_shape(tmp_path):
     with pytest.raises(VerifyError, match=r"logits \[64, 199\], of the source"):
-        verify(Subject(write_chat_model(tmp_path / "a")), Subject(write_model(tmp_path / "b", "llama")), exact())
+        verify(Subject(write_toy_model(tmp_path / "a")), Subject(write_model(tmp_path / "b", "llama")), exact())
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float16", 0.01), ("bfloat16", 0.05)])
@@ -138,7 +133,7 @@ def test_quantizing_has_a_tolerance_of_its_own_and_another_model_fails(bits, lim
     tolerance = tolerance_of(quantized, is_rounded=False)
     assert tolerance == Tolerance(f"quantized to {bits} bits", limit, is_exact=False)
     verify(Subject(model), Subject(quantized), tolerance)
-    other = write_chat_model(tmp_path / "other", seed=1)
+    other = write_toy_model(tmp_path / "other", seed=1)
     with pytest.raises(VerifyError):
         verify(Subject(other), Subject(quantized), tolerance)
 

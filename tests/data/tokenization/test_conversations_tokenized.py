@@ -25,11 +25,6 @@ from macft.errors import DataError
 CHATML = build(TEMPLATES["chatml"])
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(write_tiny_model(tmp_path_factory.mktemp("model")))
-
-
 def example(*contents: str, system: str | None = None) -> Example:
     return Example(tuple(chat(*contents, system=system)), "chat.jsonl:7")
 

@@ -26,11 +26,6 @@ from macft.training.run import train
 pytestmark = pytest.mark.usefixtures("small_threads")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    return load_tokenizer(write_tiny_model(tmp_path_factory.mktemp("tokenizer")))
-
-
 def texts_of(*contents: str) -> list[Text]:
     return [Text(content, f"texts.jsonl:{i}") for i, content in enumerate(contents, 1)]
 
