@@ -12,7 +12,7 @@ from macft.config import settings as module
 from macft.config.names import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES
 from macft.config.settings import Settings
 from macft.config.translate import TRANSLATIONS
-from macft.gguf.importer.architectures import ARCHITECTURES
+from macft.gguf.architectures import IMPORTED
 from macft.weights.layouts.litgpt_config import model_types
 from macft.weights.layouts.mlx import LAYOUTS
 from macft.weights.layouts.mlx_rules import DROP_ROTARY
@@ -104,7 +104,7 @@ def _type(annotation: Any) -> str:
 
 def conversion_table() -> str:
     """Markdown: for each model type, which of the conversions know it; merging into HF layout knows all."""
-    from_gguf = {architecture.model_type for architecture in ARCHITECTURES.values()}
+    from_gguf = set(IMPORTED.values())
     from_litgpt = set(model_types())
     rows = [
         f"| {name} | {_yes(name in LAYOUTS)} | {_yes(name in from_gguf)} | {_yes(name in from_litgpt)} |"

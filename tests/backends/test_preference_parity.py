@@ -144,7 +144,7 @@ def test_both_engines_give_one_curve_of_other_losses(loss, tiny_model):
 @pytest.mark.parametrize(
     ("architecture", "name"),
     [
-        pytest.param(architecture, name, marks=[pytest.mark.slow] * (architecture == "gemma3_text" and name != "dpo"))
+        pytest.param(architecture, name, marks=[pytest.mark.slow] * (architecture == "gemma3_text"))
         for architecture in ARCHITECTURES
         for name in OBJECTIVES
     ],

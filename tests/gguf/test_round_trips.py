@@ -14,7 +14,7 @@ from support.gguf_converter import Job, convert
 from support.tiny_gguf import llama_cpp, write_spm_model
 from support.tiny_tokenizer import write_tiny_model
 
-from macft.gguf.importer.architectures import ARCHITECTURES
+from macft.gguf.architectures import IMPORTED
 from macft.gguf.importer.model import import_gguf
 
 WINDOW = 12
@@ -137,7 +137,7 @@ def torch_logits(folder: Path, tokens: list[int]) -> np.ndarray:
 
 def test_every_architecture_of_the_table_has_a_case() -> None:
     types = {CASES[name].model_type for name in CASES}
-    assert {architecture.model_type for architecture in ARCHITECTURES.values()} <= types
+    assert set(IMPORTED.values()) <= types
 
 
 @pytest.mark.torch

@@ -11,8 +11,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from macft.gguf.format import Field
-from macft.gguf.vocabulary.tokenizer import tokenizer_fields
-from macft.gguf.vocabulary.vocabulary import read_vocabulary
+from macft.gguf.vocabulary.fields import tokenizer_fields
+from macft.gguf.vocabulary.files import read_vocabulary
 from support.tiny_gguf import CONTROL, TEXT, TinyGguf, hf_weights, sentencepiece, write_gguf
 
 

@@ -1,4 +1,4 @@
-"""A model folder and its adapters in; finished GGUF files, and what is worth saying of them, out."""
+"""Export a model folder with its adapters as GGUF files, and note what a user should know about them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from macft.data.templates.chat_template import load_template
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ModelError, join_problems
 from macft.gguf.exporter.lora import adapter_to_gguf
-from macft.gguf.exporter.tensors import check_known, to_gguf
+from macft.gguf.exporter.tensors import architecture_of, to_gguf
 from macft.gguf.exporter.tensors import notes as architecture_notes
 from macft.gguf.format import Field, GgufModel
-from macft.gguf.vocabulary.tokenizer import required_name, sampling_fields, tokenizer_fields
-from macft.gguf.vocabulary.vocabulary import read_vocabulary
+from macft.gguf.vocabulary.fields import required_name, sampling_fields, tokenizer_fields
+from macft.gguf.vocabulary.files import read_vocabulary
 from macft.gguf.writing.writer import Written, write_gguf
 from macft.weights.adapters.merge import merge_adapters, untie
 from macft.weights.adapters.peft import Adapter, other_base_note
@@ -70,7 +70,7 @@ def read_gguf_model(
     """The model as GGUF has it, with nothing of its weights read yet, and what a user should be told."""
     source = open_model(model.path, exact=True)
     tied_config, tensors = as_hf(source)
-    check_known(tied_config)
+    architecture_of(tied_config)
     config, tensors = untie(tied_config, tensors, adapters)
     merged = merge_adapters(tensors, adapters)
     vocabulary = read_vocabulary(tokenizer_folder, config)

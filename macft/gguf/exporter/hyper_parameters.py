@@ -1,17 +1,23 @@
-"""From config.json to the sizes that tensor shapes are made of, and to the number fields of each GGUF architecture."""
+"""Read the sizes of a model from config.json, and write the number fields of each GGUF architecture."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from macft.gguf.exporter import linear_attention, rope
 from macft.gguf.format import Field
-
-Config = Mapping[str, Any]
-Sizes = Mapping[str, int]
+from macft.gguf.sizes import (
+    GEMMA2_27B,
+    GEMMA2_PERIOD,
+    GEMMA3_27B,
+    GEMMA3_PERIOD,
+    HYBRID_PERIOD,
+    Config,
+    Sizes,
+    gemma_query_scalar,
+    smollm3_rope_layers,
+    with_products,
+)
 
 _NEEDED = {
     "layers": ("num_hidden_layers",),
@@ -28,9 +34,6 @@ _OPTIONAL = {
     "expert_ffn": ("moe_intermediate_size",),
     "shared_ffn": ("shared_expert_intermediate_size",),
 }
-# Layers of the two models whose attention is not scaled by the head size (gemma_pytorch, config.py).
-_GEMMA2_27B, _GEMMA3_27B = 46, 62
-_GEMMA2_PERIOD, _GEMMA3_PERIOD, _SMOLLM3_PERIOD, _HYBRID_PERIOD = 2, 6, 4, 4
 _QWEN3_5_SECTIONS = (11, 11, 10)
 _SILU = ("silu", "swish")
 _GELU = ("gelu_pytorch_tanh", "gelu_new")
@@ -60,11 +63,7 @@ def read_sizes(config: Config, rotated: float = 1.0) -> tuple[dict[str, int], li
     sizes.setdefault("head_dim", sizes["hidden"] // sizes["heads"])
     if sizes["heads"] % sizes["kv_heads"] or sizes["head_dim"] % 2:
         problems.append(f"{sizes['heads']} heads of {sizes['head_dim']} do not go with {sizes['kv_heads']} key heads")
-    sizes["q"] = sizes["heads"] * sizes["head_dim"]
-    sizes["two_q"] = 2 * sizes["q"]
-    sizes["kv"] = sizes["kv_heads"] * sizes["head_dim"]
-    sizes["qkv"] = sizes["q"] + 2 * sizes["kv"]
-    sizes["two_ffn"] = 2 * sizes.get("ffn", 0)
+    sizes = with_products(sizes)
     part = rope.settings(config).get("partial_rotary_factor", rotated)
     sizes["rotated"] = int(part * sizes["head_dim"]) if isinstance(part, int | float) else 0
     return sizes, problems
@@ -114,7 +113,7 @@ def gemma2(config: Config, sizes: Sizes) -> dict[str, Field]:
         **_head_sizes(sizes),
         "attn_logit_softcapping": float(config["attn_logit_softcapping"]),
         "final_logit_softcapping": float(config["final_logit_softcapping"]),
-        **_window(config, sizes, _GEMMA2_PERIOD),
+        **_window(config, sizes, GEMMA2_PERIOD),
     }
 
 
@@ -123,7 +122,7 @@ def gemma3(config: Config, sizes: Sizes) -> dict[str, Field]:
     fields = {**common(config, sizes), **_head_sizes(sizes)}
     if config.get("final_logit_softcapping"):
         fields["final_logit_softcapping"] = float(config["final_logit_softcapping"])
-    return {**fields, **_window(config, sizes, _GEMMA3_PERIOD)}
+    return {**fields, **_window(config, sizes, GEMMA3_PERIOD)}
 
 
 def phi3(config: Config, sizes: Sizes) -> dict[str, Field]:
@@ -147,7 +146,7 @@ def gpt_oss(config: Config, sizes: Sizes) -> dict[str, Field]:
     """Experts, and a window in every other layer."""
     return {
         **common(config, sizes),
-        **_window(config, sizes, _GEMMA2_PERIOD),
+        **_window(config, sizes, GEMMA2_PERIOD),
         "expert_feed_forward_length": sizes["ffn"],
     }
 
@@ -165,7 +164,7 @@ def hybrid(config: Config, sizes: Sizes) -> dict[str, Field]:
     return {
         **own,
         **{f"ssm.{key}": value for key, value in state.items()},
-        "full_attention_interval": _period(config, sizes["layers"], _HYBRID_PERIOD) or sizes["layers"] + 1,
+        "full_attention_interval": _period(config, sizes["layers"], HYBRID_PERIOD) or sizes["layers"] + 1,
         "rope.dimension_count": sizes["rotated"],
     }
 
@@ -228,7 +227,7 @@ def square_problems(config: Config, sizes: Sizes) -> list[str]:
 
 def smollm3_problems(config: Config, sizes: Sizes) -> list[str]:
     """Every fourth layer has no rotary positions."""
-    expected = [int((layer + 1) % _SMOLLM3_PERIOD != 0) for layer in range(sizes["layers"])]
+    expected = smollm3_rope_layers(sizes["layers"])
     found = config.get("no_rope_layers", expected)
     problems = plain_problems(config, sizes)
     if found and list(found) != expected:
@@ -253,8 +252,7 @@ def sparse_problems(config: Config, sizes: Sizes, *, normalized: bool) -> list[s
 def gemma_problems(config: Config, sizes: Sizes, *, default_period: int, largest: int) -> list[str]:
     """Gemmas: the scale of attention and the order of layers with a window."""
     problems = _activation(config, _GELU)
-    is_largest = sizes["layers"] == largest
-    expected = sizes["hidden"] // sizes["heads"] if is_largest else sizes["head_dim"]
+    expected = gemma_query_scalar(sizes, largest)
     scalar = config.get("query_pre_attn_scalar")
     if scalar is not None and scalar != expected:
         problems.append(f"query_pre_attn_scalar is {scalar}, llama.cpp assumes {expected}")
@@ -274,18 +272,18 @@ def _window_problems(config: Config, sizes: Sizes, default_period: int) -> list[
 
 def gemma2_problems(config: Config, sizes: Sizes) -> list[str]:
     """Gemma 2 always has its soft caps, and a window somewhere."""
-    problems = gemma_problems(config, sizes, default_period=_GEMMA2_PERIOD, largest=_GEMMA2_27B)
+    problems = gemma_problems(config, sizes, default_period=GEMMA2_PERIOD, largest=GEMMA2_27B)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if not isinstance(config.get(key), int | float):
             problems.append(f"{key} is {config.get(key)!r}; llama.cpp always caps, a number was expected")
-    if _period(config, sizes["layers"], _GEMMA2_PERIOD) == 1:
+    if _period(config, sizes["layers"], GEMMA2_PERIOD) == 1:
         problems.append("no layer has a window (layer_types); llama.cpp gives gemma2 one")
     return problems
 
 
 def gemma3_problems(config: Config, sizes: Sizes) -> list[str]:
     """Gemma 3 has no cap on attention."""
-    problems = gemma_problems(config, sizes, default_period=_GEMMA3_PERIOD, largest=_GEMMA3_27B)
+    problems = gemma_problems(config, sizes, default_period=GEMMA3_PERIOD, largest=GEMMA3_27B)
     if config.get("attn_logit_softcapping"):
         problems.append(f"attn_logit_softcapping is {config['attn_logit_softcapping']}; llama.cpp has none in gemma3")
     return problems
@@ -302,14 +300,14 @@ def qwen2_moe_problems(config: Config, sizes: Sizes) -> list[str]:
 def gpt_oss_problems(config: Config, sizes: Sizes) -> list[str]:
     """The order of layers with a window; some have one."""
     problems = [f"{word} is missing from config.json" for word in ("experts", "experts_used") if word not in sizes]
-    if _period(config, sizes["layers"], _GEMMA2_PERIOD) == 1:
+    if _period(config, sizes["layers"], GEMMA2_PERIOD) == 1:
         problems.append("no layer has a window (layer_types); llama.cpp gives gpt-oss one")
-    return problems + _window_problems(config, sizes, _GEMMA2_PERIOD)
+    return problems + _window_problems(config, sizes, GEMMA2_PERIOD)
 
 
 def hybrid_problems(config: Config, sizes: Sizes) -> list[str]:
     """The order of layers with full attention; experts, where there are any, in each layer."""
     problems = sparse_problems(config, sizes, normalized=True) if "experts" in sizes else plain_problems(config, sizes)
-    if _period(config, sizes["layers"], _HYBRID_PERIOD) is None:
+    if _period(config, sizes["layers"], HYBRID_PERIOD) is None:
         problems.append("layer_types is not every Nth layer full_attention, all that llama.cpp reads")
     return problems + linear_attention.problems(config)

@@ -1,39 +1,18 @@
-"""Layers of linear attention (Qwen3-Next, Qwen3.5) in; their tensors as llama.cpp's state-space code wants them out."""
+"""Arrange the tensors of linear attention (Qwen3-Next, Qwen3.5) as llama.cpp's state-space code reads them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from macft.gguf.exporter import row_order as moves
-from macft.gguf.importer.architectures import Rule
+from macft.gguf.row_order import mapped, reordered
+from macft.gguf.sizes import Config
 from macft.weights.tensors.lazy import Array, LazyTensor, renamed
-
-Config = Mapping[str, Any]
 
 _MODULE = re.compile(r"(.*\.linear_attn\.)(\w+?)(\.weight)?$")
 _SIZES = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
-
-# Rules of a layer's linear attention, after `prepared`, in words of `sizes`.
-_SHARED = {
-    "attn_norm": Rule("input_layernorm", ("hidden",), is_shifted=True),
-    "attn_qkv": Rule("linear_attn.in_proj_qkv", ("channels", "hidden")),
-    "attn_gate": Rule("linear_attn.in_proj_z", ("value_channels", "hidden")),
-    "ssm_a": Rule("linear_attn.A", ("value_heads",)),
-    "ssm_dt": Rule("linear_attn.dt", ("value_heads",)),
-    "ssm_conv1d": Rule("linear_attn.conv1d", ("channels", "kernel")),
-    "ssm_norm": Rule("linear_attn.norm", ("value_dim",)),
-    "ssm_out": Rule("linear_attn.out_proj", ("hidden", "value_channels")),
-}
-NEXT_RULES = {**_SHARED, "ssm_ba": Rule("linear_attn.in_proj_ba", ("two_value_heads", "hidden"))}
-RULES_3_5 = {
-    **_SHARED,
-    "ssm_alpha": Rule("linear_attn.in_proj_a", ("value_heads", "hidden")),
-    "ssm_beta": Rule("linear_attn.in_proj_b", ("value_heads", "hidden")),
-}
 
 
 def sizes(config: Config) -> dict[str, int]:
@@ -94,8 +73,8 @@ def _next(prefix: str, name: str, tensor: LazyTensor, found: Mapping[str, int]) 
     *parts, gate = np.split(rows, ends, axis=1)
     order = np.concatenate([part.reshape(-1) for part in parts])
     return [
-        renamed(moves.reordered(tensor, order), f"{prefix}in_proj_qkv.weight"),
-        renamed(moves.reordered(tensor, gate.reshape(-1)), f"{prefix}in_proj_z.weight"),
+        renamed(reordered(tensor, order), f"{prefix}in_proj_qkv.weight"),
+        renamed(reordered(tensor, gate.reshape(-1)), f"{prefix}in_proj_z.weight"),
     ]
 
 
@@ -111,11 +90,11 @@ def _three_five(prefix: str, name: str, tensor: LazyTensor, found: Mapping[str, 
     elif name in ("in_proj_a", "in_proj_b", "A_log", "dt_bias"):
         order = narrow
     elif name == "out_proj" and tensor.shape[1:] == wide.shape:
-        return [moves.mapped(changed, changed.name, changed.shape, lambda rows: rows[:, wide])]
+        return [mapped(changed, changed.name, changed.shape, lambda rows: rows[:, wide])]
     else:
         return [changed]
     is_whole = tensor.shape[0] == len(order)  # a wrong shape is told of as such
-    return [renamed(moves.reordered(changed, order), changed.name) if is_whole else changed]
+    return [renamed(reordered(changed, order), changed.name) if is_whole else changed]
 
 
 def _dealt(key_heads: int, value_heads: int, size: int) -> Array:
@@ -128,11 +107,11 @@ def _dealt(key_heads: int, value_heads: int, size: int) -> Array:
 def _plain(prefix: str, name: str, tensor: LazyTensor) -> LazyTensor:
     """What both models have done to them: -exp(A_log), and convolutions without their middle axis."""
     if name == "A_log":
-        return moves.mapped(tensor, f"{prefix}A.weight", tensor.shape, _decay, np.dtype(np.float32))
+        return mapped(tensor, f"{prefix}A.weight", tensor.shape, _decay, np.dtype(np.float32))
     if name == "dt_bias":
         return renamed(tensor, f"{prefix}dt.weight")
     if name == "conv1d" and len(tensor.shape) == 3 and tensor.shape[1] == 1:
-        return moves.mapped(tensor, tensor.name, (tensor.shape[0], tensor.shape[2]), lambda rows: rows[:, 0])
+        return mapped(tensor, tensor.name, (tensor.shape[0], tensor.shape[2]), lambda rows: rows[:, 0])
     return tensor
 
 

@@ -1,15 +1,14 @@
-"""A LoRA adapter in; the GGUF file of it that llama.cpp takes with --lora, and Ollama as ADAPTER, out."""
+"""Turn a LoRA adapter into the GGUF form that llama.cpp takes with --lora, and Ollama as ADAPTER."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from macft.errors import ModelError, join_problems
-from macft.gguf.exporter.tensors import known, module_rule
+from macft.gguf.architectures import ARCHITECTURES
+from macft.gguf.exporter.tensors import module_rule
 from macft.gguf.format import Field, GgufModel
+from macft.gguf.sizes import Config
 from macft.weights.adapters.peft import Adapter
 from macft.weights.adapters.shapes import EMBEDDING, LINEAR, scale_of, split_modules
 from macft.weights.tensors.lazy import Array, LazyTensor, from_array
@@ -18,7 +17,7 @@ _WRAPPED = "model.language_model."  # where a model that sees images too keeps t
 _HEAD = "output"
 
 
-def adapter_to_gguf(config: Mapping[str, Any], adapter: Adapter) -> GgufModel:
+def adapter_to_gguf(config: Config, adapter: Adapter) -> GgufModel:
     """The GGUF form of an adapter (of mlx-lm too: it has been read into PEFT's form) on a model with this config.json.
 
     W + alpha / rank * B A is what llama.cpp computes, with one alpha for the file, so alpha is scale x rank, for
@@ -26,13 +25,13 @@ def adapter_to_gguf(config: Mapping[str, Any], adapter: Adapter) -> GgufModel:
     ModelError, naming every module, for what such a file cannot hold: DoRA, modules trained whole, adapters on
     embeddings, on a head that is the embedding, on single experts.
     """
-    architecture = dict(known()).get(str(config.get("model_type")))
+    architecture = ARCHITECTURES.get(str(config.get("model_type")))
     if architecture is None:
         raise ModelError(f"{adapter.folder}: adapters on {config.get('model_type')} cannot be GGUF files")
     problems: list[str] = []
     if adapter.config.use_dora:
-        problems.append("use_dora: DoRA scales the rows of the sum, for which llama.cpp has no place")
-    problems += [f"{name} was trained whole (modules_to_save)" for name in adapter.saved]
+        problems.append("use_dora: DoRA scales the rows of the sum, which llama.cpp cannot express")
+    problems += [f"{name} was trained in full (modules_to_save)" for name in adapter.saved]
     modules = split_modules(adapter.state, adapter.config.use_dora, problems)
     if not modules:
         problems.append("holds no LoRA tensors")
@@ -47,22 +46,22 @@ def adapter_to_gguf(config: Mapping[str, Any], adapter: Adapter) -> GgufModel:
         way = "merge the adapter instead: macft export gguf MODEL --adapter DIR, without --adapter-only"
         raise ModelError(join_problems(f"{adapter.folder}: cannot be a GGUF adapter; {way}", problems))
     fields: dict[str, Field] = {
-        "general.architecture": architecture,
+        "general.architecture": architecture.name,
         "general.type": "adapter",
         "general.name": adapter.folder.name,
         "adapter.type": "lora",
         # llama.cpp takes an alpha of 0 for a scale of 1; B is zero then
         "adapter.lora.alpha": float(scale * adapter.config.rank or adapter.config.rank),
     }
-    return GgufModel(architecture, fields, tensors)
+    return GgufModel(architecture.name, fields, tensors)
 
 
-def _pair(config: Mapping[str, Any], module: str, a: Array, b: Array, problems: list[str]) -> list[LazyTensor]:
-    """A [rank, columns] and B [rows, rank] of a module under their GGUF names; or a line more in `problems`."""
+def _pair(config: Config, module: str, a: Array, b: Array, problems: list[str]) -> list[LazyTensor]:
+    """A [rank, columns] and B [rows, rank] of a module under their GGUF names; [] and a line more in `problems`."""
     try:
         name, change = module_rule(config, module.replace(_WRAPPED, "model.", 1))
         if name == _HEAD and config.get("tie_word_embeddings", str(config.get("model_type")).startswith("gemma")):
-            raise ModelError(f"{module} is the embedding too, and a GGUF file has no head of its own then")
+            raise ModelError(f"{module} is the embedding too, so the GGUF file has no separate head")
         if change is not None:
             b = np.ascontiguousarray(change(b))
     except ModelError as error:

@@ -1,4 +1,4 @@
-"""The rope settings of a config in; the fields and tensors by which llama.cpp rotates alike out."""
+"""Translate the rope settings of a config into the fields and tensors by which llama.cpp rotates alike."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from macft.errors import ModelError
-from macft.gguf.exporter.row_order import constants
 from macft.gguf.format import Field
-from macft.weights.tensors.lazy import LazyTensor
-
-Config = Mapping[str, Any]
+from macft.gguf.sizes import Config
+from macft.weights.tensors.lazy import Array, LazyTensor, from_array
 
 # `dynamic` begins to differ from no scaling beyond max_position_embeddings, which becomes the file's context length
 PLAIN = frozenset({"default", "dynamic", "linear", "yarn"})
@@ -121,7 +119,7 @@ def llama3_tensors(config: Config, head_dim: int) -> list[LazyTensor]:
     smooth = (np.float32(context) / waves - np.float32(low)) / np.float32(high - low)
     blended = 1 / ((1 - smooth) / np.float32(factor) + smooth)
     divisors = np.where(waves < context / high, 1.0, np.where(waves > context / low, factor, blended))
-    return [constants("rope_freqs.weight", divisors)]
+    return [_constant("rope_freqs.weight", divisors)]
 
 
 def longrope(config: Config, rotated: int) -> tuple[dict[str, Field], list[LazyTensor]]:
@@ -139,10 +137,15 @@ def longrope(config: Config, rotated: int) -> tuple[dict[str, Field], list[LazyT
     factor = rope.get("attention_factor")
     if factor is None:
         factor = sqrt(1 + log(scale) / log(original)) if scale > 1 else 1.0
-    tensors = [constants(f"rope_factors_{length}.weight", np.asarray(table)) for length, table in tables.items()]
+    tensors = [_constant(f"rope_factors_{length}.weight", np.asarray(table)) for length, table in tables.items()]
     return {"rope.scaling.attn_factor": float(factor)}, tensors
 
 
 def original_context(config: Config) -> int:
     """How many positions Phi-3 was first trained on; 4096 where the config does not say."""
     return int(settings(config).get("original_max_position_embeddings") or 4096)
+
+
+def _constant(name: str, numbers: Array) -> LazyTensor:
+    """A float32 tensor that no file of the model holds."""
+    return from_array(name, np.asarray(numbers, np.float32))

@@ -1,4 +1,4 @@
-"""From the number fields of a GGUF file to the entries of config.json, for each kind of model."""
+"""Translate the number fields of a GGUF file into the entries of config.json."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ import numpy as np
 
 from macft.errors import ModelError, join_problems
 from macft.gguf.format import GgufFile, GgufTensor
+from macft.gguf.sizes import (
+    GEMMA2_27B,
+    GEMMA2_PERIOD,
+    GEMMA3_27B,
+    GEMMA3_PERIOD,
+    SMOLLM3_PERIOD,
+    Sizes,
+    gemma_query_scalar,
+    smollm3_rope_layers,
+    with_products,
+)
 
 _FIELDS = {
     "layers": "block_count",
@@ -21,10 +32,6 @@ _EXPERT_FIELDS = {
     "experts_used": "expert_used_count",
     "expert_ffn": "expert_feed_forward_length",
 }
-# Layers of the two models whose attention is not scaled by the head size (gemma_pytorch, config.py).
-_GEMMA2_27B, _GEMMA3_27B = 46, 62
-_GEMMA3_PERIOD = 6
-_SMOLLM3_PERIOD = 4
 
 
 def read_sizes(source: GgufFile, *, has_experts: bool, is_partly_rotated: bool) -> dict[str, int]:
@@ -49,13 +56,8 @@ def read_sizes(source: GgufFile, *, has_experts: bool, is_partly_rotated: bool) 
     problems = _odd_heads(source, prefix, sizes, is_partly_rotated)
     if problems:
         raise ModelError(join_problems(headline, problems))
-    sizes["q"] = sizes["heads"] * sizes["head_dim"]
-    sizes["kv"] = sizes["kv_heads"] * sizes["head_dim"]
-    sizes["qkv"] = sizes["q"] + 2 * sizes["kv"]
-    sizes["two_ffn"] = 2 * sizes["ffn"]
     embedding = source.tensors.get("token_embd.weight")
-    sizes["vocab"] = embedding.shape[0] if embedding else 0
-    return sizes
+    return with_products({**sizes, "vocab": embedding.shape[0] if embedding else 0})
 
 
 def _odd_heads(source: GgufFile, prefix: str, sizes: dict[str, int], is_partly_rotated: bool) -> list[str]:
@@ -84,7 +86,7 @@ def _number(source: GgufFile, key: str, default: float) -> float:
     return shortest(source.number(f"{source.fields['general.architecture']}.{key}", default))
 
 
-def common(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
+def common(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     """The entries that every model type has."""
     prefix = source.fields["general.architecture"]
     return {
@@ -102,7 +104,7 @@ def common(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def llama(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
+def llama(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     """What llama has of its own: flags for biases."""
     del sizes
     return {
@@ -112,22 +114,21 @@ def llama(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def smollm3(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
+def smollm3(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     """Every fourth layer has no rotary positions, which no field says (llama.cpp assumes it too)."""
     del source
-    has_rope = [int((layer + 1) % _SMOLLM3_PERIOD != 0) for layer in range(sizes["layers"])]
     return {
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "no_rope_layer_interval": _SMOLLM3_PERIOD,
-        "no_rope_layers": has_rope,
+        "no_rope_layer_interval": SMOLLM3_PERIOD,
+        "no_rope_layers": smollm3_rope_layers(sizes["layers"]),
         "use_sliding_window": False,
         "sliding_window": None,
     }
 
 
-def qwen(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
+def qwen(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     """What qwen2 and qwen3 have of their own; the flag is read by qwen3, qwen2 always has biases."""
     del source, sizes
     return {
@@ -138,7 +139,7 @@ def qwen(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def qwen_moe(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
+def qwen_moe(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     """As qwen3; every layer is a mixture whose chosen weights are scaled to sum to 1 (llama.cpp assumes both)."""
     return {
         **qwen(source, sizes),
@@ -151,24 +152,22 @@ def qwen_moe(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def gemma2(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
+def gemma2(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     """What gemma2 has of its own: soft caps, and a window in every other layer."""
-    is_largest = sizes["layers"] == _GEMMA2_27B
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "attn_logit_softcapping": _number(source, "attn_logit_softcapping", 50.0),
         "final_logit_softcapping": _number(source, "final_logit_softcapping", 30.0),
-        "query_pre_attn_scalar": sizes["hidden"] // sizes["heads"] if is_largest else sizes["head_dim"],
+        "query_pre_attn_scalar": gemma_query_scalar(sizes, GEMMA2_27B),
         "sliding_window": source.number("gemma2.attention.sliding_window", 4096),
-        "layer_types": _layer_types(source, sizes["layers"], 2),
+        "layer_types": _layer_types(source, sizes["layers"], GEMMA2_PERIOD),
     }
 
 
-def gemma3(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
+def gemma3(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     """What gemma3 has of its own: two rope bases, and a window in all but every sixth layer."""
     window = source.number("gemma3.attention.sliding_window", 0)
-    is_largest = sizes["layers"] == _GEMMA3_27B
     whole = _rope_parameters(source, "gemma3", sizes["head_dim"], default_theta=1_000_000.0)
     local = {"rope_theta": _number(source, "rope.freq_base_swa", 10_000.0), "rope_type": "default"}
     all_global = ["full_attention"] * sizes["layers"]
@@ -177,9 +176,9 @@ def gemma3(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
         "attention_bias": False,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": _number(source, "final_logit_softcapping", 0.0) or None,
-        "query_pre_attn_scalar": sizes["hidden"] // sizes["heads"] if is_largest else sizes["head_dim"],
+        "query_pre_attn_scalar": gemma_query_scalar(sizes, GEMMA3_27B),
         "sliding_window": window or 4096,
-        "layer_types": _layer_types(source, sizes["layers"], _GEMMA3_PERIOD) if window else all_global,
+        "layer_types": _layer_types(source, sizes["layers"], GEMMA3_PERIOD) if window else all_global,
         "rope_parameters": {"full_attention": whole, "sliding_attention": local},
     }
 
@@ -195,7 +194,7 @@ def _layer_types(source: GgufFile, num_layers: int, default_period: int) -> list
     return ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(num_layers)]
 
 
-def phi3(source: GgufFile, sizes: dict[str, int]) -> dict[str, Any]:
+def phi3(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     """What phi3 has of its own: positions over a part of each head, and two tables of rope factors."""
     context = source.number("phi3.context_length", 4096)
     original = source.number("phi3.rope.scaling.original_context_length", context)

@@ -1,4 +1,4 @@
-"""From a .gguf model to a folder in Hugging Face layout: config, weights, tokenizer, chat template."""
+"""Import a .gguf model as a folder in Hugging Face layout: config, weights, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from typing import Any
 import gguf
 import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as GgmlType
 
 from macft.errors import ModelError, join_problems
 from macft.files import new_dir, write_json
-from macft.gguf.format import GgufFile, GgufTensor, read_gguf
+from macft.gguf.architectures import ARCHITECTURES, IMPORTED
+from macft.gguf.format import GgufFile, GgufTensor, Shape, read_gguf
 from macft.gguf.importer import config as gguf_config
-from macft.gguf.importer.architectures import ARCHITECTURES, Architecture, Rule
-from macft.gguf.importer.tokenizer import GgufVocabulary, read_vocabulary, write_tokenizer
+from macft.gguf.importer.tokenizer import GgufVocabulary, read_gguf_vocabulary, write_tokenizer
+from macft.gguf.row_order import deinterleave
+from macft.gguf.sizes import Config, Sizes
+from macft.gguf.tensor_rules import EXPERT, TensorRule
 from macft.weights.model_config import normalize_config
-from macft.weights.tensors.lazy import LazyTensor
+from macft.weights.tensors.lazy import Array, LazyTensor
 from macft.weights.tensors.safetensors import write_safetensors
 
 # GGUF types that keep their numbers as they are
@@ -28,9 +32,7 @@ _KEPT: dict[str, np.dtype[Any]] = {
     "F16": _HALF,
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_SLAB = 1 << 17  # elements dequantized at a time: small enough for the CPU's cache
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_CHUNK = 1 << 17  # elements dequantized at a time: small enough for the CPU's cache
 
 
 def import_gguf(path: Path, destination: Path) -> None:
@@ -39,13 +41,14 @@ def import_gguf(path: Path, destination: Path) -> None:
     Raises ModelError for a file that is damaged or of an architecture that is not in the table.
     """
     source = read_gguf(path)
-    architecture = _architecture(source)
-    vocabulary = read_vocabulary(source)
+    model_type = _model_type(source)
+    architecture = ARCHITECTURES[model_type]
+    vocabulary = read_gguf_vocabulary(source)
     sizes = gguf_config.read_sizes(
         source, has_experts=architecture.has_experts, is_partly_rotated=architecture.is_partly_rotated
     )
-    config = _config(source, architecture, vocabulary, sizes)
-    tensors = _tensors(source, architecture, config, sizes)
+    config = _config(source, model_type, vocabulary, sizes)
+    tensors = _tensors(source, config, sizes)
     with new_dir(destination) as folder:
         write_json(folder / "config.json", normalize_config(config))
         write_json(folder / "generation_config.json", _generation_config(vocabulary))
@@ -53,36 +56,38 @@ def import_gguf(path: Path, destination: Path) -> None:
         write_safetensors(folder / "model.safetensors", tensors)
 
 
-def _architecture(source: GgufFile) -> Architecture:
+def _model_type(source: GgufFile) -> str:
     name = source.text("general.architecture")
-    if name not in ARCHITECTURES:
+    if name not in IMPORTED:
         raise ModelError(
             f"{source.path}: GGUF architecture {name!r} cannot be read "
-            f"(accepted: {', '.join(ARCHITECTURES)}): use the original model's folder or hub id"
+            f"(accepted: {', '.join(IMPORTED)}): use the original model's folder or hub id"
         )
+    model_type = IMPORTED[name]
     if source.number("split.count", 1) > 1:
         raise ModelError(f"{source.path}: one part of a split model; join the parts with llama-gguf-split --merge")
-    if source.number(f"{name}.expert_count", 0) and not ARCHITECTURES[name].has_experts:
+    if source.number(f"{name}.expert_count", 0) and not ARCHITECTURES[model_type].has_experts:
+        readable = ", ".join(name for name, row in IMPORTED.items() if ARCHITECTURES[row].has_experts)
         raise ModelError(
-            f"{source.path}: a mixture of experts, which can be read of qwen3moe alone, not of {name}; "
+            f"{source.path}: mixture-of-experts models can only be imported for {readable}, not {name}; "
             "use the original model's folder or hub id"
         )
-    return ARCHITECTURES[name]
+    return model_type
 
 
-def _config(
-    source: GgufFile, architecture: Architecture, vocabulary: GgufVocabulary, sizes: dict[str, int]
-) -> dict[str, Any]:
+def _config(source: GgufFile, model_type: str, vocabulary: GgufVocabulary, sizes: Sizes) -> dict[str, Any]:
     if sizes["vocab"] != len(vocabulary.tokens):
         raise ModelError(
             f"{source.path}: token_embd.weight has {sizes['vocab']} rows for {len(vocabulary.tokens)} tokens"
         )
+    imports = ARCHITECTURES[model_type].imports
+    assert imports is not None, model_type
     return {
-        "architectures": [architecture.class_name],
-        "model_type": architecture.model_type,
+        "architectures": [imports.class_name],
+        "model_type": model_type,
         "dtype": _dtype(source.tensors["token_embd.weight"]).name,
         **gguf_config.common(source, sizes),
-        **architecture.own(source, sizes),
+        **imports.entries(source, sizes),
         **_special_ids(vocabulary),
     }
 
@@ -101,14 +106,13 @@ def _generation_config(vocabulary: GgufVocabulary) -> dict[str, Any]:
     return {key: value for key, value in _special_ids(vocabulary).items() if value is not None}
 
 
-def _tensors(
-    source: GgufFile, architecture: Architecture, config: dict[str, Any], sizes: dict[str, int]
-) -> list[LazyTensor]:
-    """Pair every tensor the architecture wants with one of the file; all problems in one ModelError."""
-    expected = _wanted(architecture, config, sizes["layers"])
+def _tensors(source: GgufFile, config: Config, sizes: Sizes) -> list[LazyTensor]:
+    """Pair every tensor of the architecture with one of the file; all problems in one ModelError."""
+    architecture = ARCHITECTURES[config["model_type"]]
+    expected = architecture.tensors(config, sizes["layers"], has_head=not config["tie_word_embeddings"])
     tensors: list[LazyTensor] = []
     unknown = source.tensors.keys() - expected.keys() - architecture.rope_tensors
-    problems = [f"{name} is not a tensor of {architecture.model_type}" for name in unknown]
+    problems = [f"{name} is not a tensor of {config['model_type']}" for name in unknown]
     for name, (hf_name, rule) in expected.items():
         tensor = source.tensors.get(name)
         shape = tuple(sizes[word] for word in rule.shape)
@@ -123,26 +127,12 @@ def _tensors(
         else:
             tensors += _lazy(source, tensor, hf_name, rule, sizes)
     if problems:
-        headline = f"{source.path}: the tensors do not make a {architecture.model_type} model:"
+        headline = f"{source.path}: the tensors do not make a {config['model_type']} model:"
         raise ModelError(join_problems(headline, sorted(problems)))
     return tensors
 
 
-def _wanted(architecture: Architecture, config: dict[str, Any], num_layers: int) -> dict[str, tuple[str, Rule]]:
-    expected = {}
-    for stem, rule in architecture.whole.items():
-        if stem != "output" or not config["tie_word_embeddings"]:
-            expected[f"{stem}.weight"] = (f"{rule.name}.weight", rule)
-    for layer in range(num_layers):
-        for stem, rule in architecture.per_layer.items():
-            name = f"model.layers.{layer}.{rule.name}"
-            expected[f"blk.{layer}.{stem}.weight"] = (f"{name}.weight", rule)
-            if rule.bias == "always" or (rule.bias and config[rule.bias]):
-                expected[f"blk.{layer}.{stem}.bias"] = (f"{name}.bias", rule)
-    return expected
-
-
-def _is_readable(kind: GGMLQuantizationType) -> bool:
+def _is_readable(kind: GgmlType) -> bool:
     if kind.name in _KEPT:
         return True
     block_bytes = GGML_QUANT_SIZES[kind][1]
@@ -157,10 +147,10 @@ def _dtype(tensor: GgufTensor) -> np.dtype[Any]:
     return _KEPT.get(tensor.kind.name, _HALF)
 
 
-def _lazy(source: GgufFile, tensor: GgufTensor, hf_name: str, rule: Rule, sizes: dict[str, int]) -> list[LazyTensor]:
+def _lazy(source: GgufFile, tensor: GgufTensor, hf_name: str, rule: TensorRule, sizes: Sizes) -> list[LazyTensor]:
     """One tensor, or one for each expert of a stack [experts, rows, columns]."""
     dtype = _dtype(tensor)
-    if "{expert}" not in hf_name:
+    if EXPERT not in hf_name:
         heads = sizes[rule.heads] if rule.heads else 0
         read = partial(_read, source, tensor, slice(None), tensor.shape, heads, rule.is_shifted)
         return [LazyTensor(hf_name, dtype, tensor.shape, read)]
@@ -173,14 +163,12 @@ def _lazy(source: GgufFile, tensor: GgufTensor, hf_name: str, rule: Rule, sizes:
     return experts
 
 
-def _read(
-    source: GgufFile, tensor: GgufTensor, part: slice, shape: tuple[int, ...], heads: int, is_shifted: bool
-) -> np.ndarray[Any, Any]:
+def _read(source: GgufFile, tensor: GgufTensor, part: slice, shape: Shape, heads: int, is_shifted: bool) -> Array:
     packed = source.packed(tensor)[part]
     if tensor.name.endswith(".bias"):
         packed = packed.reshape(shape[0], -1)
     if heads:
-        packed = _unpermute(packed, heads)
+        packed = deinterleave(packed, heads)
     try:
         with np.errstate(over="raise"):
             array = _numbers(packed, tensor, shape)
@@ -191,23 +179,16 @@ def _read(
     return (array.astype(np.float32) - 1).astype(array.dtype) if is_shifted else array
 
 
-def _numbers(packed: Bytes, tensor: GgufTensor, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def _numbers(packed: Array, tensor: GgufTensor, shape: Shape) -> Array:
     """Rows as stored, [rows, bytes per row], as an array of `shape`."""
     kind, dtype = tensor.kind, _dtype(tensor)
     if kind.name in _KEPT:
         return packed.reshape(-1).view(dtype).reshape(shape)
     columns = shape[-1]
     array = np.empty((packed.shape[0], columns), dtype)
-    step = max(1, _SLAB // columns)
+    step = max(1, _CHUNK // columns)
     for start in range(0, packed.shape[0], step):
         # as one long row: gguf cuts its work by rows, in pieces too small for speed
         chunk = packed[start : start + step]
         array[start : start + step] = gguf.dequantize(chunk.reshape(1, -1), kind).reshape(-1, columns)
     return array.reshape(shape)
-
-
-def _unpermute(rows: Bytes, heads: int) -> Bytes:
-    """GGUF interleaves the two halves of each head's rows, [h, d/2, 2, ...]; HF has [h, 2, d/2, ...]."""
-    pairs: Bytes = rows.reshape(heads, -1, 2, rows.shape[1])
-    halves: Bytes = pairs.swapaxes(1, 2).reshape(rows.shape)
-    return halves

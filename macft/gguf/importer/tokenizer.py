@@ -1,88 +1,29 @@
-"""From the tokenizer fields of a GGUF file to tokenizer.json and the small files beside it."""
+"""Turn the tokenizer fields of a GGUF file into tokenizer.json and the small files beside it."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from macft.errors import ModelError
 from macft.files import write_json, write_text
 from macft.gguf.format import GgufFile
-from macft.gguf.importer.merges import sentencepiece_tokenizer
+from macft.gguf.vocabulary.merges import sentencepiece_tokenizer
+from macft.gguf.vocabulary.split_patterns import PRE_TOKENIZERS, PreTokenizer
 
 log = logging.getLogger("macft")
 
-# Word patterns of the published tokenizers, in the form llama.cpp runs them.
-_CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = rf"{_CONTRACTION}|{_WORDS}|\p{{N}}|{_REST}"
-_LLAMA3 = rf"{_CONTRACTION}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
-# as llama.cpp has it: of the letters beyond ASCII it does not tell upper case from lower
-_UPPER = r"(?:(?=\p{L})[^a-z])"
-_LOWER = r"(?:(?=\p{L})[^A-Z])"
-_START = r"[^\r\n\p{L}\p{N}]?"
-_REST_WITH_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = rf"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*|\p{{N}}|{_REST_WITH_SLASH}"
-_GPT4O = (
-    rf"{_START}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_START}{_UPPER}+{_LOWER}*{_CONTRACTION}?"
-    rf"|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}"
-)
-_SEED = rf"{_CONTRACTION}|{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
-_FALCON_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
-
-
-@dataclass(frozen=True)
-class _Pre:
-    """How text is cut before merging: each pattern cuts the pieces of the one before it."""
-
-    patterns: tuple[str, ...]
-    whole_words: bool = False  # a piece that is a token is taken without merging
-    add_bos: bool = False  # when the file does not say
-
-
-PRE_TOKENIZERS: dict[str, _Pre] = {
-    "default": _Pre((_PUNCTUATION, _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2"), _Pre((_LLAMA3,), True, True)),
-    "tekken": _Pre((_TEKKEN,), True, True),
-    "gpt-4o": _Pre((_GPT4O,)),
-    "seed-coder": _Pre((_SEED,)),
-    **dict.fromkeys(("smaug-bpe", "dbrx", "chatglm-bpe"), _Pre((_LLAMA3,))),
-    "glm4": _Pre((_LLAMA3,), True),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"), _Pre((_QWEN2,))),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"), _Pre((_GPT2,))),
-    **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-        _Pre((r"\p{N}", _GPT2)),
-    ),
-    "falcon": _Pre((_FALCON_PUNCTUATION, _GPT2, "[0-9][0-9][0-9]")),
-}
-
-
-class _Type(IntEnum):
-    """tokenizer.ggml.token_type"""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-_CUT_OUT = (_Type.UNKNOWN, _Type.CONTROL, _Type.USER_DEFINED)  # of a text, before anything else
+_CUT_OUT = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)  # of a text, before anything else
 _KINDS = ("gpt2", "llama")
-# what llama.cpp takes for the end of a turn when the file names none
+# what llama.cpp takes for the end of a turn when the file does not name one
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>")
-# llama.cpp goes by the name too: in Phi-3, all special tokens but these swallow the white space after them
+# llama.cpp goes by the name too: in Phi-3, all special tokens except these swallow the white space after them
 _EATS_SPACE = ("phi-3", "phi3")
 _KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 # ids that llama.cpp assumes for a SentencePiece vocabulary whose file names none
@@ -92,10 +33,10 @@ _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "paddi
 
 @dataclass(frozen=True)
 class GgufVocabulary:
-    """The checked tokenizer fields; `ids` holds what is known of bos, eos, eot, unknown and padding."""
+    """The checked tokenizer fields; `ids` holds those of bos, eos, eot, unknown and padding that are known."""
 
     kind: str
-    pre: _Pre
+    pre: PreTokenizer
     tokens: list[str]
     types: list[int]
     ids: dict[str, int]
@@ -103,13 +44,13 @@ class GgufVocabulary:
     add_eos: bool
 
 
-def read_vocabulary(source: GgufFile) -> GgufVocabulary:
+def read_gguf_vocabulary(source: GgufFile) -> GgufVocabulary:
     """Check the tokenizer fields; ModelError for a kind or pre-tokenizer that is not in the tables."""
     fields, path = source.fields, source.path
     kind = source.text("tokenizer.ggml.model")
     if kind not in _KINDS:
         raise ModelError(
-            f"{path}: tokenizer.ggml.model is {kind!r}; {' and '.join(map(repr, _KINDS))} can be read: "
+            f"{path}: tokenizer.ggml.model is {kind!r}; {' and '.join(map(repr, _KINDS))} can be imported: "
             "use the original model's folder instead of the .gguf file"
         )
     pre = (source.text("tokenizer.ggml.pre") if kind == "gpt2" else None) or "default"
@@ -122,7 +63,7 @@ def read_vocabulary(source: GgufFile) -> GgufVocabulary:
     tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
     if len(set(tokens)) != len(tokens):
         raise ModelError(f"{path}: {len(tokens) - len(set(tokens))} tokens of the vocabulary appear twice")
-    types = fields.get("tokenizer.ggml.token_type", [int(_Type.NORMAL)] * len(tokens))
+    types = fields.get("tokenizer.ggml.token_type", [int(TokenType.NORMAL)] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise ModelError(f"{path}: tokenizer.ggml.token_type does not hold one type for each of {len(tokens)} tokens")
     ids = dict(_SENTENCEPIECE_IDS) if kind == "llama" else {}
@@ -171,7 +112,7 @@ def _add_tokens(tokenizer: Tokenizer, source: GgufFile, vocabulary: GgufVocabula
     plain: list[AddedToken] = []
     for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
         if kind in _CUT_OUT:
-            is_special = kind != _Type.USER_DEFINED
+            is_special = kind != TokenType.USER_DEFINED
             rstrip = eats_space and token not in _KEEPS_SPACE
             added = AddedToken(token, normalized=False, special=is_special, rstrip=rstrip)
             (special if is_special else plain).append(added)
@@ -202,12 +143,12 @@ def _sentencepiece(source: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
     scores = source.fields.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
         raise ModelError(f"{source.path}: tokenizer.ggml.scores does not hold one score for each token")
-    whole = (_Type.UNKNOWN, _Type.CONTROL, _Type.BYTE)
+    whole = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.BYTE)
     is_mergeable = [kind not in whole for kind in vocabulary.types]
     if len({score for score, counts in zip(scores, is_mergeable, strict=True) if counts}) == 1:
         log.warning(
-            "%s: all its tokens have one score, as when a converter finds no tokenizer.model: text is cut as by the "
-            "original tokenizer, which llama.cpp may do otherwise with this file",
+            "%s: all its tokens have one score, as when a converter found no tokenizer.model: text is cut as by the "
+            "original tokenizer, and llama.cpp may cut it differently with this file",
             source.path,
         )
     return sentencepiece_tokenizer(
@@ -245,5 +186,5 @@ def _tokenizer_config(source: GgufFile, vocabulary: GgufVocabulary) -> dict[str,
 def _strings(source: GgufFile, key: str) -> list[str]:
     value = source.fields.get(key)
     if not isinstance(value, list) or not value or not isinstance(value[0], str):
-        raise ModelError(f"{source.path}: {key} is missing, a list of strings was expected")
+        raise ModelError(f"{source.path}: {key} is missing or not a list of strings, which was expected")
     return value

@@ -1,4 +1,4 @@
-"""From the files of a SentencePiece tokenizer to its vocabulary with scores, by which llama.cpp ranks merges."""
+"""Read the scored vocabulary of a SentencePiece tokenizer; by its scores llama.cpp ranks merges."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import AddedToken
 
 from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import ModelError
-from macft.gguf.importer.merges import sentencepiece_tokenizer
+from macft.gguf.vocabulary.merges import sentencepiece_tokenizer
 from macft.gguf.vocabulary.sentencepiece import SentencePieces, read_sentencepiece
 from macft.gguf.vocabulary.tokens import (
     Added,
     Prefix,
     Tokens,
-    TokenType,
     Vocabulary,
     added_tokens,
     mark_added,
@@ -41,7 +41,7 @@ def vocabulary_with_byte_fallback(
 ) -> Vocabulary:
     """The vocabulary of a tokenizer.json with the content `core`, which holds merges and no scores.
 
-    The scores are those of tokenizer.model, if that is there and of the same vocabulary. Otherwise a token scores
+    The scores are those of tokenizer.model, if it is there and has the same vocabulary. Otherwise a token scores
     minus the rank of the first merge that makes it: such files were made from scores, best first.
     """
     path = folder / "tokenizer.json"
@@ -84,7 +84,7 @@ def vocabulary_of_pieces(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
     _check_bytes(path, tokens)
     space = settings.get("add_prefix_space")
     if str(config.get("model_type", "")).startswith("gemma"):
-        space = False  # the code of gemma's tokenizer puts none, whatever the file says
+        space = False  # the code of gemma's tokenizer adds none, whatever the file says
     has_prefix = pieces.add_dummy_prefix if space is None else bool(space)
     special_map = {role: pieces.texts[pieces.ids[name]] for role, name in _ROLES.items() if name in pieces.ids}
     special_map |= texts_of_roles(settings)
@@ -111,12 +111,12 @@ def _tokenizer(
     for id_, token in sorted({**controls, **added}.items()):
         core.add_tokens([AddedToken(token.text, special=token.is_special, normalized=False)])
         if core.token_to_id(token.text) != id_:
-            raise ModelError(f"{folder}: the added token {token.text!r} is {id_}, and before it ids are missing")
+            raise ModelError(f"{folder}: the added token {token.text!r} is {id_}, but ids before it are missing")
     return Tokenizer(core, special_map=special_map, eos_ids=frozenset(), files={})
 
 
 def _pieces_of_same(folder: Path, tokens: Tokens, added: Mapping[int, Added]) -> SentencePieces | None:
-    """tokenizer.model, unless it is absent or its pieces are not the tokens of tokenizer.json."""
+    """tokenizer.model, unless it is missing or its pieces are not the tokens of tokenizer.json."""
     path = folder / "tokenizer.model"
     if not path.is_file():
         return None
@@ -142,12 +142,12 @@ def _scores_of_merges(texts: list[str], merges: list[tuple[str, str]]) -> list[f
 
 
 def _warn_of_other_merges(path: Path, texts: list[str], merges: list[tuple[str, str]]) -> None:
-    """llama.cpp joins any two tokens into a third; a file not made from SentencePiece's may not know some of them."""
+    """llama.cpp joins any two tokens into a third; files that do not stem from SentencePiece may lack such merges."""
     known, joined = set(texts), {left + right for left, right in merges}
     count = sum(1 for text in joined for cut in range(1, len(text)) if text[:cut] in known and text[cut:] in known)
     if count > len(set(merges)):
         logger.warning(
-            "%s: llama.cpp joins tokens in %d ways more than this tokenizer does, so it may cut some text otherwise; "
+            "%s: llama.cpp joins tokens in %d ways more than this tokenizer does, so it may cut some text differently; "
             "put the tokenizer.model of the model beside it, if there is one",
             path,
             count - len(set(merges)),

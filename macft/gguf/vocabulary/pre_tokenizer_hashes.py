@@ -1,4 +1,4 @@
-"""The text by whose token ids llama.cpp's converter knows a tokenizer, and the hashes of these ids."""
+"""List the hashes by which llama.cpp's converter knows a tokenizer, and the text whose token ids are hashed."""
 
 # fmt: off
 TEXT = (

@@ -1,4 +1,4 @@
-"""A byte-level tokenizer in; the name by which llama.cpp knows how it cuts text before merging out."""
+"""Find the name by which llama.cpp knows how a byte-level tokenizer cuts text before merging."""
 
 from __future__ import annotations
 
@@ -9,40 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from macft.errors import ModelError, join_problems
-from macft.gguf.importer.tokenizer import PRE_TOKENIZERS
 from macft.gguf.vocabulary.pre_tokenizer_hashes import HASHES
+from macft.gguf.vocabulary.split_patterns import (
+    CONTRACTION,
+    DEEPSEEK3,
+    FALCON_PUNCTUATION,
+    GPT2,
+    PRE_TOKENIZERS,
+    PUBLISHED_CASES,
+    QWEN35,
+    gpt4o,
+    tekken,
+)
 
 # One name for each way to cut; of those that llama.cpp treats alike, the one that leaves spaces before punctuation.
 _PREFERRED = ("llama-bpe", "smaug-bpe", "qwen2", "tekken", "gpt-4o", "seed-coder", "smollm", "gpt-2")
-_CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _ANY_CASE = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_START = r"[^\r\n\p{L}\p{N}]?"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = rf"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*|\p{{N}}|{_REST}"
-_GPT4O = rf"{_START}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_START}{_UPPER}+{_LOWER}*{_CONTRACTION}?|\p{{N}}{{1,3}}|{_REST}"
-_QWEN35 = (
-    rf"{_CONTRACTION}|{_START}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_DEEPSEEK3 = (
-    r"\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
 
 # (what cuts the text, step by step; whether a piece that is a token is taken without merging) -> name
 _Cut = tuple[tuple[str, ...], bool]
 _NAMES: dict[_Cut, str] = {
     **{(PRE_TOKENIZERS[name].patterns, PRE_TOKENIZERS[name].whole_words): name for name in reversed(_PREFERRED)},
-    ((_TEKKEN,), True): "tekken",
-    ((_GPT4O,), False): "gpt-4o",
-    ((_QWEN35,), False): "qwen35",
-    (_DEEPSEEK3, False): "deepseek-v3",
+    ((tekken(*PUBLISHED_CASES),), True): "tekken",
+    ((gpt4o(*PUBLISHED_CASES),), False): "gpt-4o",
+    ((QWEN35,), False): "qwen35",
+    (DEEPSEEK3, False): "deepseek-v3",
 }
-# Normalizers that llama.cpp leaves out: NFC alone changes no text that is composed already, as typed text is.
+# Normalizers that llama.cpp leaves out: NFC does not change text that is composed already, as typed text is.
 _HARMLESS = ("NFC",)
 
 
@@ -50,8 +43,8 @@ def name_of_pre_tokenizer(path: Path, core: Mapping[str, Any], ids: Sequence[int
     """The `tokenizer.ggml.pre` of a tokenizer.json with the content `core`, read from `path`.
 
     `ids` are those of `pre_tokenizer_hashes.TEXT` without special tokens. Published tokenizers are found by the hash
-    of these ids, as llama.cpp's converter does it; one with a vocabulary of its own by how it cuts text. ModelError,
-    with the regexes, when neither is known: under another name llama.cpp would cut text otherwise, and say nothing.
+    of these ids, as llama.cpp's converter does; one with its own vocabulary by how it cuts text. Raises ModelError,
+    with the regexes, when neither is known: under another name llama.cpp would silently cut text differently.
     """
     for sequence in (list(ids), [bos, *ids]):
         name = HASHES.get(hashlib.sha256(str(sequence).encode()).hexdigest())
@@ -77,7 +70,7 @@ def name_of_pre_tokenizer(path: Path, core: Mapping[str, Any], ids: Sequence[int
 
 
 def _cuts(step: Any) -> Iterable[str]:
-    """The regular expressions that cut text one after the other; what is none by its name and settings."""
+    """The regular expressions that cut text one after the other; any other step as JSON."""
     if step is None:
         return
     kind = step.get("type")
@@ -86,11 +79,11 @@ def _cuts(step: Any) -> Iterable[str]:
             yield from _cuts(inner)
     elif kind == "ByteLevel" and not step.get("add_prefix_space"):
         if step.get("use_regex", True):
-            yield _GPT2
+            yield GPT2
     elif kind == "Digits":
         yield r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
     elif kind == "Punctuation" and step.get("behavior") == "Contiguous":
-        yield r"[\p{P}\$\+<=>\^~\|`]+"
+        yield FALCON_PUNCTUATION
     elif kind == "Split" and _is_isolating(step):
         yield _canonical(step["pattern"]["Regex"])
     else:
@@ -98,7 +91,7 @@ def _cuts(step: Any) -> Iterable[str]:
 
 
 def _is_isolating(step: Mapping[str, Any]) -> bool:
-    """Whether a Split keeps what it matches as pieces; inverted and removing is the same where all text matches."""
+    """Whether a Split keeps its matches as pieces; inverted and removing is the same where all text matches."""
     behavior, is_inverted = step.get("behavior"), bool(step.get("invert"))
     is_regex = isinstance(step.get("pattern"), dict) and isinstance(step["pattern"].get("Regex"), str)
     return is_regex and (behavior, is_inverted) in (("Isolated", False), ("Removed", True))
@@ -107,10 +100,7 @@ def _is_isolating(step: Mapping[str, Any]) -> bool:
 def _canonical(regex: str) -> str:
     """One spelling of the same expression: contractions in any case, line ends escaped."""
     return (
-        regex.replace(_ANY_CASE, _CONTRACTION)
-        .replace("\r", r"\r")
-        .replace("\n", r"\n")
-        .replace(r"\p{N}{1}|", r"\p{N}|")
+        regex.replace(_ANY_CASE, CONTRACTION).replace("\r", r"\r").replace("\n", r"\n").replace(r"\p{N}{1}|", r"\p{N}|")
     )
 
 

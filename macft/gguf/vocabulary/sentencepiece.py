@@ -1,4 +1,4 @@
-"""A SentencePiece model file (tokenizer.model) in; its pieces, their scores and types, and its settings out."""
+"""Read the pieces, scores, types and settings of a SentencePiece model file (tokenizer.model)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Value = int | bytes
 class SentencePieces:
     """Texts, scores and types of the pieces by id; the types are numbered as in GGUF.
 
-    `ids` holds the ids of unk, bos, eos and pad that there are.
+    `ids` holds the ids of unk, bos, eos and pad, as far as they exist.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -36,13 +36,13 @@ class SentencePieces:
 
 
 def read_sentencepiece(path: Path) -> SentencePieces:
-    """Read the protobuf without the sentencepiece library; ModelError if it is none, or not of type BPE."""
+    """Read the protobuf without the sentencepiece library; ModelError if it is not one, or not of type BPE."""
     try:
         return _parse(path, path.read_bytes())
     except (struct.error, IndexError, ValueError) as error:
         raise ModelError(
-            f"{path}: not a SentencePiece model ({error}); where it is a tiktoken file, put the tokenizer.json of the "
-            "model beside it, else fetch it again"
+            f"{path}: not a SentencePiece model ({error}); if it is a tiktoken file, put the tokenizer.json of the "
+            "model beside it, otherwise download it again"
         ) from None
 
 
@@ -56,7 +56,7 @@ def _parse(path: Path, content: bytes) -> SentencePieces:
         if number not in (_PIECES, _TRAINER, _NORMALIZER):
             continue
         if not isinstance(value, bytes):
-            raise ValueError(f"field {number} is no message")
+            raise ValueError(f"field {number} is not a message")
         if number == _PIECES:
             piece = dict(_fields(value))
             texts.append(_bytes(piece.get(_PIECE_TEXT, b"")).decode("utf-8"))
@@ -72,8 +72,8 @@ def _parse(path: Path, content: bytes) -> SentencePieces:
         raise ValueError("it holds no pieces")
     if model_type != _BPE:
         raise ModelError(
-            f"{path}: a SentencePiece model of type {_MODEL_TYPES.get(model_type, model_type)}; llama.cpp's models of "
-            "the llama kind need bpe"
+            f"{path}: a SentencePiece model of type {_MODEL_TYPES.get(model_type, model_type)}; llama.cpp can only "
+            "read bpe: export a merged model instead (macft export merged)"
         )
     known = {name: id_ for name, id_ in ids.items() if 0 <= id_ < len(texts)}
     return SentencePieces(texts, scores, types, known, add_dummy_prefix)

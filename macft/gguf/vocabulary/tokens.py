@@ -1,12 +1,13 @@
-"""Tokens of a vocabulary with their types: what the ways of reading a tokenizer have in common."""
+"""Hold the tokens of a vocabulary with their types, and mark those that were added."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal
+
+from gguf import TokenType
 
 from macft.data.tokenization.tokenizer import Tokenizer, read_json
 from macft.errors import ModelError, join_problems
@@ -20,20 +21,9 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 Prefix = Literal["always", "first", "never"]
 
 
-class TokenType(IntEnum):
-    """tokenizer.ggml.token_type"""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
 @dataclass(frozen=True)
 class Added:
-    """A token that is cut out of a text before anything else."""
+    """A token that is cut out of the text before anything else."""
 
     text: str
     is_special: bool
@@ -49,7 +39,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens by id, and what the files beside them say; `kind` is llama.cpp's: gpt2 or llama (SentencePiece).
+    """The tokens by id, and what the files beside them say; `kind` is llama.cpp's name: gpt2, or llama (SentencePiece).
 
     `merges` belong to gpt2, `scores` and `prefix` to llama: `prefix` tells whether a space goes before the text,
     and whether after every special token too. `ids` are the tokenizer's by text, `core` is the content of
@@ -76,14 +66,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def texts_of_roles(settings: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token ... as texts, those that there are."""
+    """The texts of bos_token, eos_token and so on, as far as they are set."""
     found = {role: settings.get(role) for role in _ROLES}
     texts = {role: value.get("content") if isinstance(value, dict) else value for role, value in found.items()}
     return {role: text for role, text in texts.items() if isinstance(text, str)}
 
 
 def tokens_of(vocabulary: Mapping[str, int]) -> Tokens:
-    """The tokens of a vocabulary by id, all of them normal."""
+    """The tokens of a vocabulary by id, all of type NORMAL."""
     size = 1 + max(vocabulary.values(), default=-1)
     tokens = Tokens([""] * size, [TokenType.UNUSED] * size)
     for text, id_ in vocabulary.items():
@@ -97,7 +87,7 @@ def added_tokens(
 ) -> dict[int, Added]:
     """The added tokens by id: those of tokenizer.json, then of the two older places, then those that have a role.
 
-    transformers 5 saves them in tokenizer.json alone. ModelError when two files name one id differently.
+    transformers 5 saves them only in tokenizer.json. ModelError when two files name one id differently.
     """
     older = {id_: Added(text, True) for text, id_ in read_json(folder / "added_tokens.json").items()}
     try:
@@ -125,7 +115,7 @@ def added_tokens(
 
 
 def mark_added(tokens: Tokens, added: Mapping[int, Added]) -> None:
-    """Give the added tokens their texts and types; those that a user defined hold real spaces, as text does."""
+    """Give the added tokens their texts and types; user-defined ones hold real spaces, as text does."""
     for id_, token in added.items():
         if token.is_special or _looks_special(token.text):
             tokens.texts[id_], tokens.types[id_] = token.text, TokenType.CONTROL
@@ -134,7 +124,7 @@ def mark_added(tokens: Tokens, added: Mapping[int, Added]) -> None:
 
 
 def _looks_special(text: str) -> bool:
-    """The same tokens that llama.cpp's converter makes control tokens in spite of their files."""
+    """Whether llama.cpp's converter makes it a control token, whatever its file says."""
     return text in _CONTROL_LIKE or any(
         text.startswith(start) and text.endswith(end) and len(text) >= len(start + end) for start, end in _CONTROL_FORMS
     )

@@ -22,8 +22,8 @@ from support.tiny_export import (
 )
 from support.tiny_gguf import LlamaCpp, llama_cpp
 
+from macft.gguf.architectures import ARCHITECTURES
 from macft.gguf.exporter.export import export_gguf
-from macft.gguf.exporter.table import EXPORTS
 from macft.weights.folder import ModelFolder
 
 
@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_every_model_type_of_the_table_has_a_case() -> None:
     wrapped = {"qwen3_5", "qwen3_5_moe"}  # see test_a_text_model_within_another_is_exported_alike
-    assert {case.model_type for case in CASES.values()} | wrapped == set(EXPORTS)
+    assert {case.model_type for case in CASES.values()} | wrapped == set(ARCHITECTURES)
 
 
 @pytest.mark.torch

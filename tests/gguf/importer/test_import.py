@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from macft.errors import MissingPackageError, ModelError
 from macft.gguf.importer.model import import_gguf
-from macft.gguf.importer.tokenizer import PRE_TOKENIZERS
+from macft.gguf.vocabulary.split_patterns import PRE_TOKENIZERS
 from macft.models.locate import resolve_model
 
 TINY = byte_level(TinyGguf())
@@ -233,14 +233,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"general.architecture": "rwkv7"}, "'rwkv7' cannot be read (accepted: llama, qwen2, qwen3, "),
     "fields": ({"general.architecture": "qwen3moe"}, "qwen3moe.expert_feed_forward_length is None, a positive whole"),
     "split": ({"split.count": 3}, "llama-gguf-split --merge"),
-    "experts": ({"llama.expert_count": 8}, "a mixture of experts"),
+    "experts": ({"llama.expert_count": 8}, "mixture-of-experts models can only be imported for qwen3moe, not llama"),
     "tokenizer": ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'"),
     "pre": ({"tokenizer.ggml.pre": "martian"}, "pre-tokenizer 'martian' is not known"),
     "layers_of_a_damaged_file": ({"llama.block_count": 4_000_000_000}, "4000000000 layers in"),
     "layers": ({"llama.block_count": None}, "llama.block_count is None"),
-    "kv_heads_per_layer": ({"llama.attention.head_count_kv": [2, 4]}, "is [2, 4], one number was expected"),
-    "theta": ({"llama.rope.freq_base": "high"}, "llama.rope.freq_base is high, one number was expected"),
-    "eos_is_text": ({"tokenizer.ggml.eos_token_id": "</s>"}, "eos_token_id is </s>, one number was expected"),
+    "kv_heads_per_layer": ({"llama.attention.head_count_kv": [2, 4]}, "is [2, 4], a number was expected"),
+    "theta": ({"llama.rope.freq_base": "high"}, "llama.rope.freq_base is high, a number was expected"),
+    "eos_is_text": ({"tokenizer.ggml.eos_token_id": "</s>"}, "eos_token_id is </s>, a number was expected"),
     "template": ({"tokenizer.chat_template": 7}, "tokenizer.chat_template is 7, text was expected"),
     "kv_heads": ({"llama.attention.head_count_kv": 3}, "head_count_kv is 3, a divisor of 4"),
     "partial_rope": ({"llama.rope.dimension_count": 16}, "llama.rope.dimension_count is 16"),

@@ -24,8 +24,8 @@ from tokenizers import AddedToken, Tokenizer
 from macft.data.templates.chat_template import load_template
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ModelError
-from macft.gguf.vocabulary.tokenizer import required_name, sampling_fields
-from macft.gguf.vocabulary.vocabulary import read_vocabulary
+from macft.gguf.vocabulary.fields import required_name, sampling_fields
+from macft.gguf.vocabulary.files import read_vocabulary
 from macft.models.locate import resolve_model
 
 QUESTION = [{"role": "user", "content": "hello there"}]

@@ -1,4 +1,4 @@
-"""From the scored tokens of a SentencePiece vocabulary to a tokenizer that merges as SentencePiece does."""
+"""Make a tokenizer that merges as SentencePiece does from its scored tokens."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def sentencepiece_tokenizer(
     unknown: str,
     add_space_prefix: bool,
 ) -> Tokenizer:
-    """The tokenizer without its special tokens; characters that are no token become bytes "<0x..>"."""
+    """The tokenizer without its special tokens; characters without a token become bytes "<0x..>"."""
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = _merges(tokens, scores, is_mergeable, vocab)
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    # Prepend, not Metaspace: llama.cpp puts the space after every special token, not at the start alone
+    # Prepend, not Metaspace: llama.cpp puts the space after every special token, not only at the start
     prefix = [normalizers.Prepend("▁")] if add_space_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if add_space_prefix else []

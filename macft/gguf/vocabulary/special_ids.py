@@ -1,4 +1,4 @@
-"""A vocabulary, the model's configuration and its chat template in; the special ids of a GGUF file out."""
+"""Choose the special token ids of a GGUF file: BOS, the ends of generation and the other roles."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def special_fields(
     The end of generation. Model, generation settings, tokenizer and template may each name other tokens: a base
     model says <|endoftext|>, the ChatML it was tuned with ends turns by <|im_end|>. All of them end generation
     here. eos_token_id is the one that ends a rendered assistant turn, since every program heeds it; without a
-    template, or where that ends turns by no special token, it is the tokenizer's. The others, first those that
+    template, or where that ends turns without a special token, it is the tokenizer's. The others, first those that
     llama.cpp does not know by their text, become eot_token_id and eom_token_id, the only further ones that it
-    reads; eos_token_ids lists them all for those programs that read it.
+    reads; eos_token_ids lists them all for the programs that read it.
 
-    BOS. llama.cpp puts it before every prompt if add_bos_token says so, and takes it out of what the template
-    wrote before. The model has been trained on what the template writes, so it is false when this begins without.
+    BOS. llama.cpp puts it before every prompt if add_bos_token says so, and removes it from what the template
+    wrote. The model has been trained on what the template writes, so it is false when that begins without BOS.
     """
     ends = end_ids(vocabulary, config, template)
     ids = _role_ids(vocabulary, config)
@@ -67,7 +67,7 @@ def special_fields(
 
 
 def end_ids(vocabulary: Vocabulary, config: Mapping[str, Any], template: ChatTemplate | None) -> list[int]:
-    """Every id at which generation ends, the one for eos_token_id first; ModelError when nothing names one."""
+    """Every id that ends generation, the one for eos_token_id first; ModelError when nothing names one."""
     known = len(vocabulary.tokens.texts)
     named = vocabulary.tokenizer.special_map.get("eos_token")
     own = vocabulary.ids.get(named) if named is not None else None
@@ -85,7 +85,9 @@ def end_ids(vocabulary: Vocabulary, config: Mapping[str, Any], template: ChatTem
     first, others = found[0], sorted(found[1:], key=lambda id_: texts[id_] in _ENDS_BY_TEXT)
     lost = [texts[id_] for id_ in others[len(_SLOTS) :] if texts[id_] not in _ENDS_BY_TEXT]
     if lost:
-        logger.warning("llama.cpp has room for three ends of generation: it will not stop at %s", ", ".join(lost))
+        logger.warning(
+            "a GGUF file has room for three ends of generation: llama.cpp will not stop at %s", ", ".join(lost)
+        )
     return [first, *others]
 
 
@@ -127,7 +129,7 @@ def _listed(source: Mapping[str, Any], role: str) -> list[int]:
 
 
 def _opening(vocabulary: Vocabulary, template: ChatTemplate | None) -> int | None:
-    """The special token that a rendered conversation begins with; None without a template, -1 if it is none."""
+    """The special token that a rendered conversation begins with; -1 for any other, None without a template."""
     if template is None:
         return None
     try:
@@ -161,9 +163,9 @@ def _adds(vocabulary: Vocabulary, role: str) -> bool | None:
 
 
 def _adds_space(vocabulary: Vocabulary, opening: int | None) -> bool:
-    """llama.cpp puts a space at the start and after every special token, or nowhere; some models at the start alone.
+    """llama.cpp puts a space at the start and after every special token, or nowhere; some models only at the start.
 
-    A chat that begins with a special token has then none, so nowhere is right.
+    Such a model puts none into a chat that begins with a special token, so nowhere is right.
     """
     if vocabulary.prefix == "first":
         return opening in (None, -1)

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer, configuration and chat template in; the `tokenizer.*` fields of a GGUF file out."""
+"""Write the `tokenizer.*` and `general.sampling.*` fields of a GGUF file."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import TokenType
 
 from macft.data.templates.chat_template import ChatTemplate, load_template
 from macft.data.tokenization.tokenizer import read_json
 from macft.errors import ModelError
 from macft.gguf.format import Field
 from macft.gguf.vocabulary.pieces import PADDING_SCORE
-from macft.gguf.vocabulary.special import embedded_template, special_fields
-from macft.gguf.vocabulary.tokens import TokenType, Vocabulary
+from macft.gguf.vocabulary.special_ids import embedded_template, special_fields
+from macft.gguf.vocabulary.tokens import Vocabulary
 
 # generation_config.json -> general.sampling.*, and the type that llama.cpp reads
 _SAMPLING: dict[str, tuple[str, Callable[[Any], np.generic]]] = {
@@ -32,7 +33,7 @@ def tokenizer_fields(
 ) -> dict[str, Field]:
     """Every `tokenizer.ggml.*` field and `tokenizer.chat_template`, in the order in which llama.cpp's converter writes.
 
-    `template` is the text of the chat template the model was trained with; None takes the folder's own, if it has
+    `template` is the text of the chat template that the model was trained with; None takes the folder's own, if it has
     one. The vocabulary is padded to `vocab_rows`, the rows of the embedding, with unused tokens. What `special_fields`
     says of BOS and of the end of generation follows from the template. Raises ModelError when the vocabulary is larger
     than `vocab_rows`, and when nothing says what ends an answer.
@@ -62,7 +63,7 @@ def tokenizer_fields(
 def required_name(vocabulary: Vocabulary) -> str | None:
     """What `general.name` must contain so that special tokens swallow the white space after them, or None.
 
-    llama.cpp has no field for it: it does so for Phi-3, known by this part of its name, and for no other model.
+    llama.cpp has no field for it: it does so only for Phi-3, which it knows by this part of the name.
     """
     added = (vocabulary.core or {}).get("added_tokens") or []
     swallows = any(token.get("rstrip") and token.get("special") for token in added if isinstance(token, dict))
@@ -71,7 +72,7 @@ def required_name(vocabulary: Vocabulary) -> str | None:
 
 
 def sampling_fields(folder: Path) -> dict[str, Field]:
-    """`general.sampling.*` from generation_config.json: what llama.cpp takes where a request says nothing."""
+    """`general.sampling.*` from generation_config.json: llama.cpp's defaults where a request says nothing."""
     given = read_json(folder / "generation_config.json")
     fields: dict[str, Field] = {}
     for name, (key, kind) in _SAMPLING.items():
@@ -93,7 +94,7 @@ def _chat_template(vocabulary: Vocabulary, given: str | None) -> ChatTemplate | 
 
 
 def _padded(vocabulary: Vocabulary, rows: int) -> list[str]:
-    """The texts, all of them different: gaps and the rows beyond the vocabulary become [PAD...]."""
+    """The texts, all different: gaps and rows beyond the vocabulary become [PAD...]."""
     texts = vocabulary.tokens.texts
     if len(texts) > rows:
         raise ModelError(
@@ -111,5 +112,5 @@ def _padded(vocabulary: Vocabulary, rows: int) -> list[str]:
         padded.append(text)
     twice = [text for text, count in Counter(padded).items() if count > 1]
     if twice:
-        raise ModelError(f"{vocabulary.folder}: tokens stand twice in the vocabulary: {twice[:5]}")
+        raise ModelError(f"{vocabulary.folder}: tokens appear twice in the vocabulary: {twice[:5]}")
     return padded

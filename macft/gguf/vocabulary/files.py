@@ -1,4 +1,4 @@
-"""A model folder's tokenizer files in; its vocabulary, as llama.cpp needs it, out."""
+"""Read the vocabulary that llama.cpp needs from the tokenizer files of a model folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from macft.gguf.vocabulary.pre_tokenizer_hashes import TEXT
 from macft.gguf.vocabulary.pre_tokenizers import name_of_pre_tokenizer
 from macft.gguf.vocabulary.tokens import Vocabulary, added_tokens, mark_added, read_settings, tokens_of
 
-# the classes whose code, beside vocab.json and merges.txt, says how text is cut
+# the classes whose code says how text is cut, which vocab.json and merges.txt do not
 _CLASSES = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
-_WANTED = "tokenizer.json, tokenizer.model, vocab.json with merges.txt"
+_READABLE = "tokenizer.json, tokenizer.model, vocab.json with merges.txt"
 
 
 def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
@@ -27,7 +27,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return _of_vocab_and_merges(folder)
     raise ModelError(
-        f"{folder}: no tokenizer that can be exported; looked for {_WANTED}; copy the tokenizer files of the model "
+        f"{folder}: found no tokenizer to export; looked for {_READABLE}; copy the tokenizer files of the model "
         "into this folder"
     )
 
@@ -39,13 +39,13 @@ def _of_tokenizer_json(folder: Path) -> Vocabulary:
     if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
         kind = model.get("type") if isinstance(model, dict) else None
         raise ModelError(
-            f"{path}: its model is of type {kind}; llama.cpp needs a BPE, byte-level or with bytes to fall back on"
+            f"{path}: its model is of type {kind}; llama.cpp needs a BPE that is byte-level or falls back to bytes"
         )
     tokenizer, merges = load_tokenizer(folder), _pairs(path, model["merges"])
     if model.get("byte_fallback"):
         return vocabulary_with_byte_fallback(folder, core, tokenizer, merges)
     if "'ByteLevel'" not in str(core.get("pre_tokenizer")):
-        raise ModelError(f"{path}: a BPE that is neither byte-level nor has bytes to fall back on; llama.cpp needs one")
+        raise ModelError(f"{path}: its BPE is neither byte-level nor falls back to bytes, as llama.cpp needs it")
     ids = tokenizer.vocabulary
     bos = ids.get(tokenizer.special_map.get("bos_token", ""))
     pre = name_of_pre_tokenizer(path, core, tokenizer.encode(TEXT).ids, bos)
@@ -76,7 +76,7 @@ def _byte_level(
     settings = read_settings(folder)
     tokens = tokens_of(ids)
     mark_added(tokens, added_tokens(folder, core, settings, ids))
-    # between the two goes a space, so a space within one is written as byte-level tokens write it
+    # a space separates the two, so a space within one is written as in byte-level tokens
     lines = [f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}" for left, right in merges]
     return Vocabulary(folder, "gpt2", tokens, pre, tokenizer, ids, settings, core, merges=lines)
 
@@ -85,5 +85,5 @@ def _pairs(path: Path, merges: list[Any]) -> list[tuple[str, str]]:
     """Merges as pairs; in tokenizer.json they are pairs or, before transformers 4.45, strings."""
     found: list[Any] = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
     if not all(len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str) for pair in found):
-        raise ModelError(f"{path}: a merge is not two tokens; fetch it again")
+        raise ModelError(f"{path}: a merge is not two tokens; download it again")
     return found
