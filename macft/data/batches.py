@@ -11,13 +11,14 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 
 from macft.data.stream import Stream
+from macft.data.tokenization.feedback import TokenizedFeedback
 from macft.data.tokenization.packing import PackedExample
 from macft.data.tokenization.table import TokenizedExample, TokenizedPair
 from macft.errors import UsageError
 from macft.objectives.batch import Batch, NumpyBatch
 
-# What a row of a batch is made of; of a pair, two rows.
-Row = TokenizedExample | TokenizedPair | PackedExample
+# What a row of a batch is made of; a pair makes two rows, and so does a rated answer.
+Row = TokenizedExample | TokenizedPair | PackedExample | TokenizedFeedback
 
 
 @runtime_checkable
@@ -34,13 +35,16 @@ STEPS_PER_SORTED_STRETCH = 50
 
 
 def collate(examples: Sequence[Row]) -> NumpyBatch:
-    """Stack examples, packed rows, or pairs into one right-padded batch; padding is never a target."""
+    """Stack rows of one sort into a right-padded batch; padding is never a target."""
     pairs = [example for example in examples if isinstance(example, TokenizedPair)]
     if pairs:
         return _collate_pairs(pairs)
     packed = [example for example in examples if isinstance(example, PackedExample)]
     if packed:
         return _collate_packed(packed)
+    feedback = [example for example in examples if isinstance(example, TokenizedFeedback)]
+    if feedback:
+        return _collate_feedback(feedback)
     return _stack([example for example in examples if isinstance(example, TokenizedExample)])
 
 
@@ -100,12 +104,25 @@ def _collate_pairs(pairs: Sequence[TokenizedPair]) -> NumpyBatch:
     )
 
 
+def _collate_feedback(rows: Sequence[TokenizedFeedback]) -> NumpyBatch:
+    batch = _stack([*(row.row for row in rows), *(row.mismatched for row in rows)])
+    batch = replace(batch, desirable=np.array([row.is_desirable for row in rows]))
+    references = [row.reference for row in rows if row.reference is not None]
+    assert len(references) in (0, len(rows)), "some rows of a batch have a reference, others none"
+    if not references:
+        return batch
+    logps = [r.logp for r in references] + [r.mismatched_logp for r in references]
+    return replace(batch, reference_logps=np.array(logps, dtype=np.float32))
+
+
 def row_length(example: Row) -> int:
-    """Tokens of the example, of a packed row, or of the longer row of a pair."""
+    """Tokens of the example, of a packed row, or of the longer row of what makes two."""
     if isinstance(example, TokenizedPair):
         return max(len(example.chosen.tokens), len(example.rejected.tokens))
     if isinstance(example, PackedExample):
         return sum(len(part.tokens) for part in example.parts)
+    if isinstance(example, TokenizedFeedback):
+        return max(len(example.row.tokens), len(example.mismatched.tokens))
     return len(example.tokens)
 
 

@@ -20,10 +20,14 @@ class Batch(Generic[Array]):
     lengths: Array  # int32 [rows], real tokens per row
     # Only packed rows have it: 1, 2, ... where each of a row's examples stands, 0 at the padding.
     segment_ids: Array | None = None  # int32 [rows, T]
-    # Only pairs have the rest. Rows 0..P-1 are chosen, rows P..2P-1 rejected.
-    prompt_mask: Array | None = None  # bool [rows, T]; True at the prompt tokens but the first, of chosen rows
+    # Only pairs and rated answers have the reference's log-probabilities.
     reference_logps: Array | None = None  # float32 [rows]; what the reference gives the answers
+    # Of pairs, rows 0..P-1 are chosen, rows P..2P-1 rejected.
+    prompt_mask: Array | None = None  # bool [rows, T]; True at the prompt tokens but the first, of chosen rows
     reference_log_perplexity: Array | None = None  # float32 [pairs]; what the prompts cost it
+    # Of N rated answers, rows N..2N-1 hold the same prompts with answers to others, until `kl` takes their place.
+    desirable: Array | None = None  # bool [N]; whether the answer is one to learn
+    kl: Array | None = None  # float32 [N]; how far the policy is from the reference, the same for all
 
     @property
     def columns(self) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,9 +11,16 @@ import numpy as np
 from macft.objectives.batch import Batch, NumpyBatch
 from macft.objectives.ops import Array, Ops
 
+# (batch, bool [rows, T-1]) -> float32 [rows, T-1]: the policy's log-probabilities at those positions, 0 elsewhere
+Score = Callable[[NumpyBatch, np.ndarray], np.ndarray]
+
 
 class Objective(Protocol):
     """What a training step needs to know about a loss."""
+
+    def complete(self, batch: NumpyBatch, _score: Score) -> NumpyBatch:
+        """The batch with what the loss needs of the policy and takes as a constant; the rest asks for such a batch."""
+        return batch
 
     def weight(self, batch: NumpyBatch) -> float:
         """What the summed loss is divided by, known before any forward pass."""
@@ -23,9 +31,13 @@ class Objective(Protocol):
     def __call__(self, ops: Ops, logps: Array, batch: Batch[Array]) -> tuple[Array, dict[str, Array]]:
         """Summed loss and summed metrics; logps is float32 [rows, T-1], 0 outside `positions`."""
 
+    def report(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What is said of a step, or of an evaluation, whose mean metrics these are."""
+        return metrics
+
 
 @dataclass(frozen=True)
-class Sft:
+class Sft(Objective):
     """Cross-entropy of the trained tokens."""
 
     def weight(self, batch: NumpyBatch) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 
 from macft.errors import MacftError
 from macft.objectives.batch import Batch, NumpyBatch
+from macft.objectives.losses import Objective
 from macft.objectives.ops import Array, NumpyOps, Ops
 from macft.objectives.preference_losses import LOSSES, Terms, losses_where
 
@@ -37,7 +38,7 @@ class PromptBeta:
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Objective):
     """One of `LOSSES` over pairs, with `ftx` times the SFT loss of the chosen answer added."""
 
     loss: str = "sigmoid"
