@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.commands import CHECKOUT, write_chat_data, write_chat_model, write_config
+from support.commands import CHECKOUT, write_chat_data, write_config
+from support.toy_backend import write_toy_model
 from support.commands import macft as command
 
 import macft
@@ -21,7 +22,7 @@ MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("api")
-    write_chat_model(folder / "model")
+    write_toy_model(folder / "model")
     write_chat_data(folder / "chat.jsonl")
     write_config(
         folder / "run.yaml",

@@ -1,5 +1,1 @@
-"""Hold what several test files share; a helper that asserts says what differs, as a test does."""
-
-import pytest
-
-pytest.register_assert_rewrite("support")
+"""Hold what several test files share."""

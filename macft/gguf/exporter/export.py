@@ -46,11 +46,11 @@ def export_gguf(
     tokenizer_folder: Path,
     template: str | None,
 ) -> GgufReport:
-    """Write a model with its adapters merged to one GGUF file for each quantization of `outputs`, in one pass.
+    """Write a model, adapters merged, as one GGUF file for each quantization of `outputs`, in one pass.
 
     Tokenizer and sampling settings come from `tokenizer_folder`; `template` is the Jinja chat template to embed.
-    Raises ModelError for an architecture that is not known, weights or tokenizer files that do not fit; nothing is
-    left behind then.
+    Raises ModelError for an unknown architecture and for weights or tokenizer files that do not fit; nothing is then
+    left behind.
     """
     gguf, notes = read_gguf_model(model, adapters, tokenizer_folder=tokenizer_folder, template=template)
     written = write_gguf(gguf, outputs, if_not_finite=if_not_finite(model, adapters))
@@ -67,7 +67,7 @@ def if_not_finite(model: ModelFolder, adapters: Sequence[Adapter]) -> str:
 def read_gguf_model(
     model: ModelFolder, adapters: Sequence[Adapter], *, tokenizer_folder: Path, template: str | None
 ) -> tuple[GgufModel, list[str]]:
-    """The model as GGUF has it, with nothing of its weights read yet, and what a user should be told."""
+    """(The model in GGUF form, none of its weights read yet, notes for the user.)"""
     source = open_model(model.path, exact=True)
     tied_config, tensors = as_hf(source)
     architecture_of(tied_config)
@@ -90,7 +90,7 @@ def read_gguf_model(
 def export_lora(model: ModelFolder, adapter: Adapter, output: Path) -> GgufReport:
     """Write an adapter as the LoRA file that llama.cpp takes with `--lora`; in float32, as its base is at run time."""
     gguf = adapter_to_gguf(read_config(model.path), adapter)
-    # nothing is merged here: this says what does not fit
+    # nothing is merged: this raises what does not fit
     merge_adapters(untie(*as_hf(open_model(model.path, exact=True)), [adapter])[1], [adapter])
     broken = f"{adapter.folder} is broken; train it again"
     return GgufReport(tuple(write_gguf(gguf, {"f32": output}, if_not_finite=broken)), tuple(_notes(model, [adapter])))
@@ -114,7 +114,7 @@ def _embedding_rows(gguf: GgufModel, vocab_rows: int) -> int:
 
 
 def _name(model: ModelFolder, adapters: Sequence[Adapter], required: str | None) -> str:
-    """What the model is called; llama.cpp takes a behavior of Phi-3's tokenizer from `required` in its name."""
+    """The model's name; `required` in it makes llama.cpp treat special tokens as Phi-3's tokenizer does."""
     own = model.name.rstrip("/").rpartition("/")[2]
     name = " + ".join([own, *(adapter.folder.absolute().name for adapter in adapters)])
     if required is None:
@@ -123,7 +123,7 @@ def _name(model: ModelFolder, adapters: Sequence[Adapter], required: str | None)
 
 
 def _size_label(tensors: Sequence[LazyTensor]) -> str:
-    """How many parameters, as model names have it: 135M, 1.5B."""
+    """The number of parameters as model names state it: 135M, 1.5B."""
     count = float(sum(prod(tensor.shape) for tensor in tensors))
     scale, letter = next(((scale, letter) for scale, letter in _SIZES if count >= scale), (1.0, ""))
     value = count / scale
@@ -133,5 +133,5 @@ def _size_label(tensors: Sequence[LazyTensor]) -> str:
 def _notes(model: ModelFolder, adapters: Sequence[Adapter], is_untied: bool = False) -> list[str]:
     notes = [note for adapter in adapters if (note := other_base_note(adapter, model))]
     if is_untied:
-        notes.append("an adapter changes the head or the embedding, which were one matrix: the file has two")
+        notes.append("an adapter changes the output head or the embedding, which shared one matrix: the file has two")
     return notes

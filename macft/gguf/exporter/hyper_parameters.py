@@ -40,7 +40,7 @@ _GELU = ("gelu_pytorch_tanh", "gelu_new")
 
 
 def read_sizes(config: Config, rotated: float = 1.0) -> tuple[dict[str, int], list[str]]:
-    """(the numbers by the words that the tensor rules use, what is wrong with them); `vocab` is not among them.
+    """(the sizes by the words that the tensor rules use, what is wrong with them); `vocab` is not among them.
 
     `rotated` is the part of each head with rotary positions where the config names none.
     """
@@ -70,7 +70,7 @@ def read_sizes(config: Config, rotated: float = 1.0) -> tuple[dict[str, int], li
 
 
 def common(config: Config, sizes: Sizes) -> dict[str, Field]:
-    """What every architecture has, in the order of llama.cpp's converter."""
+    """The fields of every architecture, in the order of llama.cpp's converter."""
     fields: dict[str, Field] = {
         "block_count": sizes["layers"],
         "context_length": sizes["context"],
@@ -94,12 +94,12 @@ def _head_sizes(sizes: Sizes) -> dict[str, Field]:
 
 
 def llama(config: Config, sizes: Sizes) -> dict[str, Field]:
-    """llama, mistral, mixtral and smollm3 name the vocabulary and how much of a head is rotated: all."""
+    """The fields of llama, mistral, mixtral and smollm3, which state the vocabulary size and the rotated part: all."""
     return {**common(config, sizes), "vocab_size": sizes["vocab"], "rope.dimension_count": sizes["head_dim"]}
 
 
 def mixture(config: Config, sizes: Sizes) -> dict[str, Field]:
-    """The qwen mixtures of experts, whose experts have a width of their own."""
+    """The fields of qwen's mixtures of experts, whose experts have their own width."""
     fields = {**common(config, sizes), "expert_feed_forward_length": sizes["expert_ffn"]}
     if "shared_ffn" in sizes:
         fields["expert_shared_feed_forward_length"] = sizes["shared_ffn"]
@@ -107,7 +107,7 @@ def mixture(config: Config, sizes: Sizes) -> dict[str, Field]:
 
 
 def gemma2(config: Config, sizes: Sizes) -> dict[str, Field]:
-    """Two soft caps, and a window in every other layer."""
+    """The fields of Gemma 2: two soft caps, and a window in every other layer."""
     return {
         **common(config, sizes),
         **_head_sizes(sizes),
@@ -118,7 +118,7 @@ def gemma2(config: Config, sizes: Sizes) -> dict[str, Field]:
 
 
 def gemma3(config: Config, sizes: Sizes) -> dict[str, Field]:
-    """Two rope bases, and a window in all but every sixth layer."""
+    """The fields of Gemma 3: two rope bases, and a window in all but every sixth layer."""
     fields = {**common(config, sizes), **_head_sizes(sizes)}
     if config.get("final_logit_softcapping"):
         fields["final_logit_softcapping"] = float(config["final_logit_softcapping"])
@@ -126,7 +126,7 @@ def gemma3(config: Config, sizes: Sizes) -> dict[str, Field]:
 
 
 def phi3(config: Config, sizes: Sizes) -> dict[str, Field]:
-    """The window is always written: 0 tells llama.cpp's other Phi-3s from Phi-4."""
+    """The fields of Phi-3; the window is always written, as 0 tells the other Phi-3s from Phi-4."""
     factors, _ = rope.longrope(config, sizes["rotated"])
     return {
         **common(config, sizes),
@@ -138,12 +138,12 @@ def phi3(config: Config, sizes: Sizes) -> dict[str, Field]:
 
 
 def glm4(config: Config, sizes: Sizes) -> dict[str, Field]:
-    """Positions cover a part of each head."""
+    """The fields of GLM-4, whose positions cover a part of each head."""
     return {**common(config, sizes), "rope.dimension_count": sizes["rotated"]}
 
 
 def gpt_oss(config: Config, sizes: Sizes) -> dict[str, Field]:
-    """Experts, and a window in every other layer."""
+    """The fields of gpt-oss: experts, and a window in every other layer."""
     return {
         **common(config, sizes),
         **_window(config, sizes, GEMMA2_PERIOD),
@@ -152,7 +152,7 @@ def gpt_oss(config: Config, sizes: Sizes) -> dict[str, Field]:
 
 
 def hybrid(config: Config, sizes: Sizes) -> dict[str, Field]:
-    """Qwen3-Next and Qwen3.5: linear attention in all but every Nth layer, positions over a part of each head."""
+    """The fields of Qwen3-Next: linear attention in all but every Nth layer, positions over a part of each head."""
     own = mixture(config, sizes) if "experts" in sizes else common(config, sizes)
     state = {
         "conv_kernel": sizes["kernel"],
@@ -170,16 +170,16 @@ def hybrid(config: Config, sizes: Sizes) -> dict[str, Field]:
 
 
 def hybrid_3_5(config: Config, sizes: Sizes) -> dict[str, Field]:
-    """Rotary positions have sections, which are all the same for text; llama.cpp wants four of them."""
+    """The fields of Qwen3.5, whose rotary positions have sections, the same for text; llama.cpp expects four."""
     sections = list(rope.settings(config).get("mrope_section") or _QWEN3_5_SECTIONS)
     padded = np.asarray([*sections, 0, 0, 0, 0][:4], np.int32)
     return {**hybrid(config, sizes), "rope.dimension_sections": padded}
 
 
 def _window(config: Config, sizes: Sizes, default_period: int) -> dict[str, Field]:
-    """The window and, where it is not llama.cpp's own, the distance of the layers without one.
+    """The window and, where it is not llama.cpp's default, the distance of the layers without one.
 
-    llama.cpp's converter leaves the distance out: such a model would be read wrongly.
+    llama.cpp's converter leaves the distance out, so that such a model is read wrongly.
     """
     period = _period(config, sizes["layers"], default_period)
     if period == 1:
@@ -191,7 +191,7 @@ def _window(config: Config, sizes: Sizes, default_period: int) -> dict[str, Fiel
 
 
 def _period(config: Config, layers: int, default: int) -> int | None:
-    """N when every Nth layer has full attention, the default first; 0 when none has; None for another order."""
+    """N when every Nth layer has full attention, trying the default first; 0 when none has; None for another order."""
     kinds: list[str] | None = config.get("layer_types")
     if not kinds:
         return int(config.get("sliding_window_pattern") or config.get("full_attention_interval") or default)
@@ -203,7 +203,7 @@ def _period(config: Config, layers: int, default: int) -> int | None:
     return 0 if False not in has_window else None
 
 
-# What llama.cpp assumes of an architecture that a config may contradict: each check returns its problems.
+# --- problems: where a config contradicts what llama.cpp assumes of an architecture
 
 
 def _activation(config: Config, expected: tuple[str, ...]) -> list[str]:
@@ -212,13 +212,13 @@ def _activation(config: Config, expected: tuple[str, ...]) -> list[str]:
 
 
 def plain_problems(config: Config, sizes: Sizes) -> list[str]:
-    """llama and its relatives."""
+    """Problems of llama and its relatives: another activation."""
     del sizes
     return _activation(config, _SILU)
 
 
 def square_problems(config: Config, sizes: Sizes) -> list[str]:
-    """Architectures whose heads llama.cpp takes to be as wide as the model together."""
+    """Problems where llama.cpp assumes that all heads together are as wide as the model."""
     problems = plain_problems(config, sizes)
     if sizes["q"] != sizes["hidden"]:
         problems.append(f"{sizes['heads']} heads of {sizes['head_dim']} are not hidden_size {sizes['hidden']}")
@@ -226,7 +226,7 @@ def square_problems(config: Config, sizes: Sizes) -> list[str]:
 
 
 def smollm3_problems(config: Config, sizes: Sizes) -> list[str]:
-    """Every fourth layer has no rotary positions."""
+    """Problems of SmolLM3: another order of the layers without rotary positions."""
     expected = smollm3_rope_layers(sizes["layers"])
     found = config.get("no_rope_layers", expected)
     problems = plain_problems(config, sizes)
@@ -236,12 +236,12 @@ def smollm3_problems(config: Config, sizes: Sizes) -> list[str]:
 
 
 def sparse_problems(config: Config, sizes: Sizes, *, normalized: bool) -> list[str]:
-    """Mixtures: experts in each layer, whose weights are scaled to sum to 1 or not."""
+    """Problems of mixtures: layers without experts, weights that are or are not scaled to sum to 1."""
     problems = plain_problems(config, sizes)
     problems += [f"{word} is missing from config.json" for word in ("experts", "experts_used") if word not in sizes]
     if (config.get("decoder_sparse_step") or 1) != 1 or config.get("mlp_only_layers"):
         problems.append(
-            "some layers have no experts (mlp_only_layers, decoder_sparse_step); llama.cpp wants them in all"
+            "some layers have no experts (mlp_only_layers, decoder_sparse_step); llama.cpp expects them in all"
         )
     found = config.get("norm_topk_prob")
     if found is not None and bool(found) != normalized:
@@ -250,7 +250,7 @@ def sparse_problems(config: Config, sizes: Sizes, *, normalized: bool) -> list[s
 
 
 def gemma_problems(config: Config, sizes: Sizes, *, default_period: int, largest: int) -> list[str]:
-    """Gemmas: the scale of attention and the order of layers with a window."""
+    """Problems of the gemmas: the scale of attention, the order of layers with a window."""
     problems = _activation(config, _GELU)
     expected = gemma_query_scalar(sizes, largest)
     scalar = config.get("query_pre_attn_scalar")
@@ -271,7 +271,7 @@ def _window_problems(config: Config, sizes: Sizes, default_period: int) -> list[
 
 
 def gemma2_problems(config: Config, sizes: Sizes) -> list[str]:
-    """Gemma 2 always has its soft caps, and a window somewhere."""
+    """Problems of Gemma 2, which always has its soft caps, and a window somewhere."""
     problems = gemma_problems(config, sizes, default_period=GEMMA2_PERIOD, largest=GEMMA2_27B)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if not isinstance(config.get(key), int | float):
@@ -282,7 +282,7 @@ def gemma2_problems(config: Config, sizes: Sizes) -> list[str]:
 
 
 def gemma3_problems(config: Config, sizes: Sizes) -> list[str]:
-    """Gemma 3 has no cap on attention."""
+    """Problems of Gemma 3, which has no cap on attention."""
     problems = gemma_problems(config, sizes, default_period=GEMMA3_PERIOD, largest=GEMMA3_27B)
     if config.get("attn_logit_softcapping"):
         problems.append(f"attn_logit_softcapping is {config['attn_logit_softcapping']}; llama.cpp has none in gemma3")
@@ -290,7 +290,7 @@ def gemma3_problems(config: Config, sizes: Sizes) -> list[str]:
 
 
 def qwen2_moe_problems(config: Config, sizes: Sizes) -> list[str]:
-    """As the other mixtures, with heads as wide as the model; the weights of experts are not scaled to sum to 1."""
+    """Problems of Qwen2 mixtures: heads as wide as the model, and weights that are not scaled to sum to 1."""
     problems = sparse_problems(config, sizes, normalized=False) + square_problems(config, sizes)
     if "shared_ffn" not in sizes:
         problems.append("shared_expert_intermediate_size is missing from config.json")
@@ -298,7 +298,7 @@ def qwen2_moe_problems(config: Config, sizes: Sizes) -> list[str]:
 
 
 def gpt_oss_problems(config: Config, sizes: Sizes) -> list[str]:
-    """The order of layers with a window; some have one."""
+    """Problems of gpt-oss: missing sizes of experts, the order of layers with a window."""
     problems = [f"{word} is missing from config.json" for word in ("experts", "experts_used") if word not in sizes]
     if _period(config, sizes["layers"], GEMMA2_PERIOD) == 1:
         problems.append("no layer has a window (layer_types); llama.cpp gives gpt-oss one")
@@ -306,7 +306,7 @@ def gpt_oss_problems(config: Config, sizes: Sizes) -> list[str]:
 
 
 def hybrid_problems(config: Config, sizes: Sizes) -> list[str]:
-    """The order of layers with full attention; experts, where there are any, in each layer."""
+    """Problems of Qwen3-Next and Qwen3.5: the order of layers with full attention, layers without experts."""
     problems = sparse_problems(config, sizes, normalized=True) if "experts" in sizes else plain_problems(config, sizes)
     if _period(config, sizes["layers"], HYBRID_PERIOD) is None:
         problems.append("layer_types is not every Nth layer full_attention, all that llama.cpp reads")

@@ -16,7 +16,7 @@ _SIZES = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim
 
 
 def sizes(config: Config) -> dict[str, int]:
-    """The numbers that the rules use."""
+    """The sizes by which the tensor rules of linear attention state shapes."""
     key_heads, value_heads, key_dim, value_dim = (int(config[key]) for key in _SIZES)
     keys, values = key_heads * key_dim, value_heads * value_dim
     return {
@@ -32,7 +32,7 @@ def sizes(config: Config) -> dict[str, int]:
 
 
 def problems(config: Config) -> list[str]:
-    """Sizes that are missing, or that llama.cpp cannot express."""
+    """Sizes that are missing, or that llama.cpp cannot express, a line each."""
     found = [
         f"{key} is {config.get(key)!r}, a positive whole number was expected"
         for key in (*_SIZES, "linear_conv_kernel_dim")
@@ -43,15 +43,15 @@ def problems(config: Config) -> list[str]:
     if config["linear_key_head_dim"] != config["linear_value_head_dim"]:
         found.append("linear_key_head_dim and linear_value_head_dim differ; llama.cpp has one size for both")
     if config["linear_num_value_heads"] % config["linear_num_key_heads"]:
-        found.append("linear_num_value_heads is no multiple of linear_num_key_heads")
+        found.append("linear_num_value_heads is not a multiple of linear_num_key_heads")
     return found
 
 
 def prepared(config: Config, tensors: list[LazyTensor]) -> list[LazyTensor]:
     """The tensors under the names of the rules, and in llama.cpp's order of rows.
 
-    Qwen3-Next holds q, k, v and z of each key head together; they are taken apart. Qwen3.5 has the value heads of
-    each key head together; llama.cpp repeats key heads in turns, so they are dealt out: 0, r, 2r ..., 1, r + 1 ...
+    Qwen3-Next holds q, k, v and z of each key head together; they are separated. Qwen3.5 has the value heads of
+    each key head together; llama.cpp repeats key heads in turns, so they are reordered: 0, r, 2r ..., 1, r + 1 ...
     """
     found = sizes(config)
     change = _next if config["model_type"] == "qwen3_next" else _three_five
@@ -69,7 +69,7 @@ def _next(prefix: str, name: str, tensor: LazyTensor, found: Mapping[str, int]) 
     rows = np.arange(tensor.shape[0]).reshape(found["key_heads"], -1)
     ends = np.cumsum([keys, keys, values])
     if rows.shape[1] != 2 * (keys + values):
-        return [tensor]  # a wrong shape is told of as such
+        return [tensor]  # the wrong shape is reported later
     *parts, gate = np.split(rows, ends, axis=1)
     order = np.concatenate([part.reshape(-1) for part in parts])
     return [
@@ -93,19 +93,19 @@ def _three_five(prefix: str, name: str, tensor: LazyTensor, found: Mapping[str, 
         return [mapped(changed, changed.name, changed.shape, lambda rows: rows[:, wide])]
     else:
         return [changed]
-    is_whole = tensor.shape[0] == len(order)  # a wrong shape is told of as such
+    is_whole = tensor.shape[0] == len(order)  # the wrong shape is reported later
     return [renamed(reordered(changed, order), changed.name) if is_whole else changed]
 
 
 def _dealt(key_heads: int, value_heads: int, size: int) -> Array:
-    """Rows of value heads, held by key head, in turns of the key heads."""
+    """The order that takes rows of value heads, stored key head by key head, in turns of the key heads."""
     rows = np.arange(value_heads * size).reshape(key_heads, value_heads // key_heads, size)
     dealt: Array = rows.swapaxes(0, 1).reshape(-1)
     return dealt
 
 
 def _plain(prefix: str, name: str, tensor: LazyTensor) -> LazyTensor:
-    """What both models have done to them: -exp(A_log), and convolutions without their middle axis."""
+    """The changes that both models need: -exp(A_log), and convolutions without their middle axis."""
     if name == "A_log":
         return mapped(tensor, f"{prefix}A.weight", tensor.shape, _decay, np.dtype(np.float32))
     if name == "dt_bias":
@@ -116,6 +116,6 @@ def _plain(prefix: str, name: str, tensor: LazyTensor) -> LazyTensor:
 
 
 def _decay(rows: Array) -> Array:
-    """In float64, so that it is rounded once; llama.cpp's converter is a bit off now and then."""
+    """-exp(rows), computed in float64 so that it is rounded once; llama.cpp's converter is sometimes off by a bit."""
     decay: Array = -np.exp(rows.astype(np.float64))
     return decay.astype(np.float32)

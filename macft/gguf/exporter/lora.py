@@ -22,7 +22,7 @@ def adapter_to_gguf(config: Config, adapter: Adapter) -> GgufModel:
 
     W + alpha / rank * B A is what llama.cpp computes, with one alpha for the file, so alpha is scale x rank, for
     rsLoRA too. Where the rows of a matrix have another order in GGUF (q and k of llama), B's rows have it. Raises
-    ModelError, naming every module, for what such a file cannot hold: DoRA, modules trained whole, adapters on
+    ModelError, naming every module, for what such a file cannot hold: DoRA, modules trained in full, adapters on
     embeddings, on a head that is the embedding, on single experts.
     """
     architecture = ARCHITECTURES.get(str(config.get("model_type")))
@@ -50,7 +50,7 @@ def adapter_to_gguf(config: Config, adapter: Adapter) -> GgufModel:
         "general.type": "adapter",
         "general.name": adapter.folder.name,
         "adapter.type": "lora",
-        # llama.cpp takes an alpha of 0 for a scale of 1; B is zero then
+        # llama.cpp reads an alpha of 0 as a scale of 1; B is zero then
         "adapter.lora.alpha": float(scale * adapter.config.rank or adapter.config.rank),
     }
     return GgufModel(architecture.name, fields, tensors)

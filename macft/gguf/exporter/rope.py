@@ -1,4 +1,4 @@
-"""Translate the rope settings of a config into the fields and tensors by which llama.cpp rotates alike."""
+"""Translate the rope settings of a config into fields and tensors that make llama.cpp rotate alike."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def rope_type(config: Config) -> str:
-    """ "default" where none is named."""
+    """The type of scaling; "default" where the config names none."""
     rope = settings(config)
     return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
 def problems(config: Config, allowed: frozenset[str], *, is_partly_rotated: bool) -> list[str]:
-    """What llama.cpp would compute otherwise than the model: a type that it does not read, a part of each head."""
+    """What llama.cpp would compute differently from the model: a type it does not read, a part of each head."""
     rope, kind = settings(config), rope_type(config)
     found = []
     if kind not in allowed:
@@ -79,7 +79,7 @@ def fields(config: Config) -> dict[str, Field]:
 
 
 def _yarn(config: Config, rope: Mapping[str, Any]) -> dict[str, Field]:
-    """Yarn. llama.cpp scales by 1 + ln(factor) / 10 itself; another attention factor is written relative to that."""
+    """The fields of yarn; llama.cpp itself scales by 1 + ln(factor) / 10, so attn_factor is relative to that."""
     factor = float(rope["factor"])
     original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
     result: dict[str, Field] = {

@@ -35,7 +35,7 @@ _EXPERT_FIELDS = {
 
 
 def read_sizes(source: GgufFile, *, has_experts: bool, is_partly_rotated: bool) -> dict[str, int]:
-    """The numbers tensor shapes are made of, by the words the tensor rules use; all problems in one ModelError."""
+    """The sizes by the words that the tensor rules use; all problems in one ModelError."""
     prefix = source.fields["general.architecture"]
     headline = f"{source.path}: this file cannot be read as {prefix}:"
     sizes: dict[str, int] = {}

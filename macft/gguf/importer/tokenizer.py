@@ -88,7 +88,7 @@ def read_gguf_vocabulary(source: GgufFile) -> GgufVocabulary:
 
 
 def write_tokenizer(source: GgufFile, vocabulary: GgufVocabulary, folder: Path) -> None:
-    """Write the tokenizer files into `folder`; the chat template is kept as it is, if there is one."""
+    """Write the tokenizer files into `folder`; a chat template is kept unchanged."""
     try:
         tokenizer = _byte_level(source, vocabulary) if vocabulary.kind == "gpt2" else _sentencepiece(source, vocabulary)
         _add_tokens(tokenizer, source, vocabulary)
@@ -143,8 +143,8 @@ def _sentencepiece(source: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
     scores = source.fields.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
         raise ModelError(f"{source.path}: tokenizer.ggml.scores does not hold one score for each token")
-    whole = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.BYTE)
-    is_mergeable = [kind not in whole for kind in vocabulary.types]
+    indivisible = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.BYTE)
+    is_mergeable = [kind not in indivisible for kind in vocabulary.types]
     if len({score for score, counts in zip(scores, is_mergeable, strict=True) if counts}) == 1:
         log.warning(
             "%s: all its tokens have one score, as when a converter found no tokenizer.model: text is cut as by the "
