@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.commands import CHECKOUT, write_chat_data, write_config
-from support.toy_backend import write_toy_model
 from support.commands import macft as command
+from support.toy_backend import write_toy_model
 
 import macft
 from macft.api import conversions
