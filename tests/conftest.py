@@ -20,9 +20,6 @@ os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 # SmolLM2 is imported into it once a session; nobody's own cache is read or written.
 os.environ["MACFT_CACHE"] = tempfile.mkdtemp(prefix="macft-tests-")
 
-# a helper that asserts says what differs, as a test does
-pytest.register_assert_rewrite("support")
-
 # Before any test imports MLX: it loads OpenBLAS, without which MLX is a hundred times slower on Linux.
 from support.data_folders import data_folder, qwen, skip_without_public_data  # noqa: F401
 from support.isolation import isolated, pytest_fixture_setup  # noqa: F401
