@@ -135,7 +135,9 @@ def _method_checks(settings: Settings) -> Iterator[Check]:
         settings.train_on_prompt and settings.mask_history,
         "train_on_prompt and mask_history exclude each other",
     )
-    whole = "trains on every token" if settings.stage == "pt" else "trains on the two answers alone"
+    whole = {"pt": "trains on every token", "kto": "trains on the last answer only"}.get(
+        settings.stage, "trains on the two answers only"
+    )
     for key, is_set in (("train_on_prompt", settings.train_on_prompt), ("mask_history", settings.mask_history)):
         yield Check(
             f"stage {key}",
@@ -145,10 +147,11 @@ def _method_checks(settings: Settings) -> Iterator[Check]:
 
 
 def _data_checks(settings: Settings) -> Iterator[Check]:
+    compares = "compares the two answers of a pair" if settings.has_pairs else "scores each answer by itself"
     yield Check(
         "stage packing",
         settings.is_preference and settings.packing,
-        f"packing is for stages pt and sft; stage {settings.stage} compares the two answers of a pair: remove it",
+        f"packing is for stages pt and sft; stage {settings.stage} {compares}: remove it",
     )
     probabilities = settings.interleave_probs
     yield Check(
@@ -178,7 +181,7 @@ def _stream_checks(settings: Settings) -> Iterator[Check]:
     yield Check(
         "streaming stage",
         settings.is_preference,
-        f"streaming is for stages pt and sft; stage {settings.stage} looks at all pairs before the first step",
+        f"streaming is for stages pt and sft; stage {settings.stage} looks at all rows before the first step",
     )
     yield Check("streaming max_steps", settings.max_steps <= 0, "streaming has no known end; set max_steps")
     yield Check(
@@ -201,19 +204,19 @@ def _preference_checks(settings: Settings) -> Iterator[Check]:
     for key in ("dpo_label_smoothing", "simpo_gamma"):
         yield Check(
             f"stage pref_loss {key}",
-            settings.is_preference and _is_changed(settings, key) and key not in row.options,
+            settings.has_pairs and _is_changed(settings, key) and key not in row.options,
             f"{key} is for pref_loss {losses_with(key)}, found {loss}; remove it",
         )
     yield Check(
         "stage pref_loss ld_alpha",
-        settings.is_preference and settings.ld_alpha is not None and row.of_averages,
+        settings.has_pairs and settings.ld_alpha is not None and row.of_averages,
         f"ld_alpha weighs answers of unlike length, and pref_loss {loss} takes averages; remove it",
     )
     for key, is_set in (
         ("ref_model", settings.ref_model is not None),
         ("ref_model_adapters", settings.ref_model_adapters is not None),
     ):
-        whose = f"pref_loss {loss}" if settings.is_preference else f"stage {settings.stage}"
+        whose = f"pref_loss {loss}" if settings.has_pairs else f"stage {settings.stage}"
         yield Check(
             f"stage pref_loss {key}",
             is_set and not settings.has_reference,
@@ -230,6 +233,11 @@ def _preference_checks(settings: Settings) -> Iterator[Check]:
         "stage pref_loss foodpo_perplexity pref_beta_scale",
         is_foodpo and not row.needs_reference and asks_reference,
         f"foodpo_perplexity is reference and pref_loss {loss} has none; set policy or policy_with_gradient",
+    )
+    yield Check(
+        "stage kto_chosen_weight kto_rejected_weight",
+        settings.stage == "kto" and settings.kto_chosen_weight == settings.kto_rejected_weight == 0,
+        "kto_chosen_weight and kto_rejected_weight are both 0, so nothing is trained; set one of them above 0",
     )
     low, high = settings.foodpo_beta_min, settings.foodpo_beta_max
     yield Check(
@@ -298,7 +306,9 @@ def _best_model_checks(settings: Settings) -> Iterator[Check]:
 
 _LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target")
 _FOODPO_KEYS = ("pref_beta_scale", "foodpo_perplexity", "foodpo_beta_min", "foodpo_beta_max")
-_PREFERENCE_KEYS = ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing", "simpo_gamma", "ld_alpha")
+_PREFERENCE_KEYS = ("pref_beta", "pref_ftx")
+_PAIR_KEYS = ("pref_loss", "dpo_label_smoothing", "simpo_gamma", "ld_alpha")
+_KTO_KEYS = ("kto_chosen_weight", "kto_rejected_weight")
 _CHAT_KEYS = ("template", "default_system", "enable_thinking")
 
 
@@ -311,6 +321,8 @@ def without_effect(settings: Settings) -> list[str]:
         ("finetuning_type is full", settings.finetuning_type == "full", _LORA_KEYS),
         (f"save_strategy is {settings.save_strategy}", settings.save_strategy != "steps", ("save_steps",)),
         (f"stage is {settings.stage}", not settings.is_preference, _PREFERENCE_KEYS),
+        (f"stage is {settings.stage}", not settings.has_pairs, _PAIR_KEYS),
+        (f"stage is {settings.stage}", settings.stage != "kto", _KTO_KEYS),
         ("stage is pt", settings.stage == "pt", _CHAT_KEYS),
         ("streaming is off", not settings.streaming, ("buffer_size",)),
         ("disable_shuffling is set", settings.streaming and settings.disable_shuffling, ("buffer_size",)),
@@ -345,7 +357,12 @@ def doubts(settings: Settings) -> list[str]:
 
 
 def _preference_doubts(settings: Settings) -> list[str]:
-    if not settings.is_preference:
+    if settings.stage == "kto" and settings.per_device_train_batch_size == 1:
+        return [
+            "per_device_train_batch_size 1: the KL term of KTO then rests on one answer; set 4 or more, and lower "
+            "gradient_accumulation_steps"
+        ]
+    if not settings.has_pairs:
         return []
     if settings.pref_loss == "simpo" and settings.pref_beta < 1:
         return [

@@ -104,7 +104,8 @@ def _complete(entries: dict[str, Entry]) -> None:
         if not any("swanlab" in str(name) for name in names):
             entries["report_to"] = Entry([*names, "swanlab"], tracker.origin, "use_swanlab")
     loss, stage = entries.get("pref_loss"), entries.get("stage")
-    if loss is not None and loss.value == "nll" and (stage is None or stage.value in ("pt", "sft")):
+    name = None if stage is None else stage.value
+    if loss is not None and (loss.value, name) in (("nll", None), ("nll", "pt"), ("nll", "sft"), ("kto", "kto")):
         del entries["pref_loss"]  # what these stages train on anyway
     if "hub" not in entries and asks_modelscope(None):
         entries["hub"] = Entry("modelscope", MODELSCOPE_VARIABLE)

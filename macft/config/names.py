@@ -14,6 +14,8 @@ ALIASES = {
     "dpo_beta": "pref_beta",
     "dpo_loss": "pref_loss",
     "dpo_ftx": "pref_ftx",
+    "kto_beta": "pref_beta",
+    "kto_ftx": "pref_ftx",
     "checkpoint_dir": "adapter_name_or_path",
     # TRL and PEFT
     "model": "model_name_or_path",
@@ -29,6 +31,8 @@ ALIASES = {
     "block_size": "cutoff_len",
     "beta": "pref_beta",
     "label_smoothing": "dpo_label_smoothing",
+    "desirable_weight": "kto_chosen_weight",
+    "undesirable_weight": "kto_rejected_weight",
     "lora_r": "lora_rank",
     # ms-swift
     "tuner_type": "finetuning_type",
@@ -99,7 +103,7 @@ _NO_EFFECT = {
     "logging_nan_inf_filter include_num_input_tokens_seen include_tokens_per_second "
     "include_effective_tokens_per_second log_level log_level_replica disable_tqdm debug skip_memory_metrics "
     "print_param_status",
-    "the evaluation logs the loss and, of pairs, the rewards": "compute_accuracy eval_on_each_dataset "
+    "the evaluation logs the loss and, of preference stages, the rewards": "compute_accuracy eval_on_each_dataset "
     "include_for_metrics include_inputs_for_metrics batch_eval_metrics prediction_loss_only",
     "the same seed gives the same run": "full_determinism",
     "it belongs to a method that is not switched on": "freeze_trainable_layers freeze_trainable_modules "
@@ -108,7 +112,7 @@ _NO_EFFECT = {
     "galore_proj_type galore_layerwise apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj "
     "apollo_proj_type apollo_layerwise apollo_scale_front apollo_scale_type badam_mode badam_start_block "
     "badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose asft_alpha eaft_alpha "
-    "kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards "
+    "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards "
     "reward_model reward_model_adapters reward_model_quantization_bit reward_model_type init_special_tokens "
     "ref_model_mixup_alpha ref_model_sync_steps discopop_tau f_alpha_divergence_coef hyper_parallel_args "
     "hyper_parallel_cp_size fp8_backend fp8_enable_fsdp_float8_all_gather kt_cpu_activation kt_weight_path "
@@ -131,7 +135,7 @@ _REFUSED = {
     "attention is the model's own": "shift_attn mixture_of_depths",
     "the loss has no such term": "moe_aux_loss_coef router_aux_loss_coef label_smoothing_factor pref_bco_weight "
     "use_dft_loss use_asft_loss use_eaft_loss use_weighting f_divergence_type neftune_noise_alpha",
-    "write pref_ftx, the weight of the chosen answer's own loss": "rpo_alpha cpo_alpha loss_weights kto_ftx",
+    "write pref_ftx, the weight of the chosen answer's own loss": "rpo_alpha cpo_alpha loss_weights",
     "write pref_loss orpo or simpo, which need no reference": "reference_free",
     "the reference is fixed and is loaded as the policy is": "sync_ref_model ref_model_quantization_bit",
     "preference training has no dropout": "disable_dropout",
@@ -210,10 +214,9 @@ _EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw", "paged_adamw_8bit",
 # Values of macft's keys that other programs have -> why macft has them not.
 REFUSED_VALUES = {
     ("stage", "rm"): "reward models are not trained",
-    ("stage", "ppo"): "macft learns preferences from pairs (dpo), not from a reward model",
+    ("stage", "ppo"): "macft learns from pairs (dpo) or rated answers (kto), not from a reward model",
     ("stage", "orpo"): "write stage: dpo with pref_loss: orpo",
     ("stage", "simpo"): "write stage: dpo with pref_loss: simpo",
-    ("stage", "kto"): "macft learns preferences from pairs (dpo), not from single answers",
     ("finetuning_type", "freeze"): "macft trains an adapter or every parameter",
     ("finetuning_type", "oft"): "macft's adapter is LoRA",
     ("lr_scheduler_type", "reduce_lr_on_plateau"): "the learning rate of a step does not depend on an evaluation",

@@ -75,10 +75,11 @@ class Settings(BaseModel):
     )
 
     # ---- method
-    stage: Literal["pt", "sft", "dpo", "foodpo"] = Field(
+    stage: Literal["pt", "sft", "dpo", "foodpo", "kto"] = Field(
         "sft",
         description="`pt`: pre-training on texts; `sft`: supervised fine-tuning; `dpo`: preference pairs; "
-        "`foodpo`: DPO whose beta grows with the difficulty of the prompt.",
+        "`foodpo`: DPO whose beta grows with the difficulty of the prompt; `kto`: single answers, each rated desirable "
+        "or not (arXiv 2402.01306).",
     )
     finetuning_type: Literal["lora", "full"] = Field("lora", description="`lora`, or `full`: every parameter.")
     lora_rank: int = Field(8, ge=1, description="Width of the adapter.")
@@ -100,7 +101,9 @@ class Settings(BaseModel):
         description=f"The loss, with its paper on arXiv: {_papers(needs_reference=True)}; "
         f"without a reference: {_papers(needs_reference=False)}.",
     )
-    pref_ftx: float = Field(0.0, ge=0, description="Weight of the supervised loss of the chosen answer, added.")
+    pref_ftx: float = Field(
+        0.0, ge=0, description="Weight of the supervised loss of the chosen (`kto`: desirable) answer, added."
+    )
     dpo_label_smoothing: float = Field(
         0.0,
         ge=0,
@@ -126,6 +129,8 @@ class Settings(BaseModel):
     )
     foodpo_beta_min: float | None = Field(None, gt=0, description="FooDPO: the least beta of a pair.")
     foodpo_beta_max: float | None = Field(None, gt=0, description="FooDPO: the greatest beta of a pair.")
+    kto_chosen_weight: float = Field(1.0, ge=0, description="KTO: weight of the loss of desirable answers.")
+    kto_rejected_weight: float = Field(1.0, ge=0, description="KTO: weight of the loss of the others.")
     ref_model: str | None = Field(
         None,
         description="Another model as the reference. Default: the policy at step 0, loaded adapter included "
@@ -292,9 +297,14 @@ class Settings(BaseModel):
         return value
 
     @property
-    def is_preference(self) -> bool:
+    def has_pairs(self) -> bool:
         """Whether the examples are pairs."""
         return self.stage in ("dpo", "foodpo")
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether the examples are pairs, or single answers with a rating."""
+        return self.has_pairs or self.stage == "kto"
 
     @property
     def is_packed(self) -> bool:
@@ -309,7 +319,7 @@ class Settings(BaseModel):
     @property
     def has_reference(self) -> bool:
         """Whether the loss compares the policy with a reference."""
-        return self.is_preference and LOSSES[self.pref_loss].needs_reference
+        return self.stage == "kto" or (self.has_pairs and LOSSES[self.pref_loss].needs_reference)
 
     @property
     def names_reference(self) -> bool:

@@ -117,7 +117,7 @@ TRANSLATIONS = {
     ),
     "load_in_4bit": Translation("`quantization_bit: 4`", _unless_null(_bits(4))),
     "load_in_8bit": Translation("`quantization_bit: 8`", _unless_null(_bits(8))),
-    "loss_type": Translation("`pref_loss`; `nll` is what stage `sft` has anyway", _loss),
+    "loss_type": Translation("`pref_loss`; `nll` is what stage `sft` has anyway, `kto` what stage `kto` has", _loss),
     "train_sampling_strategy": Translation(
         "random, group_by_length: `group_by_length`; sequential: `disable_shuffling`", _unless_null(_sampling)
     ),

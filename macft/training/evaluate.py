@@ -23,11 +23,13 @@ def evaluate(backend: Backend, objective: Objective, batches: Iterable[NumpyBatc
     sums: dict[str, float] = {}
     weight = 0.0
     for batch in batches:
+        batch = objective.complete(batch, backend.logps)
         loss, metrics = objective(ops, backend.logps(batch, objective.positions(batch)), batch)
         for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
         weight += objective.weight(batch)
-    return {f"eval_{name}": total / weight for name, total in sums.items()}
+    means = {name: total / weight for name, total in sums.items()}
+    return {"eval_loss": means.pop("loss")} | {f"eval_{name}": v for name, v in objective.report(means).items()}
 
 
 def will_evaluate(settings: Settings, plan: Plan | StreamPlan) -> bool:

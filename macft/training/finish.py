@@ -74,7 +74,7 @@ def finish(
 
 
 def _rewards_text(settings: Settings, output_dir: Path, progress: Progress) -> str:
-    """Accuracy and margin of the model that a preference run ends with; nothing in other runs."""
+    """Margin, and of pairs accuracy, of the model that a preference run ends with; nothing in other runs."""
     accuracy, margin = "rewards/accuracies", "rewards/margins"
     best = progress.best
     if settings.load_best_model_at_end and f"eval_{margin}" in best.results:
@@ -84,7 +84,8 @@ def _rewards_text(settings: Settings, output_dir: Path, progress: Progress) -> s
         source, figures = "last row of the log", rows[-1]
     else:
         return ""
-    return f"accuracy {figures[accuracy]:.2f} and margin {figures[margin]:+.2f} ({source}), "
+    shown = f"accuracy {figures[accuracy]:.2f} and " if accuracy in figures else ""
+    return f"{shown}margin {figures[margin]:+.2f} ({source}), "
 
 
 def _plot(settings: Settings, prepared: Prepared, output_dir: Path) -> None:

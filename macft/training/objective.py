@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from macft.config.settings import Settings
+from macft.objectives.kto import Kto
 from macft.objectives.losses import Objective, Sft
 from macft.objectives.preference import Preference, PromptBeta
 
@@ -37,8 +38,23 @@ def _foodpo(settings: Settings) -> Preference:
     return replace(_dpo(settings), prompt_beta=strength)
 
 
+def _kto(settings: Settings) -> Kto:
+    return Kto(
+        beta=settings.pref_beta,
+        chosen_weight=settings.kto_chosen_weight,
+        rejected_weight=settings.kto_rejected_weight,
+        ftx=settings.pref_ftx,
+    )
+
+
 # The value of `stage` -> how to make its objective.
-OBJECTIVES: dict[str, Callable[[Settings], Objective]] = {"pt": _sft, "sft": _sft, "dpo": _dpo, "foodpo": _foodpo}
+OBJECTIVES: dict[str, Callable[[Settings], Objective]] = {
+    "pt": _sft,
+    "sft": _sft,
+    "dpo": _dpo,
+    "foodpo": _foodpo,
+    "kto": _kto,
+}
 
 
 def make_objective(settings: Settings) -> Objective:

@@ -1,4 +1,4 @@
-"""What the reference says of every pair: computed once before the first step, kept on disk, read by later runs.
+"""Ask the reference about every row once, before the first step, and keep the numbers on disk for later runs.
 
 The reference is the policy itself at step 0, or another model that the settings name. Either way no two models
 are in memory at the same time.
@@ -12,9 +12,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -25,9 +26,13 @@ from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import Backend, LoadedModel, ModelSpec, State
 from macft.config.settings import Settings
 from macft.data.batches import Plan, in_order
+from macft.data.tokenization.feedback import Feedback, TokenizedFeedback
 from macft.data.tokenization.table import Pairs, TokenizedPair
 from macft.errors import ConfigError, ModelError
 from macft.files import cache_dir
+from macft.objectives.batch import NumpyBatch
+from macft.objectives.kto import answer_scores
+from macft.objectives.ops import NumpyOps
 from macft.objectives.preference import answer_positions, reference_columns
 from macft.progress import tracked
 from macft.text import plural
@@ -38,6 +43,8 @@ from macft.weights.folder import ModelFolder, weights_hash
 from macft.weights.tensors.safetensors import write_state
 
 logger = logging.getLogger("macft")
+
+RowsT = TypeVar("RowsT", Pairs, Feedback)
 
 # Part of every key: raise it when the numbers or their layout change.
 _FORMAT = 1
@@ -52,7 +59,7 @@ class _Scorer:
 
 
 def policy_references(settings: Settings, prepared: Prepared, backend: Backend, loaded: LoadedModel) -> Prepared:
-    """The pairs with what the policy says of them now, before its first step."""
+    """The rows with what the policy says of them now, before its first step."""
     # what is merged, and what is trained in full, is rounded at other places: in 16 bits other numbers
     form = {"full": settings.finetuning_type == "full", "merged": _name(prepared.under)}
     identity = _identity(settings, loaded, prepared.base, form | {"adapter": _name(prepared.start)})
@@ -60,7 +67,7 @@ def policy_references(settings: Settings, prepared: Prepared, backend: Backend, 
 
 
 def named_references(settings: Settings, prepared: Prepared, reference: NamedReference, backend_name: str) -> Prepared:
-    """The pairs with what another model says of them; it is loaded, asked and let go."""
+    """The rows with what another model says of them; it is loaded, asked and let go."""
     base, adapter = reference.base, reference.adapter
     lora = spec_of_adapter(adapter) if adapter is not None else None
     spec = replace(model_spec(settings, prepared), folder=base.path, lora=lora, under=None, full=False)
@@ -107,50 +114,97 @@ def _hash_state(state: State) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Columns(Generic[RowsT]):
+    """What is asked of the reference about rows of one sort: `count` numbers each, of which the first `needed`."""
+
+    noun: str
+    count: int
+    needed: int
+    options: str  # what the numbers depend on besides the rows
+    parts: Callable[[Any], tuple[str, list[np.ndarray]]]  # of one row: its lengths as text, its tokens
+    score: Callable[[Backend, NumpyBatch], np.ndarray]  # float64 [rows of the batch, count]
+
+
+def _pair_columns(settings: Settings) -> _Columns[Pairs]:
+    """Log-probabilities of chosen and rejected, log perplexity of the prompt (nan: not asked)."""
+    asks_prompts = settings.asks_prompts
+
+    def parts(pair: TokenizedPair) -> tuple[str, list[np.ndarray]]:
+        sides = [pair.chosen.tokens, pair.rejected.tokens]
+        return f"{pair.prompt_length} {len(sides[0])} {len(sides[1])} ", sides
+
+    def score(backend: Backend, batch: NumpyBatch) -> np.ndarray:
+        logps = backend.logps(batch, answer_positions(batch, with_prompt=asks_prompts))
+        columns = np.stack(reference_columns(logps, batch, settings.ld_alpha), axis=1)
+        if not asks_prompts:
+            columns[:, 2] = math.nan
+        return columns
+
+    return _Columns("pair", 3, 3 if asks_prompts else 2, f"{asks_prompts} {settings.ld_alpha}", parts, score)
+
+
+def _feedback_columns() -> _Columns[Feedback]:
+    """Log-probabilities of the answer, and of the answer to another prompt."""
+
+    def parts(row: TokenizedFeedback) -> tuple[str, list[np.ndarray]]:
+        sides = [row.row.tokens, row.mismatched.tokens]
+        prompt = int(row.row.loss_mask.argmax())
+        return f"{prompt} {len(sides[0])} {len(sides[1])} ", sides
+
+    def score(backend: Backend, batch: NumpyBatch) -> np.ndarray:
+        scores, _ = answer_scores(NumpyOps(), backend.logps(batch, batch.loss_mask[:, 1:]), batch)
+        return np.stack(np.split(scores, 2), axis=1)
+
+    return _Columns("rated answer", 2, 2, "kto", parts, score)
+
+
 def _fill(settings: Settings, prepared: Prepared, scorer: _Scorer) -> Prepared:
-    """The pairs with their references, as far as a step or an evaluation will need them."""
+    """The rows with their references, as far as a step or an evaluation will need them."""
     train, valid = prepared.train, prepared.valid
-    if isinstance(train, Pairs):
-        assert isinstance(prepared.plan, Plan), "pairs are not streamed"
+    asked: _Columns[Any] = _feedback_columns() if settings.stage == "kto" else _pair_columns(settings)
+    size = settings.per_device_train_batch_size
+    if isinstance(train, Pairs | Feedback):
+        assert isinstance(prepared.plan, Plan), "rows with a reference are not streamed"
         visited = prepared.plan.visited
-        columns = np.full((len(train), 3), math.nan)
-        columns[visited] = _scored(settings, train.take(visited), scorer, "training")
+        columns = np.full((len(train), asked.count), math.nan)
+        columns[visited] = _scored(asked, train.take(visited), scorer, size, "training")
         train = train.with_references(columns)
-    if isinstance(valid, Pairs) and will_evaluate(settings, prepared.plan):
-        valid = valid.with_references(_scored(settings, valid, scorer, "evaluation"))
+    if isinstance(valid, Pairs | Feedback) and will_evaluate(settings, prepared.plan):
+        valid = valid.with_references(_scored(asked, valid, scorer, size, "evaluation"))
     return replace(prepared, train=train, valid=valid)
 
 
-def _scored(settings: Settings, pairs: Pairs, scorer: _Scorer, what: str) -> np.ndarray:
-    """float64 [pairs, 3]: the fields of each Reference."""
-    path = cache_dir() / "reference" / f"{_key(settings, pairs, scorer.identity)}.safetensors"
-    columns = _read(path, len(pairs), with_perplexity=settings.asks_prompts)
+def _scored(asked: _Columns[RowsT], rows: RowsT, scorer: _Scorer, size: int, what: str) -> np.ndarray:
+    """float64 [rows, count]: the numbers of each row, from the cache if they are there."""
+    path = cache_dir() / "reference" / f"{_key(asked, rows, scorer.identity)}.safetensors"
+    columns = _read(path, (len(rows), asked.count), asked.needed)
     if columns is not None:
-        logger.info("reference: %s, already known (%s)", plural(len(pairs), f"{what} pair"), path)
+        logger.info("reference: %s, already known (%s)", plural(len(rows), f"{what} {asked.noun}"), path)
     else:
-        columns = _compute(settings, pairs, scorer.backend, what)
+        columns = _compute(asked, rows, scorer.backend, size, what)
         _keep(path, columns)
     return columns
 
 
-def _key(settings: Settings, pairs: Sequence[TokenizedPair], identity: str) -> str:
-    expected = f"{_FORMAT} {settings.asks_prompts} {settings.ld_alpha} {identity} {len(pairs)}"
-    digest = hashlib.sha256(expected.encode())
-    for pair in pairs:
-        digest.update(f"{pair.prompt_length} {len(pair.chosen.tokens)} {len(pair.rejected.tokens)} ".encode())
-        digest.update(pair.chosen.tokens.tobytes())
-        digest.update(pair.rejected.tokens.tobytes())
+def _key(asked: _Columns[RowsT], rows: RowsT, identity: str) -> str:
+    digest = hashlib.sha256(f"{_FORMAT} {asked.options} {identity} {len(rows)}".encode())
+    for row in rows:
+        lengths, sides = asked.parts(row)
+        digest.update(lengths.encode())
+        for tokens in sides:
+            digest.update(tokens.tobytes())
     return digest.hexdigest()[:32]
 
 
-def _read(path: Path, pairs: int, *, with_perplexity: bool) -> np.ndarray | None:
-    """float64 [pairs, 3], or None if there is no whole file: a cache is computed again rather than trusted."""
+def _read(path: Path, shape: tuple[int, int], needed: int) -> np.ndarray | None:
+    """float64 `shape`, or None if there is no whole file: a cache is computed again rather than trusted."""
     try:
         columns = load_file(path)["columns"]
     except (OSError, SafetensorError, KeyError):
         return None
-    is_sound = columns.shape == (pairs, 3) and columns.dtype == np.float64
-    return columns if is_sound and np.isfinite(columns[:, : 3 if with_perplexity else 2]).all() else None
+    is_sound = columns.shape == shape and columns.dtype == np.float64
+    return columns if is_sound and np.isfinite(columns[:, :needed]).all() else None
 
 
 def _keep(path: Path, columns: np.ndarray) -> None:
@@ -161,19 +215,13 @@ def _keep(path: Path, columns: np.ndarray) -> None:
         logger.warning("reference: not kept for later runs: %s: %s", path, error.strerror)
 
 
-def _compute(settings: Settings, pairs: Sequence[TokenizedPair], backend: Backend, what: str) -> np.ndarray:
-    """float64 [pairs, 3]: log-probabilities of chosen and rejected, log perplexity of the prompt (nan: not asked)."""
-    columns = np.full((len(pairs), 3), math.nan)
-    size = settings.per_device_train_batch_size
+def _compute(asked: _Columns[RowsT], rows: RowsT, backend: Backend, size: int, what: str) -> np.ndarray:
+    """float64 [rows, count]; raises ModelError for log-probabilities that are not finite."""
+    columns = np.full((len(rows), asked.count), math.nan)
     start = time.perf_counter()
-    batches = tracked(in_order(pairs, size), math.ceil(len(pairs) / size), f"reference, {what}")
-    for indices, batch in batches:
-        logps = backend.logps(batch, answer_positions(batch, with_prompt=settings.asks_prompts))
-        chosen, rejected, perplexity = reference_columns(logps, batch, settings.ld_alpha)
-        columns[indices, 0], columns[indices, 1] = chosen, rejected
-        if settings.asks_prompts:
-            columns[indices, 2] = perplexity
-    logger.info("reference: %s in %.1f s", plural(len(pairs), f"{what} pair"), time.perf_counter() - start)
+    for indices, batch in tracked(in_order(rows, size), math.ceil(len(rows) / size), f"reference, {what}"):
+        columns[indices] = asked.score(backend, batch)
+    logger.info("reference: %s in %.1f s", plural(len(rows), f"{what} {asked.noun}"), time.perf_counter() - start)
     if not np.isfinite(columns[:, :2]).all():
         raise ModelError("reference: log-probabilities that are not finite; compute in float32 (bf16=false)")
     return columns

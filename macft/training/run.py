@@ -193,7 +193,9 @@ class _Run:
     def _step(self, micro_batches: list[NumpyBatch], before: Progress) -> Progress:
         start = time.perf_counter()
         lr = self.schedule.lr(before.step)
+        micro_batches = [self.objective.complete(batch, self.backend.logps) for batch in micro_batches]
         result = self.backend.train_step(self.objective, micro_batches, lr=lr, step=before.step)
+        result = replace(result, metrics=self.objective.report(result.metrics))
         seconds = time.perf_counter() - start
         step = before.step + 1
         if before.step == 0 and not self.settings.names_reference:

@@ -34,6 +34,12 @@ SAME = [
     ("loss_type=[hinge]", "pref_loss", "hinge", ["stage=dpo"]),
     ("loss_type=nll", "pref_loss", "sigmoid", []),
     ("rlhf_type=dpo", "stage", "dpo", []),
+    ("rlhf_type=kto", "stage", "kto", []),
+    ("loss_type=kto", "pref_loss", "sigmoid", ["stage=kto"]),
+    ("desirable_weight=0.5", "kto_chosen_weight", 0.5, ["stage=kto"]),
+    ("undesirable_weight=0.5", "kto_rejected_weight", 0.5, ["stage=kto"]),
+    ("kto_beta=0.3", "pref_beta", 0.3, ["stage=kto"]),
+    ("kto_ftx=0.3", "pref_ftx", 0.3, ["stage=kto"]),
     ("lora_r=4", "lora_rank", 4, []),
     ("lora_target_modules=all-linear", "lora_target", "all", []),
     ("lora_target_modules=[q_proj, v_proj]", "lora_target", "q_proj,v_proj", []),
@@ -155,7 +161,10 @@ REFUSALS = [
     ("optim=adafactor", "'adafactor' is not supported; macft trains with AdamW"),
     ("finetuning_type=freeze", "freeze is not supported; macft trains an adapter or every parameter"),
     ("finetuning_type=oft", "oft is not supported; macft's adapter is LoRA"),
-    ("stage=ppo", "ppo is not supported; macft learns preferences from pairs (dpo), not from a reward model"),
+    (
+        "stage=ppo",
+        "ppo is not supported; macft learns from pairs (dpo) or rated answers (kto), not from a reward model",
+    ),
     ("rlhf_type=orpo", "orpo is not supported; write stage: dpo with pref_loss: orpo"),
     (
         "quantization_method=gptq",
@@ -295,7 +304,7 @@ CONTRADICTIONS = [
     ([*STREAM, "save_strategy=epoch"], "streaming has no epochs; set save_strategy to steps"),
     (
         [*STREAM, "stage=dpo"],
-        "streaming is for stages pt and sft; stage dpo looks at all pairs before the first step",
+        "streaming is for stages pt and sft; stage dpo looks at all rows before the first step",
     ),
     (
         ["model_overrides={num_hidden_layers: 2}"],

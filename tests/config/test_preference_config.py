@@ -10,7 +10,7 @@ from support.configs import from_file, load, problem
 
 from macft.config.load import dump_yaml, load_settings
 
-DPO, FOODPO = "stage=dpo", "stage=foodpo"
+DPO, FOODPO, KTO = "stage=dpo", "stage=foodpo", "stage=kto"
 BEST = ["load_best_model_at_end=true", "val_size=2"]
 
 
@@ -25,8 +25,13 @@ def said(caplog: pytest.LogCaptureFixture):
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "orpo", "simpo"])
 def test_pairs_and_a_reference_go_with_the_stage_and_the_loss(stage, loss):
     settings = load(DPO, f"pref_loss={loss}").model_copy(update={"stage": stage})
-    assert settings.is_preference == (stage in ("dpo", "foodpo"))
+    assert settings.is_preference == settings.has_pairs == (stage in ("dpo", "foodpo"))
     assert settings.has_reference == (stage != "sft" and loss not in ("orpo", "simpo"))
+
+
+def test_kto_has_a_reference_and_no_pairs():
+    settings = load(KTO)
+    assert settings.is_preference and settings.has_reference and not settings.has_pairs
 
 
 def test_names_of_trl_set_the_same_keys():
@@ -63,7 +68,7 @@ def test_a_value_outside_its_range_is_refused(override, message):
 SMOOTHING = "dpo_label_smoothing is for pref_loss sigmoid and robust, found {}; remove it"
 LD_ALPHA = "ld_alpha weighs answers of unlike length, and pref_loss {} takes averages; remove it"
 NO_PERPLEXITY = "foodpo_perplexity is reference and pref_loss {} has none; set policy or policy_with_gradient"
-SFT_ONLY = "{} is for stage sft; stage {} trains on the two answers alone: remove it"
+SFT_ONLY = "{} is for stage sft; stage {} trains on the two answers only: remove it"
 CONTRADICTIONS = [
     *(
         ([DPO, "dpo_label_smoothing=0.1", f"pref_loss={loss}", "pref_beta=2"], SMOOTHING.format(loss))
@@ -89,6 +94,19 @@ CONTRADICTIONS = [
         for loss in ("hinge", "ipo", "robust", "apo_zero", "apo_down")
     ),
     *(([FOODPO, f"pref_loss={loss}", "pref_beta=2"], NO_PERPLEXITY.format(loss)) for loss in ("orpo", "simpo")),
+    *(
+        ([KTO, f"{key}=true"], f"{key} is for stage sft; stage kto trains on the last answer only: remove it")
+        for key in ("train_on_prompt", "mask_history")
+    ),
+    ([KTO, "packing=true"], "packing is for stages pt and sft; stage kto scores each answer by itself: remove it"),
+    (
+        [KTO, "streaming=true", "max_steps=5"],
+        "streaming is for stages pt and sft; stage kto looks at all rows before the first step",
+    ),
+    (
+        [KTO, "kto_chosen_weight=0", "kto_rejected_weight=0"],
+        "kto_chosen_weight and kto_rejected_weight are both 0, so nothing is trained; set one of them above 0",
+    ),
     ([FOODPO, "foodpo_beta_min=2", "foodpo_beta_max=1"], "foodpo_beta_min 2.0 is above foodpo_beta_max 1.0"),
     ([DPO, "train_on_prompt=true"], SFT_ONLY.format("train_on_prompt", "dpo")),
     ([FOODPO, "mask_history=true"], SFT_ONLY.format("mask_history", "foodpo")),
@@ -180,6 +198,7 @@ def test_no_contradiction_is_read_into_a_value_that_is_not_known(unsound, others
         ),
         [FOODPO, "foodpo_beta_min=1", "foodpo_beta_max=1"],
         [DPO, "lora_dropout=0.1"],
+        [KTO, "pref_beta=0.3", "pref_ftx=1", "kto_chosen_weight=1.3", "kto_rejected_weight=0", "ref_model=other"],
         ["create_new_adapter=true", "adapter_name_or_path=a", "lora_rank=4", "use_rslora=true"],
         [*BEST, "save_strategy=epoch", "metric_for_best_model=eval_rewards/margins", "greater_is_better=true"],
         [*BEST, "eval_strategy=steps", "eval_steps=5", "save_steps=10"],
@@ -197,6 +216,12 @@ def test_what_goes_together_loads_without_a_word(overrides, said):
     [
         (["pref_beta=0.2", "pref_loss=ipo"], "pref_beta (stage is sft); pref_loss (stage is sft)"),
         (["pref_ftx=1", "pref_beta_scale=1"], "pref_ftx (stage is sft); pref_beta_scale (stage is sft)"),
+        (["kto_chosen_weight=2"], "kto_chosen_weight (stage is sft)"),
+        ([DPO, "kto_rejected_weight=2"], "kto_rejected_weight (stage is dpo)"),
+        (
+            [KTO, "pref_loss=ipo", "ld_alpha=0.5", "pref_beta_scale=1"],
+            "pref_loss (stage is kto); ld_alpha (stage is kto); pref_beta_scale (stage is kto)",
+        ),
         (["simpo_gamma=1", "ld_alpha=0.1"], "simpo_gamma (stage is sft); ld_alpha (stage is sft)"),
         (
             [DPO, "foodpo_perplexity=policy", "foodpo_beta_max=1"],
@@ -231,6 +256,16 @@ def test_simpo_with_a_beta_made_for_dpo_is_doubted(said):
     assert said() == [
         "pref_beta 0.1 is small for pref_loss simpo: simpo_gamma 0.3 outweighs the answers; "
         "the paper takes a pref_beta of 2 to 10"
+    ]
+
+
+def test_kto_on_one_answer_at_a_time_is_doubted(said):
+    load(KTO, "per_device_train_batch_size=2")
+    assert said() == []
+    load(KTO, "per_device_train_batch_size=1")
+    assert said() == [
+        "per_device_train_batch_size 1: the KL term of KTO then rests on one answer; set 4 or more, and lower "
+        "gradient_accumulation_steps"
     ]
 
 

@@ -24,7 +24,7 @@ COLUMNS = np.dtype(
         ("fingerprint", "<u8"),  # of its tokens
     ]
 )
-SHORTENED, EMPTIED, ANSWER_CUT, IDENTICAL = 1, 2, 4, 8
+SHORTENED, EMPTIED, ANSWER_CUT, IDENTICAL, DESIRABLE = 1, 2, 4, 8, 16
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,36 @@ def learning_rate_alarm(settings: Settings) -> str | None:
     )
 
 
+# The paper's range (8) of weight x rows, desirable to undesirable.
+_BALANCE = (1.0, 4 / 3)
+
+
+def balance_alarm(settings: Settings, is_desirable: np.ndarray) -> str | None:
+    """KTO on rows of one rating, or whose weights do not bring desirable and other rows to 1 to 4/3."""
+    count = len(is_desirable)
+    desirable = int(is_desirable.sum())
+    others = count - desirable
+    if not desirable or not others:
+        rating, missing = ("desirable", "undesirable") if desirable else ("undesirable", "desirable")
+        return (
+            f"all {count} rows are rated {rating}: KTO learns from both ratings; add {missing} rows"
+            f"{', or set stage: sft' if desirable else ''}"
+        )
+    chosen, rejected = settings.kto_chosen_weight, settings.kto_rejected_weight
+    low, high = _BALANCE
+    # rounded as the bounds that are shown are
+    if not rejected or low <= round(chosen * desirable / (rejected * others), 2) <= round(high, 2):
+        return None
+    bounds = [rejected * others / desirable * bound for bound in _BALANCE]
+    other_bounds = [chosen * desirable / others / bound for bound in reversed(_BALANCE)]
+    return (
+        f"{desirable} desirable and {others} undesirable rows, weighted {chosen:g} and {rejected:g}: "
+        f"{chosen * desirable / (rejected * others):.2f} to 1, and KTO's authors take 1 to 1.33; set "
+        f"kto_chosen_weight between {bounds[0]:.3g} and {bounds[1]:.3g}, or kto_rejected_weight between "
+        f"{other_bounds[0]:.3g} and {other_bounds[1]:.3g}"
+    )
+
+
 def overlap_alarm(train: Rows, valid: Rows) -> str | None:
     """Evaluation rows whose tokens (of a pair: of both answers) are also those of a training row."""
     count = _repeated(fingerprints(train), fingerprints(valid)) if len(valid) else 0
@@ -108,7 +138,7 @@ class CurveAlarms:
         return self._once(
             "margin",
             f"the evaluation's margin is {held_out:+.2f}, that of the last training steps {trained:+.2f}: the run "
-            "memorizes its pairs; train for fewer steps (early_stopping_steps stops by itself), or on more pairs",
+            "memorizes its rows; train for fewer steps (early_stopping_steps stops by itself), or on more rows",
         )
 
     def _once(self, name: str, text: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from macft.backends.base import StepResult
 from macft.errors import MacftError
+from macft.objectives.kto import Kto
 from macft.objectives.losses import Objective
 from macft.objectives.preference import Preference
 
@@ -20,17 +21,25 @@ def check_start(objective: Objective, result: StepResult, precision: str) -> Non
 
     Anything else means that policy and reference are not the same model, or score other tokens.
     """
-    if not isinstance(objective, Preference) or objective.start_loss is None:
+    metrics = result.metrics
+    if isinstance(objective, Kto):
+        name, expected, sft = "kto", objective.start_loss(metrics["share/chosen"]), metrics.get("sft_loss", 0.0)
+        sft *= metrics["share/chosen"]
+    elif isinstance(objective, Preference) and objective.start_loss is not None:
+        name, expected, sft = objective.loss, objective.start_loss, metrics.get("sft_loss", 0.0)
+    else:
         return
-    found = result.loss - objective.ftx * result.metrics.get("sft_loss", 0.0)
-    expected = objective.start_loss
+    found = result.loss - objective.ftx * sft
     # rounding of log-probabilities comes out multiplied by beta
     tolerance = _TOLERANCE.get(precision, _TOLERANCE_16_BITS) * max(1.0, expected, objective.beta / _USUAL_BETA)
-    rewards = [result.metrics[f"rewards/{side}"] for side in ("chosen", "rejected")]
+    rewards = [metrics[key] for key in ("rewards/chosen", "rewards/rejected") if key in metrics]
+    # the KL term is a reward too, of answers to other prompts
+    rewards += [objective.beta * metrics["kl"]] if "kl" in metrics else []
+    shown = " and ".join(f"{reward:+.4f}" for reward in rewards)
     if abs(found - expected) > tolerance or max(map(abs, rewards)) > _REWARD_ROOM * tolerance:
         raise MacftError(
-            f"step 1: the {objective.loss} loss is {found:.6f} with rewards {rewards[0]:+.4f} and {rewards[1]:+.4f}, "
-            f"and must be {expected:.6f} with rewards 0 while the policy is its own reference; training would follow a "
+            f"step 1: the {name} loss is {found:.6f} with rewards {shown}, and must be {expected:.6f} "
+            "with rewards 0 while the policy is its own reference; training would follow a "
             "wrong signal. Compute in float32 (bf16=false); if it stays, delete the folder reference in the cache, "
             "which may hold older numbers"
         )

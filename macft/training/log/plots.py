@@ -47,6 +47,7 @@ _PREFERENCE = (
     _Picture("logps", "Log-probability of the answers", ("logps/chosen", "logps/rejected")),
     _Picture("sft_loss", "Loss on the chosen answers", ("sft_loss",)),
     _Picture("odds_ratio_loss", "Odds ratio loss", ("odds_ratio_loss",)),
+    _Picture("kl", "KTO: KL term", ("kl",)),
     _Picture("dynamic_beta", "FooDPO: mean beta of the pairs", ("dynamic_beta",)),
     _Picture("prompt_perplexity", "FooDPO: mean perplexity of the prompts", ("prompt_perplexity",)),
 )

@@ -85,6 +85,9 @@ def _loss_text(settings: Settings) -> str:
     else:
         reference = "reference: the model as it starts"
     supervised = f" + {settings.pref_ftx:g} x the supervised loss" if settings.pref_ftx > 0 else ""
+    if settings.stage == "kto":
+        weights = f"weights {settings.kto_chosen_weight:g} and {settings.kto_rejected_weight:g}"
+        return ", ".join([f"kto{supervised}", _beta_text(settings), weights, reference])
     parts = [settings.stage, f"{settings.pref_loss}{supervised}", _beta_text(settings)]
     if "simpo_gamma" in LOSSES[settings.pref_loss].options:
         parts.append(f"gamma {settings.simpo_gamma:g}")

@@ -84,8 +84,10 @@ def test_each_logged_metric_of_a_preference_run_has_its_picture(tmp_path):
     write_rows(tmp_path, {**rewards, **logps})
     dpo = ["rewards_accuracies", "rewards_margins", "rewards", "logps"]
     assert [path.name for path in plot_metrics(tmp_path)] == [f"training_{name}.png" for name in dpo]
-    write_rows(tmp_path, {"sft_loss": 1.0, "odds_ratio_loss": 0.1, "dynamic_beta": 0.1, "prompt_perplexity": 9.0})
-    others = ["sft_loss", "odds_ratio_loss", "dynamic_beta", "prompt_perplexity"]
+    write_rows(
+        tmp_path, {"sft_loss": 1.0, "odds_ratio_loss": 0.1, "dynamic_beta": 0.1, "prompt_perplexity": 9.0, "kl": 0.2}
+    )
+    others = ["sft_loss", "odds_ratio_loss", "kl", "dynamic_beta", "prompt_perplexity"]
     assert [path.name for path in plot_metrics(tmp_path)] == [f"training_{name}.png" for name in others]
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == set(PICTURES) - {"training_loss.png", "foodpo_distribution.png"}
