@@ -27,18 +27,18 @@ _BESIDE = ("chat_template.jinja", "tokenizer*", "special_tokens_map.json", "voca
 
 
 def convert_adapter(src: Path, dst: Path, to: AdapterFormat, base: ModelFolder | None = None) -> list[str]:
-    """Convert an adapter folder of PEFT into one of mlx-lm, or the reverse; whole as `dst`, or nothing.
+    """Convert an adapter folder of PEFT into one of mlx-lm, or the reverse, as the complete folder `dst` or nothing.
 
-    With `base` every tensor is checked against the model's own. Returns notes for the user. Raises UsageError
-    when there is nothing to convert or `dst` exists, ModelError for what does not fit or cannot be held.
+    With `base`, every tensor is checked against the model's. Returns notes for the user. Raises UsageError when
+    there is nothing to convert or `dst` exists, ModelError for what does not fit or cannot be represented.
     """
     if dst.exists():
         raise UsageError(f"{dst}: exists already; name a folder that does not, or remove this one")
     if adapter_format(src) == to:
-        raise UsageError(f"{src}: is an adapter of {'mlx-lm' if to == 'mlx' else 'PEFT'} already")
+        raise UsageError(f"{src}: is already an adapter of {'mlx-lm' if to == 'mlx' else 'PEFT'}")
     base_config, notes = None, []
     if base is None:
-        notes.append("no base was named: that the adapter fits its base was not checked")
+        notes.append("no base was named: whether the adapter fits its base was not checked")
         adapter = read_any_adapter(src)
     else:
         tensors, base_config = _hf_tensors(open_model(base.path))
@@ -57,7 +57,7 @@ def convert_adapter(src: Path, dst: Path, to: AdapterFormat, base: ModelFolder |
 
 
 def _hf_tensors(source: Source) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
-    """The model's tensors by HF name, each expert and a tied head included, and its config, which says if it ties."""
+    """The model's tensors by HF name, with single experts and a tied head, and its config, which says if it ties."""
     config, tensors = flat_config(source.config), source.tensors
     if source.layout == "mlx":
         tensors = to_hf(config, tensors)
@@ -73,7 +73,7 @@ def _hf_tensors(source: Source) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
 
 
 def _fitted(adapter: Adapter, base: ModelFolder, tensors: Mapping[str, LazyTensor]) -> Adapter:
-    """The adapter without copies of the base's own matrices; ModelError lists all that does not fit the base."""
+    """The adapter without copies of the base's own matrices; ModelError lists everything that does not fit the base."""
     if problems := merge_problems(tensors, adapter):
         trained_on = adapter.config.base or "another base"
         raise ModelError(join_problems(f"{adapter.folder}: made for {trained_on}, does not fit {base.name}:", problems))

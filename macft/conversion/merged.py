@@ -1,4 +1,4 @@
-"""A base model and its adapters in; one merged model folder, and what was done to get it, out."""
+"""Merge adapters into a base model and write the result as a model folder."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from macft.weights.adapters.merge import adapted_modules, merge_adapters, untie
 from macft.weights.adapters.peft import Adapter, other_base_note
 from macft.weights.folder import ModelFolder
 from macft.weights.layouts.mlx import as_hf, mlx_config, to_mlx, with_experts_apart
-from macft.weights.quantization.adapter_loss import Erasure, Form, Versions, planned, quantize_merged
+from macft.weights.quantization.adapter_loss import AdapterLoss, Form, Versions, planned_forms, quantize_merged
 from macft.weights.quantization.model import check_quantization
-from macft.weights.source import Layout, Source, open_model
+from macft.weights.source import Source, WeightLayout, open_model
 from macft.weights.tensors.lazy import LazyTensor, cast
 from macft.weights.writer import TEMPLATE, write_model
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was written; `notes` are lines a user should read, warnings among them.
+    """What was written; `notes` are for the user and include warnings.
 
-    `erased` is the share of what the adapters add that quantizing the result lost: 0 is nothing, 1 as much as
-    they add; None when nothing was quantized.
+    `adapter_loss` is the share of what the adapters add that quantizing the result lost: 0 is nothing, 1 as much
+    as they add; None when nothing was quantized.
     """
 
     modules: int
-    erased: float | None
+    adapter_loss: float | None
     notes: tuple[str, ...]
 
 
@@ -38,15 +38,15 @@ def export_merged(
     adapters: Sequence[Adapter],
     destination: Path,
     *,
-    layout: Layout = "hf",
+    layout: WeightLayout = "hf",
     bits: int | None = None,
     group_size: int = 64,
     requantize: bool = False,
 ) -> MergeReport:
-    """Merge the adapters in order into a model and write it whole as `destination`, or nothing.
+    """Merge the adapters into a model, in order, and write the complete folder `destination`, or nothing.
 
-    The sum is made in float32 and rounded once to the base's type; of a quantized base the result is its
-    dequantized weights, unless `requantize` gives it back the base's own quantization or `bits` another.
+    The sum is computed in float32 and rounded once to the base's type. A quantized base comes out dequantized,
+    unless `requantize` gives the result the base's own quantization or `bits` another.
     Raises UsageError for options that contradict each other, ModelError for files that do not fit.
     """
     source = open_model(model.path, exact=True)
@@ -58,18 +58,18 @@ def export_merged(
     notes = _notes(model, adapters, is_untied=config is not tied_config)
     if source.quantization is not None and bits is None and not requantize:
         notes.append(
-            f"{model.name} is quantized, the merged model is not: rounding it anew (--requantize --to mlx) would erase "
-            "part of what the adapter adds"
+            f"{model.name} is quantized, the merged model is not: quantizing it again (--requantize --to mlx) would "
+            "erase part of what the adapter adds"
         )
     if layout == "mlx":
         config, versions = _as_mlx(config, versions)
-    erasure = None
+    loss = None
     if bits is None and not requantize:
         result = [cast(tensor, like.dtype) for tensor, like in zip(versions.merged, versions.rounded, strict=True)]
     else:
-        erasure = Erasure()
+        loss = AdapterLoss()
         default, forms = _forms(source, config, versions, bits, group_size)
-        config, result = quantize_merged(config, versions, forms, default, erasure)
+        config, result = quantize_merged(config, versions, forms, default, loss)
     write_model(
         destination,
         config,
@@ -79,14 +79,14 @@ def export_merged(
         template=_template(adapters),
         if_not_finite="the model is broken, or with the adapters its numbers are too large for their type",
     )
-    if erasure is not None:
-        notes.append(f"quantizing erased {erasure.share:.0%} of what the adapters add")
+    if loss is not None:
+        notes.append(f"quantizing erased {loss.share:.0%} of what the adapters add")
     modules = {module for adapter in adapters for module in adapted_modules(adapter)}
-    return MergeReport(len(modules), None if erasure is None else erasure.share, tuple(notes))
+    return MergeReport(len(modules), None if loss is None else loss.share, tuple(notes))
 
 
 def _check_options(
-    model: ModelFolder, source: Source, layout: Layout, bits: int | None, group_size: int, requantize: bool
+    model: ModelFolder, source: Source, layout: WeightLayout, bits: int | None, group_size: int, requantize: bool
 ) -> None:
     if bits is not None and requantize:
         raise UsageError("--bits and --requantize contradict each other: --requantize takes the base's own bits")
@@ -96,11 +96,11 @@ def _check_options(
     if bits is not None:
         check_quantization(bits, group_size)
     if requantize and source.quantization is None:
-        raise UsageError(f"{model.name} is not quantized, so --requantize has no bits to take from it; give --bits")
+        raise UsageError(f"{model.name} is not quantized, so --requantize has no bits to take from it; pass --bits")
     if requantize and source.quantization is not None and source.quantization.mode != "affine":
         raise ModelError(
-            f"{model.name} is quantized as {source.quantization.mode}, which is read but not written; give --bits "
-            "in place of --requantize"
+            f"{model.name} is quantized as {source.quantization.mode}, which is read but not written; pass --bits "
+            "instead of --requantize"
         )
 
 
@@ -120,9 +120,9 @@ def _as_mlx(config: dict[str, Any], versions: Versions) -> tuple[dict[str, Any],
 def _forms(
     source: Source, config: dict[str, Any], versions: Versions, bits: int | None, group_size: int
 ) -> tuple[Form, dict[str, Form]]:
-    """The form most modules are quantized to, and the form of each: the base's own without `bits`."""
+    """The form that most modules are quantized to, and the form of each: the base's own without `bits`."""
     if bits is not None:
-        return (bits, group_size), planned(config, versions.rounded, (bits, group_size))
+        return (bits, group_size), planned_forms(config, versions.rounded, (bits, group_size))
     own = source.quantization
     assert own is not None
     return (own.bits, own.group_size), {module: own.of(module) for module in source.quantized}
@@ -136,6 +136,6 @@ def _notes(model: ModelFolder, adapters: Sequence[Adapter], *, is_untied: bool) 
 
 
 def _template(adapters: Sequence[Adapter]) -> Path | None:
-    """The chat template that the last adapter to bring one was trained with."""
+    """The chat template of the last adapter that has one."""
     found = [adapter.folder / TEMPLATE for adapter in adapters if (adapter.folder / TEMPLATE).is_file()]
     return found[-1] if found else None

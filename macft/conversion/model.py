@@ -1,4 +1,4 @@
-"""A model folder of HF or MLX layout or of litgpt in; a new folder with the model in the layout asked for out."""
+"""Convert a model folder (HF layout, MLX layout or litgpt) into another layout."""
 
 from __future__ import annotations
 
@@ -14,23 +14,20 @@ from macft.weights.layouts.litgpt import is_litgpt, litgpt_notes, open_litgpt
 from macft.weights.layouts.mlx import as_hf, layout_of, lost_in_mlx, mlx_config, to_mlx
 from macft.weights.layouts.mlx_rules import SHIFT_NORMS, is_shifted_norm, shift
 from macft.weights.quantization.model import check_quantization, quantize
-from macft.weights.source import Layout, Source, open_model
+from macft.weights.source import Source, WeightLayout, open_model
 from macft.weights.tensors.lazy import Array, LazyTensor, from_array
 from macft.weights.tensors.safetensors import open_safetensors
 from macft.weights.writer import write_model
 
-# Norms as the HF layout has them, beside the weights of an MLX folder, where adding one lost their last digits.
+# Norms of the HF layout, stored next to the weights of an MLX folder, where adding one lost their last digits.
 NORMS = "hf_norms.safetensors"
 
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What a conversion found.
+    """What was converted: `lost` names tensors for which the new layout has no place, `notes` are for the user."""
 
-    `lost` are the names of tensors for which the new layout has no place, `notes` lines a user should read.
-    """
-
-    came_as: Layout | Literal["litgpt"]
+    came_as: WeightLayout | Literal["litgpt"]
     model_type: str
     was_quantized: bool
     lost: tuple[str, ...]
@@ -38,14 +35,14 @@ class ConvertReport:
 
 
 def convert_model(
-    folder: Path, destination: Path, *, to: Layout, bits: int | None = None, group_size: int = 64
+    folder: Path, destination: Path, *, to: WeightLayout, bits: int | None = None, group_size: int = 64
 ) -> ConvertReport:
     """Write the model of `folder` to the new folder `destination`, in the layout `to`.
 
-    A quantized source comes out dequantized unless `bits` (MLX only) asks for quantization anew. From HF to
-    MLX and back every tensor is the same to the bit, but for those of `ConvertReport.lost`. Raises
+    A quantized source comes out dequantized unless `bits` (MLX only) quantizes it again. From HF to MLX
+    and back every tensor is the same to the bit, except those in `ConvertReport.lost`. Raises
     UsageError for bits with HF, ModelError for a broken source, a model type without a known MLX layout, a
-    destination that exists and a disk without room; nothing is left behind then.
+    destination that exists and a disk that is too full; nothing is left behind then.
     """
     if bits is not None:
         if to != "mlx":
@@ -81,7 +78,7 @@ def _flat_name(name: str) -> str:
 
 
 def _is_exact(norm: Array) -> bool:
-    """Whether taking one from what MLX stores gives this norm again."""
+    """Whether subtracting one from what MLX stores restores this norm."""
     return np.array_equal(shift(shift(norm, 1), -1), norm)
 
 
@@ -94,14 +91,14 @@ def _inexact_norms(source: Source) -> list[LazyTensor]:
 
 
 def _with_norms(folder: Path, tensors: Iterable[LazyTensor]) -> list[LazyTensor]:
-    """HF-layout tensors with the digits of their norms that the MLX layout had lost, where the folder kept them."""
+    """HF-layout tensors with the last digits of their norms restored, where the MLX folder kept them."""
     path = folder / NORMS
     kept = {tensor.name: tensor for tensor in open_safetensors(path).tensors} if path.exists() else {}
     return [_exact_norm(tensor, kept[tensor.name]) if tensor.name in kept else tensor for tensor in tensors]
 
 
 def _exact_norm(found: LazyTensor, kept: LazyTensor) -> LazyTensor:
-    """The kept numbers where they are what the found ones were rounded from; the others were changed since."""
+    """The kept numbers wherever the found ones were rounded from them; the others have changed since."""
     if (found.dtype, found.shape) != (kept.dtype, kept.shape):
         return found
 

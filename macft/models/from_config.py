@@ -1,4 +1,4 @@
-"""A model's config.json with some entries replaced, checked, in; a folder of a model without weights out."""
+"""Prepare a model without weights from a config.json with some entries replaced."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from macft.models.locate import resolve_model
 from macft.weights.folder import ModelFolder
 from macft.weights.model_config import check_text_model, normalize_config, read_config
 
-# Whole numbers above 0 that every decoder's shape is made of.
+# Whole numbers above 0 that define the shape of every decoder.
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _OPTIONAL_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
-# What a config may be given although its file leaves it to the default.
+# Entries that may be set although the file leaves them to the default.
 _KNOWN = frozenset(
     (*_SIZES, *_OPTIONAL_SIZES, "tie_word_embeddings", "initializer_range", "rms_norm_eps", "rope_theta", "hidden_act")
 ) | frozenset(
@@ -28,7 +28,7 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def has_weights(name: str) -> bool:
-    """Whether a model's name is anything but a folder that holds a config.json and no weights."""
+    """Whether a model's name is anything but a folder with a config.json and no weights."""
     path = Path(name).expanduser()
     return not (path / "config.json").is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
 
@@ -42,19 +42,19 @@ def locate_shape(name: str, hub: str | None = None) -> ModelFolder:
 def new_model(
     shape: ModelFolder, overrides: Mapping[str, Any], tokens: Mapping[str, int], vocabulary: int
 ) -> ModelFolder:
-    """A folder in the cache with the config.json of a model to be trained from scratch, and nothing else.
+    """A folder in the cache with only the config.json of a model to be trained from scratch.
 
-    `tokens`: bos, eos and pad ids of a tokenizer that is not the model's own; they stand unless `overrides`
-    say otherwise. Raises ConfigError naming everything that does not fit: entries that the config does not
-    know, heads that do not divide the width, key-value heads that do not divide the heads, a `vocabulary`
-    that is larger than the model's.
+    `tokens` are the bos, eos and pad ids of a tokenizer that is not the model's own; `overrides` take precedence
+    over them. Raises ConfigError naming everything that does not fit: entries that the config does not know,
+    heads that do not divide the width, key-value heads that do not divide the heads, a `vocabulary` that is
+    larger than the model's.
     """
     before = read_config(shape.path)
     check_text_model(before)
     config = {key: value for key, value in before.items() if key not in ("quantization", "quantization_config")}
     config |= {key: tokens[key] for key in _TOKENS if key in tokens}
     config |= overrides
-    _settle(config, overrides)
+    _update_dependents(config, overrides)
     problems = [*_unknown(before, overrides), *shape_problems(config)]
     size = config.get("vocab_size")
     if isinstance(size, int) and size < vocabulary:
@@ -76,7 +76,7 @@ def new_model(
 
 
 def shape_problems(config: Mapping[str, Any]) -> list[str]:
-    """What keeps a config from being a model's: one line a problem."""
+    """Why a config cannot be a model's: one line per problem."""
     wrong = {key: config.get(key) for key in _SIZES if not _is_size(config.get(key))}
     wrong |= {key: config[key] for key in _OPTIONAL_SIZES if config.get(key) is not None and not _is_size(config[key])}
     problems = [f"{key} {value!r}: expected a whole number above 0" for key, value in wrong.items()]
@@ -98,7 +98,7 @@ def shape_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
     kinds, layers = config.get("layer_types"), config.get("num_hidden_layers")
     if isinstance(kinds, list) and "num_hidden_layers" not in wrong and len(kinds) != layers:
-        problems.append(f"layer_types has {len(kinds)} entries for {layers} layers; give one a layer")
+        problems.append(f"layer_types has {len(kinds)} entries for {layers} layers; give one per layer")
     spread = config.get("initializer_range", 0.02)
     if not isinstance(spread, (int, float)) or isinstance(spread, bool) or not 0 < spread < 10:
         problems.append(f"initializer_range {spread!r}: expected a number above 0")
@@ -117,12 +117,12 @@ def _unknown(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[st
             continue
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        problems.append(f"model_overrides: {key} is no entry of config.json that can be replaced{hint}")
+        problems.append(f"model_overrides: {key} is not an entry of config.json that can be replaced{hint}")
     return problems
 
 
-def _settle(config: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """What an entry is also written as follows it; another number of layers continues the pattern of their kinds."""
+def _update_dependents(config: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Update what depends on the overrides: other spellings of an entry, and the kinds of layers of a deeper model."""
     rope = config.get("rope_parameters")
     if "rope_theta" in overrides and isinstance(rope, dict) and "rope_parameters" not in overrides:
         config["rope_parameters"] = {**rope, "rope_theta": overrides["rope_theta"]}

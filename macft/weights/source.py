@@ -1,4 +1,4 @@
-"""A model folder in HF or MLX layout in; its config and its tensors, checked and not yet read, out."""
+"""Open a model folder in HF or MLX layout: check its config and list its tensors without reading them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from macft.errors import ModelError, join_problems
+from macft.weights.folder import pickle_problem, weight_files
 from macft.weights.model_config import normalize_config, read_config
 from macft.weights.quantization.affine import (
     MXFP4_BITS,
@@ -23,23 +24,22 @@ from macft.weights.quantization.affine import (
 from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows
 from macft.weights.tensors.safetensors import open_safetensors
 
-Layout = Literal["hf", "mlx"]
+WeightLayout = Literal["hf", "mlx"]
 
 INDEX = "model.safetensors.index.json"
 _MODES = ("affine", "mxfp4")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
 class Source:
     """A model on disk: `config` (both spellings, without quantization) describes `tensors`.
 
-    Modules that the folder holds quantized, named in `quantized`, are one `X.weight` of numbers.
+    `quantized` names the modules that the folder holds quantized; each has one dequantized `X.weight` in `tensors`.
     """
 
     folder: Path
     config: dict[str, Any]
-    layout: Layout
+    layout: WeightLayout
     tensors: list[LazyTensor]
     quantization: Quantization | None
     quantized: frozenset[str]
@@ -47,7 +47,7 @@ class Source:
 
 @dataclass(frozen=True)
 class _Form:
-    """How one module is quantized, and whether its numbers are expected in float32."""
+    """How one module is quantized, and whether it is dequantized to float32."""
 
     bits: int
     group_size: int
@@ -57,9 +57,9 @@ class _Form:
 def open_model(folder: Path, *, exact: bool = False) -> Source:
     """Open and check a model folder; only the headers of its weights are read.
 
-    Dequantized weights come in the type of their scales (mxfp4: bfloat16), as MLX computes with them, or
-    in float32 if `exact`, for a sum that is to be rounded once. Raises ModelError for files that are damaged,
-    missing or pickled, for an index that points outside the folder and for quantization MLX does not do.
+    Dequantized weights have the type of their scales (mxfp4: bfloat16), as MLX computes with them, or float32
+    if `exact`, for a sum that is rounded only once. Raises ModelError for files that are damaged, missing or
+    pickled, for an index that points outside the folder and for quantization that MLX does not have.
     """
     config = normalize_config(read_config(folder))
     _refuse_foreign_quantization(folder, config)
@@ -68,7 +68,7 @@ def open_model(folder: Path, *, exact: bool = False) -> Source:
     is_mlx = quantization is not None
     places: dict[str, Path] = {}
     problems: list[str] = []
-    for path in weight_files(folder):
+    for path in _model_files(folder):
         file = open_safetensors(path)
         is_mlx |= file.metadata.get("format") == "mlx"
         for tensor in file.tensors:
@@ -89,29 +89,21 @@ def open_model(folder: Path, *, exact: bool = False) -> Source:
     return Source(folder, config, "mlx" if is_mlx else "hf", tensors, quantization, quantized)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, in order of name: those of its index, else model*, else all but adapters."""
+def _model_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, in order of name: those in its index, else model*, else all but adapters."""
     index = _read_index(folder)
     if index:
         return _indexed_files(folder, index)
-    found = sorted(folder.glob("model*.safetensors")) or sorted(
-        path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter")
-    )
+    found = sorted(folder.glob("model*.safetensors")) or sorted(weight_files(folder))
     if (folder / "model.safetensors") in found:
         return [folder / "model.safetensors"]
     if found:
         return found
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"{folder / pickles[0]}: pickled weights are not read, as unpickling runs code from the file: load the "
-            "model with transformers in an environment you trust and save_pretrained() it anew"
-        )
-    raise ModelError(f"{folder}: no *.safetensors weights; expected the folder of a model")
+    raise ModelError(f"{folder}: {pickle_problem(folder) or 'no *.safetensors weights; expected a model folder'}")
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Which file holds which tensor, as the index says; empty without one."""
+    """The file of each tensor according to the index; empty without an index."""
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -144,7 +136,7 @@ def _indexed_files(folder: Path, index: dict[str, str]) -> list[Path]:
 
 
 def _is_inside(name: str) -> bool:
-    # by its words alone: the hub cache links its files to another folder
+    # judged by the name only: the hub cache links its files to another folder
     if "\\" in name or PureWindowsPath(name).drive:
         return False
     path = PurePosixPath(name)
@@ -170,7 +162,7 @@ def _refuse_foreign_quantization(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _dequantized(folder: Path, quantization: Quantization, tensors: list[LazyTensor], exact: bool) -> list[LazyTensor]:
-    """The tensors with each `X.weight`, `X.scales` (and `X.biases`) become one `X.weight`."""
+    """The tensors with each group of `X.weight`, `X.scales` (and `X.biases`) turned into one `X.weight`."""
     unknown = sorted(set(quantization.mode.split(", ")) - set(_MODES))
     if unknown:
         raise ModelError(
@@ -185,11 +177,11 @@ def _dequantized(folder: Path, quantization: Quantization, tensors: list[LazyTen
         scales, biases = by_name.get(f"{module}.scales"), by_name.get(f"{module}.biases")
         if kind in ("scales", "biases"):
             if f"{module}.weight" not in by_name:
-                problems.append(f"{tensor.name} has no {module}.weight beside it")
+                problems.append(f"{tensor.name} has no matching {module}.weight")
             continue
         if kind != "weight" or scales is None:
             if tensor.dtype == np.uint32:
-                problems.append(f"{tensor.name} is packed, but has no {module}.scales beside it")
+                problems.append(f"{tensor.name} is packed, but has no matching {module}.scales")
             result.append(tensor)
             continue
         form = _Form(*quantization.of(module), exact)

@@ -1,4 +1,4 @@
-"""A list of tensors in; a whole model folder with shards, index, config, tokenizer and checksums out, or nothing."""
+"""Write a complete model folder (shards, index, config, tokenizer, checksums), or nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from macft.errors import ModelError, join_problems
 from macft.files import new_dir, write_json, write_text
 from macft.weights.model_config import normalize_config
-from macft.weights.source import INDEX, Layout
+from macft.weights.source import INDEX, WeightLayout
 from macft.weights.tensors.chunks import Chunk, count_broken, iter_chunks, ordered_map, read_chunk
 from macft.weights.tensors.disk import HashedFile, check_room, disk_problems
 from macft.weights.tensors.lazy import Array, LazyTensor
@@ -27,7 +27,7 @@ SUMS = "SHA256SUMS"
 TEMPLATE = "chat_template.jinja"
 
 _FORMAT = {"hf": "pt", "mlx": "mlx"}
-# what travels with a model; its weights, its config and foreign code do not
+# copied along with a model; its weights, its config and foreign code are not
 _COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -50,7 +50,7 @@ def write_model(
     tensors: Sequence[LazyTensor],
     *,
     source_folder: Path,
-    layout: Layout,
+    layout: WeightLayout,
     template: Path | None = None,
     beside: Mapping[str, Sequence[LazyTensor]] | None = None,
     if_not_finite: str = "the model is broken; download it again",
@@ -58,10 +58,10 @@ def write_model(
 ) -> None:
     """Write the model folder `destination`, reading the tensors chunk by chunk on all cores.
 
-    Tokenizer, chat template (or the file `template`), generation config and licence come from
-    `source_folder`; `beside` are small files of tensors that are no part of the model, by name; SHA256SUMS has a
-    line for each file. ModelError, with nothing left behind, when the destination exists, when the disk has no
-    room, or naming each tensor with numbers that are not finite; `if_not_finite` is what that means.
+    Tokenizer, chat template (or the file `template`), generation config and license come from `source_folder`;
+    `beside` maps names to small files of tensors that do not belong to the model; SHA256SUMS has a line for each
+    file. Raises ModelError, with nothing left behind, when the destination exists, when the disk is too full, and
+    naming each tensor with numbers that are not finite; `if_not_finite` says what that means.
     """
     if destination.exists():
         raise ModelError(f"{destination}: exists already; name a folder that does not, or remove this one")
@@ -85,13 +85,15 @@ def _check_tensors(tensors: Sequence[LazyTensor]) -> None:
     problems = [f"{name} comes {count} times" for name, count in counts.items() if count > 1]
     problems += [f"{t.name} has type {t.dtype}" for t in tensors if t.dtype not in DTYPE_CODES]
     if problems or not tensors:
-        raise ModelError(join_problems("these tensors cannot be written as a model:", problems or ["there are none"]))
+        raise ModelError(
+            join_problems("these tensors cannot be written as a model:", problems or ["the list is empty"])
+        )
 
 
 def _write_shards(
-    folder: Path, tensors: Sequence[LazyTensor], layout: Layout, max_shard_bytes: int
+    folder: Path, tensors: Sequence[LazyTensor], layout: WeightLayout, max_shard_bytes: int
 ) -> tuple[dict[str, str], list[str]]:
-    """Write the weights and, of several shards, the index; the SHA-256 of each file, and what is not finite."""
+    """Write the shards, and an index if there are several; the SHA-256 of each file, and what is not finite."""
     shards = _plan_shards(tensors, max_shard_bytes)
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
@@ -131,17 +133,17 @@ def _write_shard(
     flusher: ThreadPoolExecutor,
     broken: Counter[str],
 ) -> str:
-    """Write one file while other threads make its next iter_chunks; its SHA-256."""
+    """Write one file, while other threads prepare its next chunks; returns its SHA-256."""
     hashed = HashedFile(file, flusher)
     hashed.write(header_bytes(tensors, {"format": form}))
-    for chunk, (data, count) in ordered_map(iter_chunks(tensors), _make, pool):
+    for chunk, (data, count) in ordered_map(iter_chunks(tensors), _bytes_of, pool):
         if count:
             broken[chunk.tensor.name] += count
         hashed.write(data.data)
     return hashed.finish()
 
 
-def _make(chunk: Chunk) -> tuple[Array, int]:
+def _bytes_of(chunk: Chunk) -> tuple[Array, int]:
     """The bytes of a chunk, and how many of its numbers are not finite."""
     flat = read_chunk(chunk)
     return flat.view(np.uint8), count_broken(flat)
@@ -159,7 +161,7 @@ def _copy_files(source: Path, folder: Path, template: Path | None) -> None:
 
 
 def _write_sums(folder: Path, sums: dict[str, str]) -> None:
-    """SHA256SUMS, as `sha256sum --check` reads it."""
+    """Write SHA256SUMS as `sha256sum --check` reads it."""
     lines = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()

@@ -170,7 +170,7 @@ def test_help_of_the_commands_imports_nothing_heavy():
         (("convert", "model", "nowhere", "OUT", "--to", "hf"), 1, "nowhere"),
         (("convert", "model", "model", "OUT"), 2, "Missing option '--to'"),
         (("convert", "adapter", "adapter", "OUT", "--to", "mlx", "--verify"), 2, "name it with --base"),
-        (("convert", "adapter", "adapter", "OUT", "--to", "peft"), 2, "is an adapter of PEFT already"),
+        (("convert", "adapter", "adapter", "OUT", "--to", "peft"), 2, "is already an adapter of PEFT"),
         (("convert", "adapter", "model", "OUT", "--to", "mlx"), 1, "no adapter_config.json"),
         (("export", "merged", "model", "--output", "OUT"), 2, "Missing option '--adapter'"),
         (("export", "merged", "model", "--adapter", "adapter", "--output", "adapter"), 2, "exists already"),

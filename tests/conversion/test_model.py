@@ -128,7 +128,7 @@ def test_a_folder_quantized_by_mlx_lm_comes_back_as_hf_with_its_logits(case, fol
     assert distance(torch_logits(tmp_path / "hf"), mlx_logits(tmp_path / "mlx")) < TOLERANCE
 
 
-def test_a_quantized_folder_can_be_quantized_anew(folder, tmp_path):
+def test_a_quantized_folder_can_be_quantized_again(folder, tmp_path):
     write_mlx_quantized(folder("llama"), tmp_path / "eight", 8)
     convert_model(tmp_path / "eight", tmp_path / "four", to="mlx", bits=4, group_size=32)
     assert read_config(tmp_path / "four")["quantization"] == {"bits": 4, "group_size": 32, "mode": "affine"}

@@ -185,7 +185,7 @@ def test_all_problems_of_a_shape_come_together(shapes):
         new_model(shape, {**overrides, "vocab_size": 100, "head_dim": None}, {}, 300)
     assert str(caught.value).splitlines() == [
         "mine: 4 problems in its shape",
-        "  model_overrides: num_hidden_layer is no entry of config.json that can be replaced; did you mean "
+        "  model_overrides: num_hidden_layer is not an entry of config.json that can be replaced; did you mean "
         "num_hidden_layers?",
         "  num_attention_heads 6 does not divide hidden_size 65",
         "  num_key_value_heads 4 does not divide num_attention_heads 6",
@@ -202,7 +202,7 @@ def test_all_problems_of_a_shape_come_together(shapes):
         ({"intermediate_size": 2.5}, "intermediate_size 2.5: expected a whole number above 0"),
         ({"hidden_size": 12}, "hidden_size 12 gives 4 heads of 3: expected an even width of a head"),
         ({"head_dim": 15}, "head_dim 15: expected an even number"),
-        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers; give one a layer"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers; give one per layer"),
         ({"initializer_range": -1}, "initializer_range -1: expected a number above 0"),
     ],
 )

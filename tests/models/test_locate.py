@@ -99,7 +99,7 @@ def test_a_gguf_file_is_imported_once_and_said_so(tmp_path: Path, caplog: pytest
     assert first.path.name.startswith("tiny-")
 
 
-def test_a_changed_gguf_file_is_imported_anew_and_a_moved_one_is_not(tmp_path: Path) -> None:
+def test_a_changed_gguf_file_is_imported_again_and_a_moved_one_is_not(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", TINY, hf_weights(TINY))
     first = resolve_model(str(path)).path
     moved = tmp_path / "elsewhere" / "tiny.gguf"
@@ -200,7 +200,7 @@ def test_folders_that_lack_something_say_what_and_what_is_there(tmp_path: Path) 
     assert "pickled (pytorch_model.bin)" in message and "save_pretrained()" in message
 
     (empty / "some.Q4_K_M.gguf").write_bytes(b"")
-    assert f"for the GGUF model give {empty / 'some.Q4_K_M.gguf'}" in refusal(str(empty))
+    assert f"for the GGUF model pass {empty / 'some.Q4_K_M.gguf'}" in refusal(str(empty))
 
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -226,7 +226,7 @@ def test_a_wrong_name_offers_the_nearest_right_one(tmp_path: Path, monkeypatch: 
     assert refusal("my-modle").endswith("did you mean my-model?")
     assert refusal("models/deep/none.gguf").startswith("model models/deep/none.gguf: not a built-in name")
     (tmp_path / "notes.txt").write_text("")
-    assert refusal("notes.txt") == "notes.txt: a .txt file; give a model folder or a .gguf file"
+    assert refusal("notes.txt") == "notes.txt: a .txt file; pass a model folder or a .gguf file"
 
 
 def test_an_adapter_needs_its_config(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_a_bad_config_file_gives_one_clear_line(tmp_path: Path) -> None:
     for content, message in (
         (None, "a model folder needs config.json"),
         ('{"model_type": "llama",\n oops}', "config.json line 2: not JSON"),
-        ("[1]", "holds a list, a JSON object was expected"),
+        ("[1]", "holds a list, expected a JSON object"),
         ("{}", '"model_type" is None'),
     ):
         if content is not None:

@@ -198,14 +198,14 @@ def test_exact_asks_for_dequantized_numbers_that_are_not_rounded(tmp_path):
 X = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 DAMAGED = {
     "empty": (b"", None, "not a safetensors file, or cut short"),
-    "no JSON": (b"{nonsense", bytes(8), "its header is no JSON"),
-    "nested beyond reason": (b"[" * 100_000, bytes(8), "its header is no JSON"),
+    "no JSON": (b"{nonsense", bytes(8), "its header is not JSON"),
+    "nested beyond reason": (b"[" * 100_000, bytes(8), "its header is not JSON"),
     "a list": ([1], bytes(8), "not an object of tensors"),
     "a name twice": (b'{"x":%s,"x":%s}' % ((json.dumps(X).encode(),) * 2), bytes(8), "twice"),
     "cut short": ({"x": X}, bytes(7), "ends at byte 8, the file has 7: it was cut short"),
-    "too long": ({"x": X}, bytes(9), "9 bytes of numbers, the header describes 8"),
-    "bytes shared": ({"x": X, "y": X}, bytes(8), "y: begins at byte 0, 8 was expected"),
-    "a hole": ({"x": {**X, "data_offsets": [4, 12]}}, bytes(12), "x: begins at byte 4, 0 was expected"),
+    "too long": ({"x": X}, bytes(9), "9 bytes of data, the header describes 8"),
+    "bytes shared": ({"x": X, "y": X}, bytes(8), "y: begins at byte 0, expected 8"),
+    "a hole": ({"x": {**X, "data_offsets": [4, 12]}}, bytes(12), "x: begins at byte 4, expected 0"),
     "wrong size": ({"x": {**X, "shape": [3]}}, bytes(8), r"x: 8 bytes for F32 \[3\]"),
     "unknown type": ({"x": {**X, "dtype": "F8_E4M3"}}, bytes(8), "x: dtype 'F8_E4M3' cannot be read"),
     "negative shape": ({"x": {**X, "shape": [-2]}}, bytes(8), r"x: shape \[-2\]"),
@@ -308,7 +308,7 @@ def test_an_index_without_a_map_is_refused(weight_map, tmp_path):
 def test_pickled_weights_are_refused_by_name(name, tmp_path):
     folder = write_folder(tmp_path / "m", {})
     (folder / name).write_bytes(b"\x80\x04.")
-    with pytest.raises(ModelError, match=f"{name}: pickled weights are not read"):
+    with pytest.raises(ModelError, match=rf"its weights are pickled \({name}\)"):
         open_model(folder)
     write_index(folder, {"a": name})
     with pytest.raises(ModelError, match=f"names {name}, which is not a .safetensors file"):
@@ -346,8 +346,8 @@ def test_every_quantized_module_that_is_damaged_is_named(tmp_path):
         "a.weight: uint32 [2, 8] with scales [2, 1] and biases [2, 2] is not 4 bits in groups of 64",
         "b.weight: uint32 [3, 8] with scales [2, 1]",
         "c.weight: uint32 [2, 8] with scales float32 [2, 1] and no biases is not mxfp4",
-        "d.scales has no d.weight beside it",
-        "e.weight is packed, but has no e.scales beside it",
+        "d.scales has no matching d.weight",
+        "e.weight is packed, but has no matching e.scales",
         "f.weight: uint32 [2, 8] with scales []",
     ):
         assert words in str(caught.value)

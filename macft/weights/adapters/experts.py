@@ -1,4 +1,4 @@
-"""Adapters on experts: PEFT's tensors for all experts of a layer in, one A and B for each expert out, and the reverse.
+"""Split PEFT's adapters on all experts of a layer into one A and B per expert, and fuse them again.
 
 transformers holds a layer's experts in two parameters, experts.gate_up_proj and experts.down_proj. PEFT's
 target_parameters give each A [experts * rank, in] and B [out, rank * experts], under one name: the wrapper of
@@ -29,7 +29,7 @@ _STACKING = "STACK_EXPERTS"
 
 @dataclass(frozen=True)
 class _Family:
-    """What a model type's files call the block of a layer's experts, and gate, up and down of one."""
+    """The names that a model type's files use for the block of a layer's experts and for an expert's projections."""
 
     block: str
     gate: str
@@ -53,7 +53,7 @@ def is_expert(module: str) -> bool:
 
 
 def is_router(module: str) -> bool:
-    """Whether this is the matrix that chooses the experts, in transformers a parameter and no linear layer."""
+    """Whether this is the matrix that chooses the experts, in transformers a parameter and not a linear layer."""
     return _ROUTER.fullmatch(module) is not None
 
 
@@ -64,13 +64,13 @@ def _family(config: Mapping[str, Any]) -> _Family:
 def split_experts(
     modules: Modules, config: Mapping[str, Any] | None, problems: list[str]
 ) -> tuple[Modules, dict[str, str]]:
-    """One module an expert, named as in the model's files; and the parameter of each, which PEFT's patterns match.
+    """One module per expert, named as in the model's files; and the parameter of each, which PEFT's patterns match.
 
-    Reasons why that cannot be are added to `problems`.
+    What prevents it is added to `problems`.
     """
     if config is None or not has_experts(config):
         kind = "name the base model" if config is None else f"adapters on {config.get('model_type')} are not known"
-        problems.append(f"target_parameters is set, and what its tensors are for depends on the model: {kind}")
+        problems.append(f"target_parameters is set, and the meaning of its tensors depends on the model: {kind}")
         return modules, {}
     family, split, keys = _family(config), Modules(), dict[str, str]()
     for name, parts in modules.items():
@@ -118,21 +118,21 @@ def _split(
 
 
 @dataclass(frozen=True)
-class Fused:
-    """An adapter as PEFT has it: `parameters` are target_parameters, `gate_up_rank` the rank of all gate_up_proj."""
+class FusedAdapter:
+    """An adapter as PEFT stores it: `parameters` are target_parameters, `gate_up_rank` the rank of all gate_up_proj."""
 
     modules: Modules
     parameters: tuple[str, ...]
     gate_up_rank: int
 
 
-def fuse_experts(modules: Modules, config: Mapping[str, Any] | None, rank: int) -> Fused:
+def fuse_experts(modules: Modules, config: Mapping[str, Any] | None, rank: int) -> FusedAdapter:
     """The reverse of `split_experts`; routers become parameters too.
 
     Gate and up are one parameter: where their A differ, one A of twice the rank holds both.
     """
     if config is None or not has_experts(config):
-        return Fused(modules, (), rank)
+        return FusedAdapter(modules, (), rank)
     family, count = _family(config), expert_count(config)
     blocks: dict[str, dict[str, dict[int, Mapping[str, Array]]]] = defaultdict(lambda: defaultdict(dict))
     fused, parameters = Modules(), list[str]()
@@ -163,7 +163,7 @@ def fuse_experts(modules: Modules, config: Mapping[str, Any] | None, rank: int) 
                 flat = b.transpose(1, 2, 0).reshape(b.shape[1], -1)
                 fused[name] = {_A: a.reshape(-1, a.shape[2]), _B: flat}
                 name = f"{block}.base_layer"
-    return Fused(fused, tuple(parameters), 2 * rank if doubles else rank)
+    return FusedAdapter(fused, tuple(parameters), 2 * rank if doubles else rank)
 
 
 def _stack(experts: Mapping[int, Mapping[str, Array]], count: int, suffix: str) -> Array:

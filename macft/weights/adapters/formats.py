@@ -15,7 +15,7 @@ AdapterFormat = Literal["mlx", "peft"]
 
 
 def adapter_format(folder: Path) -> AdapterFormat:
-    """Whose adapter this is, by its files; ModelError, with what was found, when it is neither's."""
+    """The format of an adapter folder; ModelError if it is neither of the two."""
     is_mlx, is_peft = ((folder / name).exists() for name in (MLX_WEIGHTS_NAME, WEIGHTS_NAME))
     if is_mlx and not is_peft:
         return "mlx"
@@ -35,10 +35,10 @@ def adapter_format(folder: Path) -> AdapterFormat:
 def read_any_adapter(
     folder: Path, base_config: Mapping[str, Any] | None = None, *, with_saved: bool = False
 ) -> Adapter:
-    """Read an adapter of PEFT or mlx-lm; its state has PEFT's names and layout, one module for each expert.
+    """Read an adapter of PEFT or mlx-lm; its state has PEFT's names and layout, one module per expert.
 
-    `base_config`, the base's config.json, is needed for adapters on embeddings, heads and experts, `with_saved` as in
-    `read_adapter`. Raises ModelError that names everything in the folder that would be computed otherwise.
+    `base_config`, the base's config.json, is needed for adapters on embeddings, heads and experts; `with_saved` is as
+    in `read_adapter`. Raises ModelError naming everything in the folder that would be computed differently.
     """
     config = flat_config(base_config) if base_config is not None else None
     if adapter_format(folder) == "peft":

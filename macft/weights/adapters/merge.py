@@ -1,4 +1,4 @@
-"""A model's tensors and LoRA adapters in; the same tensors with the adapters added when they are read, out."""
+"""Merge LoRA adapters into a model's tensors, which are summed when they are read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Update:
     """W + b @ a, and with a magnitude m: m * (W + b @ a) / norm, the norm over each row, or column of an embedding.
 
     a [rank, columns], b [rows, rank] with the scale in it, magnitude [rows] or, of an embedding, [columns].
-    `copy` is the W [rows, columns] that the adapter was trained on, if it brings it.
+    `copy` is the W [rows, columns] that the adapter was trained on, if the adapter holds one.
     """
 
     a: Array
@@ -48,7 +48,7 @@ class _Update:
 
 @dataclass(frozen=True)
 class _Whole:
-    """A tensor that was trained whole, and takes the place of the base's."""
+    """A tensor that was trained as a whole and replaces the base's."""
 
     array: Array
 
@@ -57,10 +57,10 @@ _Change = _Update | _Whole
 
 
 def merge_adapters(tensors: Sequence[LazyTensor], adapters: Sequence[Adapter]) -> list[LazyTensor]:
-    """Add adapters, each on what those before it left: float32 sums, rounded once to the type of each tensor.
+    """Add adapters one after the other: float32 sums, rounded once to the type of each tensor.
 
-    Names are Hugging Face's. ModelError lists, of all adapters, every tensor that is unknown, not finite or
-    fits no module of the model.
+    Names are Hugging Face's. ModelError lists, for all adapters, every tensor that is unknown, not finite or does
+    not fit a module of the model.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
     changes: dict[str, list[_Change]] = {}
@@ -90,10 +90,10 @@ def adapted_modules(adapter: Adapter) -> set[str]:
 def untie(
     config: dict[str, Any], tensors: list[LazyTensor], adapters: Sequence[Adapter]
 ) -> tuple[dict[str, Any], list[LazyTensor]]:
-    """Give a head of its own to a model whose head is its embedding, if an adapter changes either of the two.
+    """Give a model whose head is its embedding a separate head, if an adapter changes either of the two.
 
-    An adapter is trained on one of them: merged into the shared matrix it would change the other too, which
-    is what PEFT warns of and mends in this way. Config and tensors come back as they were if nothing is to do.
+    An adapter is trained on one of them: merged into the shared matrix it would change the other too. PEFT warns
+    of this and does the same. Config and tensors are returned unchanged if there is nothing to do.
     """
     head = HEAD.removesuffix(".weight")
     touched = {module for adapter in adapters for module in adapted_modules(adapter)}
@@ -113,7 +113,7 @@ def untie(
 
 
 def _changes(adapter: Adapter, by_name: Mapping[str, LazyTensor], problems: list[str]) -> dict[str, _Change]:
-    """What an adapter does to which tensor of the model; reasons why it cannot are added to `problems`."""
+    """What an adapter does to each tensor of the model; what does not fit is added to `problems`."""
     found: dict[str, _Change] = {}
     named = {**adapter.state, **{f"{PREFIX}{name}": array for name, array in adapter.saved.items()}}
     problems += [
@@ -273,12 +273,12 @@ def _column_norms(tensor: LazyTensor, add: Callable[[Array, int], None]) -> Arra
 def _once(make: Callable[[], Array]) -> Callable[[], Array]:
     """`make`, called by whichever thread comes first."""
     lock = Lock()
-    made: list[Array] = []
+    result: list[Array] = []
 
     def get() -> Array:
         with lock:
-            if not made:
-                made.append(make())
-        return made[0]
+            if not result:
+                result.append(make())
+        return result[0]
 
     return get

@@ -1,4 +1,4 @@
-"""An adapter folder of mlx-lm in, the adapter as PEFT would hold it out, and the reverse."""
+"""Read and write adapter folders in mlx-lm's format."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from macft.weights.adapters.shapes import (
 )
 from macft.weights.layouts.mlx import layout_of
 from macft.weights.layouts.mlx_experts import EXPERTS_APART
-from macft.weights.layouts.mlx_rules import Rule
+from macft.weights.layouts.mlx_rules import LayoutRule
 from macft.weights.tensors.lazy import Array, LazyTensor, from_array
 from macft.weights.tensors.safetensors import write_state
 
@@ -35,7 +35,7 @@ MLX_WEIGHTS_NAME = "adapters.safetensors"
 EMBED, HEAD = "embed_tokens", "lm_head"
 
 _PARTS = ("lora_a", "lora_b", "m")
-_NAMING = ("PREFIX", *EXPERTS_APART)  # the rules of a layout that concern names of adapted modules
+_NAMING = ("PREFIX", *EXPERTS_APART)  # the rules of a layout that affect names of adapted modules
 _MERGE = "merge it instead: macft export merged BASE --adapter {folder} --output NEW"
 
 
@@ -63,8 +63,8 @@ def _mlx_config(folder: Path, raw: Mapping[str, Any]) -> AdapterConfig:
     kind, shape = raw.get("fine_tune_type", "lora"), raw.get("lora_parameters")
     if kind == "full":
         raise ModelError(
-            f"{folder}: fine_tune_type is full: these are the weights of a whole model and no adapter; write the model "
-            "with mlx_lm.fuse"
+            f"{folder}: fine_tune_type is full: these are the weights of a whole model, not an adapter; write the "
+            "model with mlx_lm.fuse"
         )
     problems = []
     if kind not in ("lora", "dora"):
@@ -104,7 +104,7 @@ def _mlx_modules(state: Mapping[str, Array], config: AdapterConfig, problems: li
     for name, array in state.items():
         module, _, part = name.rpartition(".")
         if part not in _PARTS or not module:
-            problems.append(f"{name} is no tensor of a LoRA adapter of mlx-lm (lora_a, lora_b, m)")
+            problems.append(f"{name} is not a tensor of a LoRA adapter of mlx-lm (lora_a, lora_b, m)")
         else:
             modules.setdefault(module, {})[part] = array
     if not modules:
@@ -129,9 +129,7 @@ def _hf_names(modules: Modules, config: Mapping[str, Any] | None, problems: list
     """The modules named as in the HF layout, one for each expert with A [rank, in] and B [out, rank]."""
     if config is None:
         unclear = [name for name, parts in modules.items() if parts["lora_a"].ndim == 3 or name.startswith("language_")]
-        problems += [
-            f"{name}: what it is called in the HF layout depends on the model; name the base" for name in unclear
-        ]
+        problems += [f"{name}: its name in the HF layout depends on the model; name the base" for name in unclear]
         return modules
     rules = _naming_rules(config)
     if any(parts["lora_a"].ndim == 3 for parts in modules.values()) and not has_experts(config):
@@ -149,7 +147,7 @@ def _hf_names(modules: Modules, config: Mapping[str, Any] | None, problems: list
     return renamed_parts
 
 
-def _naming_rules(config: Mapping[str, Any]) -> list[Rule]:
+def _naming_rules(config: Mapping[str, Any]) -> list[LayoutRule]:
     return [rule for rule in layout_of(config).rules if rule.name in _NAMING]
 
 
@@ -175,7 +173,7 @@ def _peft_module(
         )
         return {}
     embedding = {name: {EMBEDDING[0]: _turned(a), EMBEDDING[1]: _turned(b)}}
-    # in mlx-lm the adapter of a tied embedding is at work in the head too: x b^T a^T
+    # in mlx-lm the adapter of a tied embedding acts in the head too: x b^T a^T
     return {**embedding, HEAD: {LINEAR[0]: b, LINEAR[1]: a}} if tied else embedding
 
 
@@ -201,8 +199,8 @@ def _num_layers_problems(raw: Mapping[str, Any], modules: Modules, base: Mapping
 def write_mlx_adapter(folder: Path, adapter: Adapter, base_config: Mapping[str, Any] | None = None) -> None:
     """Write adapters.safetensors and adapter_config.json as mlx-lm reads them into an existing folder.
 
-    Raises ModelError naming all that mlx-lm cannot hold. `base_config` is needed
-    for embeddings, heads and experts.
+    Raises ModelError naming everything that mlx-lm cannot represent. `base_config` is needed for embeddings, heads
+    and experts.
     """
     problems: list[str] = []
     modules = split_modules(adapter.state, adapter.config.use_dora, problems)
@@ -215,7 +213,7 @@ def write_mlx_adapter(folder: Path, adapter: Adapter, base_config: Mapping[str, 
         parts = _mlx_names(parts, base_config, problems)
     if problems:
         way_out = _MERGE.format(folder=adapter.folder)
-        raise ModelError(join_problems(f"{adapter.folder}: mlx-lm cannot hold this adapter; {way_out}", problems))
+        raise ModelError(join_problems(f"{adapter.folder}: mlx-lm cannot represent this adapter; {way_out}", problems))
     config = adapter.config
     scale = scale_of(config.rank, config.alpha, config.use_rslora)
     content = {
@@ -223,7 +221,7 @@ def write_mlx_adapter(folder: Path, adapter: Adapter, base_config: Mapping[str, 
         "lora_parameters": {
             "rank": config.rank,
             "scale": scale,
-            # mlx-lm reads scale alone, Ollama alpha alone
+            # mlx-lm reads only scale, Ollama only alpha
             "alpha": scale * config.rank,
             "dropout": config.dropout,
             "keys": list(parts),
@@ -262,9 +260,9 @@ def _tied_once(modules: Modules, adapter: Adapter, base: Mapping[str, Any] | Non
 
 
 def _mlx_parts(name: str, parts: Mapping[str, Array], adapter: Adapter, problems: list[str]) -> dict[str, Array]:
-    """One module of PEFT as mlx-lm has it; of an expert A and B stay as they are, to be stacked."""
+    """One module of PEFT as mlx-lm has it; A and B of an expert stay as they are, to be stacked."""
     if COPY in parts:
-        problems.append(f"{name}: brings its own {COPY}, for which mlx-lm has no place")
+        problems.append(f"{name}: holds a {COPY} of its own, for which mlx-lm has no place")
     if EMBEDDING[0] in parts:
         if adapter.config.use_dora:
             problems.append(

@@ -1,4 +1,4 @@
-"""LoRA adapters on disk, in PEFT's layout: read with every setting checked, written whole."""
+"""Read and write LoRA adapters in PEFT's format, checking every setting."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ State = dict[str, Array]
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What adapter_config.json says of an adapter, once all its modules have one rank and scale."""
+    """The settings of an adapter whose modules all have the same rank and scale."""
 
     base: str  # the base model as the user typed it
     rank: int
@@ -56,9 +56,9 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter read from disk; `base_hash` is None in adapters of other tools.
+    """An adapter read from disk; `base_hash` is None for adapters of other tools.
 
-    `saved` are tensors of the model that were trained whole (PEFT's modules_to_save), by the model's own names.
+    `saved` are tensors of the model that were trained as a whole (PEFT's modules_to_save), by the model's names.
     """
 
     folder: Path
@@ -70,7 +70,7 @@ class Adapter:
 
 @contextmanager
 def naming_adapter(adapter: Adapter, base: str, kind: type[MacftError]) -> Iterator[None]:
-    """Errors of this kind, raised where the adapter meets the base, name both as ModelError."""
+    """Turn errors of this kind, raised while the adapter is attached, into a ModelError that names adapter and base."""
     try:
         yield
     except kind as error:
@@ -87,8 +87,8 @@ def other_base_note(adapter: Adapter, base: ModelFolder) -> str | None:
 def write_adapter(folder: Path, config: AdapterConfig, state: State, base_hash: str | None) -> None:
     """Write adapter_config.json and adapter_model.safetensors into an existing folder.
 
-    The hash of the base goes into the metadata of the weights file: PEFT warns of keys it does not
-    know in its configuration.
+    The hash of the base is stored in the metadata of the weights file, since PEFT warns of unknown keys in its
+    configuration.
     """
     write_state(folder / WEIGHTS_NAME, state, metadata=metadata_of("pt", base_hash))
     write_json(folder / CONFIG_NAME, peft_config(config))
@@ -103,7 +103,7 @@ def write_peft_adapter(folder: Path, adapter: Adapter, base_config: Mapping[str,
     problems: list[str] = []
     modules = split_modules(adapter.state, config.use_dora, problems)
     if problems:
-        raise ModelError(join_problems(f"{adapter.folder}: PEFT cannot hold this adapter", problems))
+        raise ModelError(join_problems(f"{adapter.folder}: PEFT cannot represent this adapter", problems))
     fused = fuse_experts(modules, base_config, config.rank)
     as_parameters = {name.rpartition(".")[0] for name in fused.parameters}
     targets = [name for name in fused.modules if name.removesuffix(".base_layer") not in as_parameters]
@@ -173,23 +173,23 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "alora_invocation_tokens": ((None,), _NO_PLACE),
     "init_lora_weights": ((True, False, None, "gaussian", "orthogonal"), _CHANGES_BASE),
 }
-# Settings after which the tensors alone say which modules have an adapter, or which shape.
+# Settings with which only the tensors say which modules have an adapter, or its shape.
 _SHAPING = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "target_parameters")
 
 
 def read_adapter(folder: Path, base_config: Mapping[str, Any] | None = None, *, with_saved: bool = False) -> Adapter:
-    """Read a PEFT adapter; raises ModelError naming everything in it that would be computed otherwise.
+    """Read a PEFT adapter; raises ModelError naming every setting that would be computed differently.
 
-    Modules of different ranks and scales are given one; targets that are not plain names become the full names
-    of the modules. `base_config`, the base's config.json, is needed for experts and where fan_in_fan_out is set.
-    Modules trained whole are refused unless `with_saved` says that the caller heeds `Adapter.saved`.
+    Modules of different ranks and scales are given the same; targets that are not plain names become the full
+    names of the modules. `base_config`, the base's config.json, is needed for experts and for fan_in_fan_out.
+    Modules trained as a whole are refused unless `with_saved` says that the caller handles `Adapter.saved`.
     """
     raw = read_json_config(folder)
     config = _checked(folder, raw, base_config, with_saved=with_saved)
     if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS_NAME).exists():
         raise ModelError(
             f"{folder}: adapter_model.bin is pickled, and unpickling runs code from the file: load the adapter with "
-            "PEFT in an environment you trust and save_pretrained() it anew"
+            "PEFT in an environment you trust and save_pretrained() it again"
         )
     state, base_hash = read_tensors(folder, WEIGHTS_NAME)
     state, saved = split_saved(state, raw.get(_SAVED) or [])
@@ -202,7 +202,7 @@ def read_tensors(folder: Path, name: str) -> tuple[State, str | None]:
     """The tensors of a file in float32, and the hash of the base if it is there; ModelError names NaN and Inf."""
     path = folder / name
     if not path.exists():
-        raise ModelError(f"{folder}: no {name}; an adapter folder has it beside {CONFIG_NAME}")
+        raise ModelError(f"{folder}: no {name}; an adapter folder has it next to {CONFIG_NAME}")
     state: State = {}
     try:
         with safe_open(path, framework="numpy") as file:
@@ -218,7 +218,7 @@ def read_tensors(folder: Path, name: str) -> tuple[State, str | None]:
 
 
 def read_json_config(folder: Path) -> dict[str, Any]:
-    """The content of adapter_config.json, a JSON object; ModelError otherwise."""
+    """The content of adapter_config.json; ModelError if it is not a JSON object."""
     path = folder / CONFIG_NAME
     if not path.exists():
         raise ModelError(f"{folder}: no {CONFIG_NAME}; expected the folder of an adapter")
@@ -247,11 +247,11 @@ def _checked(
     ]
     if not isinstance(raw.get(_SAVED) or [], list) or not all(isinstance(name, str) for name in raw.get(_SAVED) or []):
         problems.append(f"{_SAVED} is {raw[_SAVED]!r}, expected a list of module names")
-    # PEFT sets it back to false on linear layers, all that the known models have
+    # PEFT resets it to false on linear layers, and the known models have no others
     if raw.get("fan_in_fan_out") and (base_config is None or base_config.get("model_type") not in LAYOUTS):
         kind = "no base was named" if base_config is None else f"{base_config.get('model_type')} is not known here"
         problems.append(
-            f"fan_in_fan_out is True, which counts unless all layers are linear, and {kind}; merge with PEFT"
+            f"fan_in_fan_out is True, which matters unless all layers are linear, and {kind}; merge with PEFT"
         )
     problems += pattern_problems(raw)
     rank: Any = raw.get("r")

@@ -1,4 +1,4 @@
-"""The tensors of an adapter in, as modules; their ranks and scales made one, or every problem found, out."""
+"""Group an adapter's tensors by module, check them, and give all modules the same rank and scale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PREFIX = "base_model.model."
 LINEAR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = "lora_magnitude_vector"
-COPY = "base_layer.weight"  # PEFT adds the base's own matrix when an adapter is on an embedding or head
+COPY = "base_layer.weight"  # PEFT stores the base's own matrix with an adapter on an embedding or head
 _SUFFIXES = (*LINEAR, *EMBEDDING, MAGNITUDE, COPY)
 
 # module, such as model.layers.0.self_attn.q_proj -> suffix -> array
@@ -34,7 +34,7 @@ class Shape:
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by."""
+        """The factor of B A."""
         return scale_of(self.rank, self.alpha, self.use_rslora)
 
 
@@ -44,7 +44,7 @@ def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
 
 
 def split_modules(state: Mapping[str, Array], use_dora: bool, problems: list[str]) -> Modules:
-    """The tensors by module, in PEFT's names; unknown ones, and modules that are not whole, are added to `problems`."""
+    """The tensors by module, in PEFT's names; unknown ones and incomplete modules are added to `problems`."""
     found = by_module(state, problems)
     for module, parts in found.items():
         if problem := module_problem(parts, use_dora):
@@ -53,12 +53,12 @@ def split_modules(state: Mapping[str, Array], use_dora: bool, problems: list[str
 
 
 def by_module(state: Mapping[str, Array], problems: list[str]) -> Modules:
-    """The tensors by module, whole or not, in PEFT's names; unknown ones are added to `problems`."""
+    """The tensors by module, complete or not, in PEFT's names; unknown ones are added to `problems`."""
     found: Modules = {}
     for name, array in state.items():
         suffix = _suffix_of(name)
         if suffix is None or not name.startswith(PREFIX):
-            problems.append(f"{name} is no tensor of a LoRA adapter")
+            problems.append(f"{name} is not a tensor of a LoRA adapter")
             continue
         found.setdefault(name[len(PREFIX) : -len(suffix) - 1], {})[suffix] = array
     return found
@@ -69,7 +69,7 @@ def _suffix_of(name: str) -> str | None:
 
 
 def module_problem(parts: Mapping[str, Array], use_dora: bool) -> str | None:
-    """What a module lacks or has too much, or None."""
+    """What a module lacks or should not have, or None."""
     names = pair_of(parts)
     expected = {*names, MAGNITUDE} if use_dora else {*names}
     if set(parts) - {COPY} != expected:
@@ -109,9 +109,9 @@ def pair_of(parts: Mapping[str, Array]) -> tuple[str, str]:
 
 
 def uniform(modules: Modules, shape_of: Callable[[str], Shape], default: Shape) -> tuple[Modules, Shape]:
-    """Give all modules one rank and scale: A and B are padded with zeros, and B takes the ratio of the scales.
+    """Give all modules one rank and scale: A and B are padded with zeros, and B is multiplied by the ratio of scales.
 
-    `shape_of` says what each module has; where all have `default` nothing changes.
+    `shape_of` returns the shape of a module; if all have `default`, nothing changes.
     """
     shapes = {module: shape_of(module) for module in modules}
     scales = {shape.scale for shape in shapes.values()}
@@ -136,7 +136,7 @@ def uniform(modules: Modules, shape_of: Callable[[str], Shape], default: Shape) 
 def pattern_shapes(raw: Mapping[str, Any], default: Shape) -> Callable[[str], Shape]:
     """The shape that PEFT gives a module by rank_pattern and alpha_pattern, whose keys are ends of its name as regex.
 
-    Source: PEFT's get_pattern_key; the first key that matches counts. Raises re.error for a key that is no regex.
+    Source: PEFT's get_pattern_key; the first key that matches counts. Raises re.error for a key that is not a regex.
     """
     ranks, alphas = (
         [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in (raw.get(name) or {}).items()]
@@ -165,7 +165,7 @@ def pattern_problems(raw: Mapping[str, Any]) -> list[str]:
             try:
                 re.compile(key)
             except re.error as error:
-                problems.append(f"{name}: {key!r} is no regular expression ({error})")
+                problems.append(f"{name}: {key!r} is not a regular expression ({error})")
     layers = raw.get("layers_to_transform")
     if layers is not None and not _are_layers(layers):
         problems.append(f"layers_to_transform is {layers!r}, expected layer numbers")

@@ -1,4 +1,4 @@
-"""Two LoRA adapters of one base in; one adapter that does what both do, and the second one back out of it."""
+"""Stack two LoRA adapters of one base into one that does what both do, and take the second out again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def stack_adapters(
 ) -> State:
     """An adapter of scale `scale` equal to both: A = [A1; A2], B = [B1 s1/s2, B2]; the second is kept to the bit.
 
-    A [rank, in], B [out, rank] under PEFT's names; a module that only one has gets zeros for the other.
+    A [rank, in], B [out, rank] under PEFT's names; a module that only one adapter has gets zeros for the other.
     """
     rank = next(value.shape[0] for name, value in state.items() if name.endswith(_A))
     stacked: State = {}
@@ -34,7 +34,7 @@ def stack_adapters(
 
 
 def unstack_adapter(stacked: Mapping[str, Array], under_rank: int, targets: tuple[str, ...]) -> State:
-    """The second adapter of a stack, of the modules whose names end in one of `targets`."""
+    """The second adapter of a stack, limited to modules whose names end in one of `targets`."""
     state: State = {}
     for name, value in stacked.items():
         module = name.removesuffix(_A).removesuffix(_B)

@@ -1,4 +1,4 @@
-"""A litgpt checkpoint folder in; its model in Hugging Face layout, not yet read, out: llama-like and phi-like ones."""
+"""Open a litgpt checkpoint of a llama-like or phi-like model in Hugging Face layout, without reading its tensors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PHI = {
     "mlp.fc": "mlp.fc1",
     "mlp.proj": "mlp.fc2",
 }
-# modules beside the blocks: (litgpt, Hugging Face); phi calls its last norm otherwise
+# modules outside the blocks: (litgpt, Hugging Face); phi has another name for its last norm
 _WHOLE = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -49,11 +49,11 @@ def is_litgpt(folder: Path) -> bool:
 
 
 def open_litgpt(folder: Path) -> Source:
-    """The checkpoint's model, its numbers untouched.
+    """Open the checkpoint's model, its numbers unchanged.
 
-    The layouts: litgpt holds q, k and v of a layer as one matrix (one after the other; in older versions group by
-    group) and a head even when it is the embedding. Raises ModelError for a file that is missing, damaged
-    or pickles more than tensors, and for a model that is neither llama-like nor phi-like, with every reason.
+    litgpt stores q, k and v of a layer as one matrix (one after the other; in older versions group by group) and
+    stores the head even when it is the embedding. Raises ModelError for a file that is missing, damaged or
+    pickles more than tensors, and for a model that is neither llama-like nor phi-like, with every reason.
     """
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
@@ -75,7 +75,7 @@ def open_litgpt(folder: Path) -> Source:
 
 
 def litgpt_notes(folder: Path) -> tuple[str, ...]:
-    """What of a checkpoint folder has no place in a model folder, as lines a user should read."""
+    """Notes for the user on what a checkpoint folder holds and a model folder has no place for."""
     if not (folder / "prompt_style.json").is_file() or (folder / "chat_template.jinja").is_file():
         return ()
     return ("litgpt's prompt_style.json has no place in a model folder: name a chat template with --template",)
@@ -83,9 +83,11 @@ def litgpt_notes(folder: Path) -> tuple[str, ...]:
 
 def _refuse_adapters(folder: Path, found: dict[str, LazyTensor]) -> None:
     if any("lora_" in name for name in found):
-        raise ModelError(f"{folder / WEIGHTS}: holds LoRA matrices beside the model; run `litgpt merge_lora` first")
+        raise ModelError(f"{folder / WEIGHTS}: holds LoRA matrices besides the model; run `litgpt merge_lora` first")
     if any("adapter" in name or "gating_factor" in name for name in found):
-        raise ModelError(f"{folder / WEIGHTS}: holds an adapter of litgpt's own kind, for which there is no HF layout")
+        raise ModelError(
+            f"{folder / WEIGHTS}: holds an adapter of a kind that only litgpt has; there is no HF layout for it"
+        )
 
 
 def _modern(lit: LitConfig, found: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -98,7 +100,7 @@ def _modern(lit: LitConfig, found: dict[str, LazyTensor]) -> dict[str, LazyTenso
 
 
 def _regrouped(lit: LitConfig, name: str, tensor: LazyTensor) -> LazyTensor:
-    """[q.. k v] of each group to all q, all k, all v."""
+    """Reorder [q.. k v] of each group to all q, all k, all v."""
 
     def read() -> Array:
         groups = tensor.read().reshape(lit.groups, lit.heads // lit.groups + 2, lit.head_size, *tensor.shape[1:])
@@ -109,7 +111,7 @@ def _regrouped(lit: LitConfig, name: str, tensor: LazyTensor) -> LazyTensor:
 
 
 def _shapes(lit: LitConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor that litgpt's model has, with its shape, in the order in which they are written."""
+    """Every tensor of litgpt's model with its shape, in the order in which they are written."""
     width, inner = lit.width, lit.inner
     rows = (lit.heads + 2 * lit.groups) * lit.head_size
     yield _EMBEDDING, (lit.vocabulary, width)
@@ -144,14 +146,14 @@ def _check(folder: Path, lit: LitConfig, found: dict[str, LazyTensor], shapes: d
         if name not in found:
             problems.append(f"{name} is missing")
         elif found[name].shape != shape:
-            problems.append(f"{name} has shape {list(found[name].shape)}, {list(shape)} was expected")
+            problems.append(f"{name} has shape {list(found[name].shape)}, expected {list(shape)}")
     if problems:
-        headline = f"{folder / WEIGHTS}: the tensors do not make the {lit.model_type} model of {CONFIG}:"
+        headline = f"{folder / WEIGHTS}: the tensors do not match the {lit.model_type} model of {CONFIG}:"
         raise ModelError(join_problems(headline, problems))
 
 
 def _converted(lit: LitConfig, name: str, found: dict[str, LazyTensor]) -> list[LazyTensor]:
-    """What one tensor of litgpt's becomes: as a rule one tensor under another name."""
+    """What one of litgpt's tensors becomes: usually one tensor with another name."""
     tensor = found[name]
     module, _, kind = name.rpartition(".")
     if module in _WHOLE:
@@ -196,6 +198,6 @@ def _are_equal(first: LazyTensor, second: LazyTensor) -> bool:
 
 
 def _token_ids(folder: Path) -> dict[str, Any]:
-    """What config.json, which litgpt keeps of the model it downloaded, says of special tokens; else null."""
+    """The ids of special tokens from config.json, which litgpt keeps of a model it downloaded; None without it."""
     found = read_config(folder) if (folder / "config.json").is_file() else {}
     return {key: found.get(key) for key in _TOKENS}

@@ -1,4 +1,4 @@
-"""litgpt's model_config.yaml in; the sizes of the model and its Hugging Face configuration out."""
+"""Translate litgpt's model_config.yaml into a Hugging Face configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from macft.errors import ModelError, join_problems
 
-# Settings that change what a model computes in ways no llama-like or phi-like model has, with the harmless values.
+# Settings that no llama-like or phi-like model of transformers has, with the values that change nothing.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "norm_qk_type": ("default",),
     "post_attention_norm": (False,),
@@ -38,7 +38,7 @@ _SIZES = (
     "block_size",
 )  # fmt: skip
 _CHOICES = ("mlp_class_name", "norm_class_name", "parallel_residual", "bias", "rotary_percentage", "norm_eps")
-# Settings with the value litgpt takes when an older file lacks them.
+# Settings with the value litgpt assumes when an older file lacks them.
 _DEFAULTS: dict[str, Any] = {
     "shared_attention_norm": False,
     "attn_bias": False,
@@ -65,7 +65,7 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class LitConfig:
-    """Sizes of a litgpt model, and the config.json of the same model in HF layout, `hf`."""
+    """Sizes of a litgpt model; `hf` is the config.json of the same model in HF layout."""
 
     model_type: str
     layers: int
@@ -87,33 +87,31 @@ def model_types() -> tuple[str, ...]:
 
 
 def read_lit_config(path: Path, settings: Any) -> LitConfig:
-    """Check the settings of model_config.yaml; ModelError lists all that no model of ours computes."""
+    """Check the settings of model_config.yaml; ModelError lists everything that cannot be translated."""
     if not isinstance(settings, dict):
-        raise ModelError(f"{path}: holds a {type(settings).__name__}, a mapping was expected")
+        raise ModelError(f"{path}: holds a {type(settings).__name__}, expected a mapping")
     problems = [f"{key} is missing" for key in (*_SIZES, *_CHOICES) if settings.get(key) is None]
     if problems:
         raise ModelError(join_problems(f"{path}: not the configuration of a litgpt model:", problems))
     found = {**_DEFAULTS, **settings}
     problems += [
-        f"{key} is {found[key]!r}, a whole number above 0 was expected"
+        f"{key} is {found[key]!r}, expected a whole number above 0"
         for key in _SIZES
         if type(found[key]) is not int or found[key] < 1
     ]
     problems += [
-        f"{key} is {found[key]!r}, a number above 0 was expected"
+        f"{key} is {found[key]!r}, expected a number above 0"
         for key in ("rotary_percentage", "norm_eps", "rope_base", "rope_condense_ratio")
         if type(found[key]) not in (int, float) or not found[key] > 0
     ]
     if problems:
         raise ModelError(join_problems(f"{path}: not the configuration of a litgpt model:", problems))
     if found["n_head"] % found["n_query_groups"]:
-        problems.append(f"n_head is {found['n_head']}, no multiple of n_query_groups {found['n_query_groups']}")
+        problems.append(f"n_head is {found['n_head']}, not a multiple of n_query_groups {found['n_query_groups']}")
     known = _IDLE.union(_HARMLESS, _SIZES, _CHOICES, _DEFAULTS)
+    problems += [f"{key} is {value!r}, an unknown setting" for key, value in found.items() if key not in known]
     problems += [
-        f"{key} is {value!r}, and what it does is not known" for key, value in found.items() if key not in known
-    ]
-    problems += [
-        f"{key} is {found[key]!r}, which has no place in the HF layouts there are"
+        f"{key} is {found[key]!r}, which no HF layout has a place for"
         for key, harmless in _HARMLESS.items()
         if key in found and found[key] not in harmless
     ]
@@ -162,13 +160,13 @@ def _model_type(found: dict[str, Any], problems: list[str]) -> str:
 
 
 def _has_window(found: dict[str, Any]) -> bool:
-    """Whether a window is narrower than the longest row."""
+    """Whether a sliding window is narrower than the longest sequence."""
     window = found["sliding_window_size"]
     return isinstance(window, int) and window < found["block_size"]
 
 
 def _check_family(model_type: str, found: dict[str, Any], problems: list[str]) -> None:
-    """Add what this model type has no setting for."""
+    """Add problems with what this model type has no setting for."""
     rotary = found["rotary_percentage"]
     if model_type not in ("phi", "phi3") and rotary != 1.0:
         problems.append(f"rotary_percentage is {rotary}, but {model_type} rotates whole heads")
@@ -210,7 +208,7 @@ def _rope(found: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         length = adjustments["original_max_seq_len"]
         rope |= {"rope_type": "llama3", **rest, "original_max_position_embeddings": length}
     elif adjustments is not None:
-        problems.append(f"rope_adjustments is {adjustments!r}; known are factor alone and {', '.join(_LLAMA3_ROPE)}")
+        problems.append(f"rope_adjustments is {adjustments!r}; known are only factor, and {', '.join(_LLAMA3_ROPE)}")
     if found["rotary_percentage"] != 1.0:
         rope["partial_rotary_factor"] = float(found["rotary_percentage"])
     return rope

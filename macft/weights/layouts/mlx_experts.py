@@ -1,4 +1,4 @@
-"""How each family of mixture-of-experts models stores its experts in the HF and in the MLX layout, as rules."""
+"""Define the rules by which families of mixture-of-experts models store experts in the HF and the MLX layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from macft.errors import ModelError, join_problems
-from macft.weights.layouts.mlx_rules import Change, Rule, Tensors, mapped, same, swap_last
+from macft.weights.layouts.mlx_rules import Change, LayoutRule, Tensors, mapped, same, swap_last
 from macft.weights.model_config import Config
 from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows, renamed
 
@@ -22,15 +22,15 @@ def expert_count(config: Config) -> int:
     """How many experts a layer has; ModelError when config.json does not say."""
     count = config.get("num_local_experts") or config.get("num_experts")
     if not isinstance(count, int):
-        raise ModelError(f"config.json: num_experts is {count!r}, the number of experts of a layer was expected")
+        raise ModelError(f"config.json: num_experts is {count!r}, expected the number of experts of a layer")
     return count
 
 
-def stack_experts(block: str, names: tuple[str, str, str] = _PROJECTIONS) -> Rule:
-    """One tensor a projection and layer in MLX; in HF one an expert, whose gate, up and down are called `names`.
+def stack_experts(block: str, names: tuple[str, str, str] = _PROJECTIONS) -> LayoutRule:
+    """Experts of a layer as one tensor per projection in MLX; in HF one per expert, with projections called `names`.
 
     HF files that hold all experts of a layer in `experts.gate_up_proj` and `experts.down_proj`, as transformers
-    has them in memory, are read as well.
+    has them in memory, can be read too.
     """
     called = dict(zip(names, _PROJECTIONS, strict=True))
     single = re.compile(rf"(.*\.{block})\.experts\.(\d+)\.({'|'.join(names)})\.weight")
@@ -64,7 +64,7 @@ def stack_experts(block: str, names: tuple[str, str, str] = _PROJECTIONS) -> Rul
         return result
 
     each = f"{block}.experts.N.{{{','.join(names)}}}"
-    return Rule("STACK_EXPERTS", f"{each} are stacked as {block}.switch_mlp", to_mlx, to_hf)
+    return LayoutRule("STACK_EXPERTS", f"{each} are stacked as {block}.switch_mlp", to_mlx, to_hf)
 
 
 def _check_groups(groups: dict[str, dict[int, LazyTensor]], count: int) -> None:
@@ -132,11 +132,11 @@ def _pair_of(tensors: Tensors, gate: str) -> LazyTensor:
     expected = gate.replace("gate_proj", "up_proj")
     found = next((tensor for tensor in tensors if tensor.name == expected), None)
     if found is None:
-        raise ModelError(f"{gate} has no {expected} beside it; the model is incomplete")
+        raise ModelError(f"{gate} has no matching {expected}; the model is incomplete")
     return found
 
 
-# what becomes of one tensor of a block of experts, named by what follows the block's own name
+# converts one tensor of a block of experts, named by what follows the block's own name
 Convert = Callable[[str, str, LazyTensor, Tensors], Tensors]
 
 
@@ -169,7 +169,7 @@ def _granite_to_hf(block: str, name: str, tensor: LazyTensor, tensors: Tensors) 
     return [] if name == "up_proj.weight" else [tensor]
 
 
-GRANITE_EXPERTS = Rule(
+GRANITE_EXPERTS = LayoutRule(
     "GRANITE_EXPERTS",
     "block_sparse_moe.{input_linear,output_linear} are split into switch_mlp.{gate_proj,up_proj,down_proj}",
     _in_block(".block_sparse_moe.", _granite_to_mlx),
@@ -218,7 +218,7 @@ def _oss_to_hf(block: str, name: str, tensor: LazyTensor, tensors: Tensors) -> T
 
 
 def _not_oss(tensor: LazyTensor) -> ModelError:
-    return ModelError(f"{tensor.name} is none of the unquantized experts of gpt_oss; give the bfloat16 model")
+    return ModelError(f"{tensor.name} is not one of the unquantized experts of gpt_oss; pass the bfloat16 model")
 
 
 def _interleaved(name: str, gate: LazyTensor, up: LazyTensor) -> LazyTensor:
@@ -237,7 +237,7 @@ def _interleaved(name: str, gate: LazyTensor, up: LazyTensor) -> LazyTensor:
     return from_rows(name, gate.dtype, (count, *front, 2 * last), rows)
 
 
-OSS_EXPERTS = Rule(
+OSS_EXPERTS = LayoutRule(
     "OSS_EXPERTS",
     "mlp.experts.gate_up_proj and down_proj are transposed; gate and up, interleaved in HF, are apart",
     _in_block(".mlp.experts.", _oss_to_mlx),
@@ -250,7 +250,7 @@ def _block_to_mlx(_: Config, tensors: Tensors) -> Tensors:
 
 
 # transformers calls the block mlp in memory, and in files written as it is in memory
-SPARSE_BLOCK = Rule(
+SPARSE_BLOCK = LayoutRule(
     "SPARSE_BLOCK",
     "mlp, as transformers calls the block in memory, is block_sparse_moe",
     _block_to_mlx,

@@ -1,4 +1,4 @@
-"""Single differences between the HF and the MLX layout: each a named rule with a way there and a way back."""
+"""Define each difference between the HF and the MLX layout as a named rule that can be applied and undone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONV = re.compile(r"\.conv1d\.weight$")
 
 
 @dataclass(frozen=True)
-class Rule:
+class LayoutRule:
     """One difference; `lost` matches the HF names of tensors for which the MLX layout has no place."""
 
     name: str
@@ -39,18 +39,18 @@ def same(_: Config, tensors: Tensors) -> Tensors:
 
 
 def mapped(tensor: LazyTensor, name: str, shape: tuple[int, ...], change: Callable[[Array], Array]) -> LazyTensor:
-    """Other numbers under another name, where `change` works on each entry of the first axis by itself."""
+    """A tensor with new numbers and a new name, where `change` treats each entry of the first axis separately."""
     return from_rows(name, tensor.dtype, shape, lambda start, stop: change(read_rows(tensor, start, stop)))
 
 
 def ties_head(config: Config, tensors: Tensors, *, default: bool | None = None) -> bool:
-    """Whether the head is the embedding; a config that does not say so means: if the head is not stored."""
+    """Whether the head is the embedding: as the config says, else if no head is stored."""
     said = config.get("tie_word_embeddings", default)
     return bool(said) if said is not None else all(tensor.name != HEAD for tensor in tensors)
 
 
 def _drop_head(tensors: Tensors) -> Tensors:
-    """Without the copy of a tied head; reading the embedding compares the two (ModelError when they differ)."""
+    """Drop the copy of a tied head; reading the embedding compares the two (ModelError when they differ)."""
     head = next((tensor for tensor in tensors if tensor.name == HEAD), None)
     if head is None:
         return tensors
@@ -64,7 +64,7 @@ def _drop_head(tensors: Tensors) -> Tensors:
 def _compared(embedding: LazyTensor, head: LazyTensor) -> LazyTensor:
     problem = (
         f"{HEAD} differs from {embedding.name}, but config.json says tie_word_embeddings: true, and the MLX layout "
-        "would lose the head; set tie_word_embeddings to false if the head is meant"
+        "would lose the head; set tie_word_embeddings to false to keep the head"
     )
     if embedding.shape != head.shape:
         raise ModelError(problem)
@@ -125,7 +125,7 @@ def _prefix_to_hf(_: Config, tensors: Tensors) -> Tensors:
 
 
 def shift(array: Array, amount: int) -> Array:
-    """A norm plus 1 or -1, rounded once to its own dtype as MLX does."""
+    """A norm plus 1 or -1, rounded once to its own dtype, as in MLX."""
     shifted: Array = array + np.asarray(amount, array.dtype)
     return shifted
 
@@ -143,7 +143,7 @@ def _shifting(amount: int) -> Change:
 
 
 def is_shifted_norm(tensor: LazyTensor) -> bool:
-    """Whether this is a norm that the HF layout stores less one."""
+    """Whether this is a norm that the HF layout stores minus one."""
     return len(tensor.shape) == 1 and SHIFTED_NORMS.search(tensor.name) is not None
 
 
@@ -175,14 +175,16 @@ def _moving_axis(found: int) -> Change:
     return change
 
 
-TIED_HEAD = Rule("TIED_HEAD", "a tied head is not stored", _tied, same)
-ALWAYS_TIED = Rule("ALWAYS_TIED", "the head is always tied and not stored", _always_tied, same)
-NEVER_TIED = Rule("NEVER_TIED", "the head is never tied", _never_tied, same)
-DROP_ROTARY = Rule("DROP_ROTARY", "rotary frequencies are computed, not stored", _dropping(_ROTARY), _dropping(_ROTARY))
-DROP_MTP = Rule("DROP_MTP", "no multi-token prediction, mtp.* (lost)", _dropping(_MTP), same, lost=_MTP)
-DROP_VISION = Rule("DROP_VISION", "no vision tower (lost)", _dropping(_VISION), same, lost=_VISION)
-PREFIX = Rule("PREFIX", "names begin with language_model.", _prefix_to_mlx, _prefix_to_hf)
-SHIFT_NORMS = Rule("SHIFT_NORMS", "norms are stored plus one", _shifting(1), _shifting(-1))
-CONV_AXIS = Rule(
+TIED_HEAD = LayoutRule("TIED_HEAD", "a tied head is not stored", _tied, same)
+ALWAYS_TIED = LayoutRule("ALWAYS_TIED", "the head is always tied and not stored", _always_tied, same)
+NEVER_TIED = LayoutRule("NEVER_TIED", "the head is never tied", _never_tied, same)
+DROP_ROTARY = LayoutRule(
+    "DROP_ROTARY", "rotary frequencies are computed, not stored", _dropping(_ROTARY), _dropping(_ROTARY)
+)
+DROP_MTP = LayoutRule("DROP_MTP", "no multi-token prediction, mtp.* (lost)", _dropping(_MTP), same, lost=_MTP)
+DROP_VISION = LayoutRule("DROP_VISION", "no vision tower (lost)", _dropping(_VISION), same, lost=_VISION)
+PREFIX = LayoutRule("PREFIX", "names begin with language_model.", _prefix_to_mlx, _prefix_to_hf)
+SHIFT_NORMS = LayoutRule("SHIFT_NORMS", "norms are stored plus one", _shifting(1), _shifting(-1))
+CONV_AXIS = LayoutRule(
     "CONV_AXIS", "conv1d is [channels, kernel, 1], in HF [channels, 1, kernel]", _moving_axis(1), _moving_axis(2)
 )

@@ -1,4 +1,4 @@
-"""Merged weights in; the same quantized, and how much of what was merged that loses, out."""
+"""Quantize merged weights and measure how much of the adapters that loses."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ Form = tuple[int, int]  # bits, group size
 
 @dataclass(frozen=True)
 class Versions:
-    """One model's tensors three times, in the same order: before merging and after, neither of them rounded yet,
-    and before merging in the types that are to be written."""
+    """One model's tensors in three versions, in the same order.
+
+    `base` is before merging and `merged` after, both not rounded yet; `rounded` is before merging, in the types
+    that will be written.
+    """
 
     base: list[LazyTensor]
     merged: list[LazyTensor]
@@ -25,8 +28,8 @@ class Versions:
 
 
 @dataclass
-class Erasure:
-    """For each row of each matrix: the sums of squares of what was merged, and of what quantizing lost of it [2, rows].
+class AdapterLoss:
+    """For each matrix, row by row: sums of squares of what was merged, and of what quantizing lost of it [2, rows].
 
     Sums are set, not added to, so that a row which is quantized twice counts once.
     """
@@ -35,13 +38,13 @@ class Erasure:
 
     @property
     def share(self) -> float:
-        """||Q(W + D) - Q(W) - D|| / ||D||, Q quantizing and back, D what was merged; 0 if nothing was."""
+        """||Q(W + D) - Q(W) - D|| / ||D||, where Q quantizes and dequantizes and D was merged; 0 if nothing was."""
         merged, lost = (sum(float(found[index].sum()) for found in self.sums) for index in (0, 1))
         return float(np.sqrt(lost / merged)) if merged else 0.0
 
 
-def planned(config: dict[str, Any], tensors: list[LazyTensor], form: Form) -> dict[str, Form]:
-    """The modules that mlx-lm would quantize when asked for this form, each with its own."""
+def planned_forms(config: dict[str, Any], tensors: list[LazyTensor], form: Form) -> dict[str, Form]:
+    """The modules that mlx-lm would quantize when asked for this form, each with the form it gets."""
     found, quantized = quantize(config, tensors, *form)
     modules = [t.name.removesuffix(".scales") for t in quantized if t.name.endswith(".scales")]
     settings = found["quantization"]
@@ -49,11 +52,11 @@ def planned(config: dict[str, Any], tensors: list[LazyTensor], form: Form) -> di
 
 
 def quantize_merged(
-    config: dict[str, Any], versions: Versions, forms: dict[str, Form], default: Form, erasure: Erasure
+    config: dict[str, Any], versions: Versions, forms: dict[str, Form], default: Form, loss: AdapterLoss
 ) -> tuple[dict[str, Any], list[LazyTensor]]:
     """(config, tensors) with the modules of `forms` quantized and the rest rounded.
 
-    `erasure` is measured while the tensors are read.
+    `loss` is filled in while the tensors are read.
     """
     settings: dict[str, Any] = {"group_size": default[1], "bits": default[0], "mode": "affine"}
     result = []
@@ -62,7 +65,7 @@ def quantize_merged(
         if module not in forms:
             result.append(cast(after, like.dtype))
             continue
-        quantizer = _watching(before, after, erasure)
+        quantizer = _measuring(before, after, loss)
         found, parts = quantize(config, [cast(after, like.dtype)], *forms[module], quantizer)
         result += parts
         own = _form_of(found["quantization"].get(module, found["quantization"]))
@@ -75,10 +78,10 @@ def _form_of(setting: dict[str, Any]) -> Form:
     return setting["bits"], setting["group_size"]
 
 
-def _watching(before: LazyTensor, after: LazyTensor, erasure: Erasure) -> RowQuantizer:
-    """A quantizer of `after`, rounded to the type of the tensor it is given, that notes what this loses."""
+def _measuring(before: LazyTensor, after: LazyTensor, loss: AdapterLoss) -> RowQuantizer:
+    """A quantizer of `after`, rounded to the type of the tensor it is given, that records what this loses."""
     sums = np.zeros((2, after.shape[0]))
-    erasure.sums.append(sums)
+    loss.sums.append(sums)
 
     def quantized(like: LazyTensor, start: int, stop: int, bits: int, group_size: int) -> Parts:
         new, old = read_rows(after, start, stop), read_rows(before, start, stop)

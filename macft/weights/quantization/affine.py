@@ -12,9 +12,9 @@ from macft.errors import ModelError
 from macft.weights.tensors.lazy import Array
 
 BITS = (2, 3, 4, 5, 6, 8)
-_SLAB = 1 << 20  # elements unpacked at a time
+_UNPACKED_AT_ONCE = 1 << 20  # elements unpacked at a time
 
-# What `quantization_bit` groups by, on every backend.
+# the group size of `quantization_bit` on every backend
 LOAD_GROUP_SIZE = 64
 
 MXFP4_GROUP_SIZE = 32
@@ -45,12 +45,12 @@ class Quantization:
 
 
 def quantization_of(config: dict[str, Any]) -> Quantization | None:
-    """What a config.json says of MLX quantization; None if nothing. ModelError for values MLX cannot mean."""
+    """The MLX quantization that a config.json describes, or None. ModelError for values that MLX does not have."""
     found = config.get("quantization")
     if found is None:
         return None
     if not isinstance(found, dict):
-        raise ModelError(f"config.json: quantization is {found!r}, an object with bits and group_size was expected")
+        raise ModelError(f"config.json: quantization is {found!r}, expected an object with bits and group_size")
     mode = str(found.get("mode", "affine"))
     bits, group_size = _bits_and_group("quantization", found, mode)
     layers = {
@@ -67,7 +67,7 @@ def _bits_and_group(where: str, value: dict[str, Any], mode: str) -> tuple[int, 
     if not isinstance(bits, int) or not isinstance(group_size, int) or (mode == "affine" and bits not in BITS):
         raise ModelError(
             f"config.json: {where} has bits {bits!r} and group_size {group_size!r}; "
-            f"bits of {', '.join(map(str, BITS))} and a whole group_size were expected"
+            f"expected bits of {', '.join(map(str, BITS))} and a whole group_size"
         )
     return bits, group_size
 
@@ -87,7 +87,7 @@ def dequantize_affine(packed: Array, scales: Array, biases: Array, *, bits: int,
     flat_scales = scales.reshape(-1, scales.shape[-1], 1)
     flat_biases = biases.reshape(-1, scales.shape[-1], 1)
     out = np.empty((rows.shape[0], columns), np.float32)
-    step = max(1, _SLAB // columns)
+    step = max(1, _UNPACKED_AT_ONCE // columns)
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
         values = out[part].reshape(-1, scales.shape[-1], group_size)
@@ -112,10 +112,10 @@ def _unpack(rows: Array, bits: int) -> Array:
 
 
 def quantize_affine(weight: Array, *, bits: int, group_size: int) -> tuple[Array, Array, Array]:
-    """MLX's rule: (packed uint32 [..., columns * bits / 32], scales, biases [..., columns / group_size]).
+    """Quantize by MLX's rule: (packed uint32 [..., columns * bits / 32], scales, biases [..., columns / group_size]).
 
-    The scale is chosen so that the group's end farther from zero, and zero, are met exactly; scales and
-    biases have the type of `weight`. Source: the description and CPU kernel of mlx.core.quantize.
+    The scale is chosen so that zero, and the end of the group farther from zero, are represented exactly; scales
+    and biases have the type of `weight`. Source: the description and CPU kernel of mlx.core.quantize.
     """
     columns = weight.shape[-1]
     if columns % group_size or columns * bits % 32:
@@ -143,7 +143,7 @@ def _pack(fields: Array, bits: int) -> Array:
 
 
 def roundtrip_affine(weight: Array, *, bits: int, group_size: int) -> Array:
-    """What `weight` is in float32 once it has been quantized."""
+    """`weight` quantized and dequantized again, in float32."""
     return dequantize_affine(
         *quantize_affine(weight, bits=bits, group_size=group_size), bits=bits, group_size=group_size
     )

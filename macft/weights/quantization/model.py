@@ -1,4 +1,4 @@
-"""A model in MLX's layout in; the same model with its matrices quantized, as mlx-lm's own conversion does it, out."""
+"""Quantize the matrices of a model in MLX's layout as mlx-lm's own conversion does."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from macft.weights.quantization.affine import BITS, quantize_affine
 from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows
 
 GROUP_SIZES = (32, 64, 128)
-# what mlx-lm gives the few modules it deems too delicate for fewer bits
+# what mlx-lm gives the few modules that it does not quantize to fewer bits
 _DELICATE = {"group_size": 64, "bits": 8}
 _FLOATS = frozenset(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
-_SLAB = 1 << 22  # elements quantized at a time
+_QUANTIZED_AT_ONCE = 1 << 22  # elements quantized at a time
 
 Parts = tuple[Array, Array, Array]  # packed numbers, scales, biases
 # (tensor, first row, row after the last, bits, group size) -> those rows quantized
@@ -32,7 +32,7 @@ def quantize_rows(tensor: LazyTensor, start: int, stop: int, bits: int, group_si
 
 
 def check_quantization(bits: int, group_size: int) -> None:
-    """ModelError unless MLX has affine quantization of these bits and this group size."""
+    """Raise ModelError unless MLX has affine quantization with these bits and this group size."""
     if bits not in BITS or group_size not in GROUP_SIZES:
         raise ModelError(
             f"{bits} bits in groups of {group_size}: accepted are {', '.join(map(str, BITS))} bits in groups of "
@@ -49,9 +49,9 @@ def quantize(
 ) -> tuple[dict[str, Any], list[LazyTensor]]:
     """(config, tensors) with every linear, embedding and stack of experts quantized that mlx-lm would quantize.
 
-    That is: each of a width that `group_size` divides. `X.weight` becomes packed uint32 `X.weight`, and
-    `X.scales` and `X.biases` of its own type, by way of `quantizer` when they are read. Raises ModelError for a
-    model type without a known layout, for bits and group sizes MLX does not have, and for modules mlx-lm itself
+    That is each whose width `group_size` divides. `X.weight` becomes packed uint32 `X.weight` and `X.scales` and
+    `X.biases` of its own type, computed by `quantizer` when they are read. Raises ModelError for a model type
+    without a known layout, for bits and group sizes that MLX does not have, and for modules that mlx-lm itself
     could not quantize.
     """
     check_quantization(bits, group_size)
@@ -70,7 +70,7 @@ def quantize(
         form = own or settings
         if tensor.shape[-1] % form["group_size"] or tensor.dtype not in _FLOATS:
             problems.append(
-                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, expected is float32, float16 or bfloat16 of a "
+                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, expected float32, float16 or bfloat16 of a "
                 f"width that {form['group_size']} divides"
             )
             continue
@@ -81,7 +81,7 @@ def quantize(
 
 
 def _is_matrix(tensor: LazyTensor) -> bool:
-    """Whether this is the weight of a linear, an embedding or a stack of experts; a convolution's is not."""
+    """Whether this is the weight of a linear, an embedding or a stack of experts, not of a convolution."""
     is_stack = ".switch_mlp." in tensor.name or ".mlp.experts." in tensor.name
     return tensor.name.endswith(".weight") and len(tensor.shape) == (3 if is_stack else 2)
 
@@ -100,15 +100,15 @@ def _quantized(
 
 
 class _SmallParts:
-    """One matrix, quantized in parts; scales and biases found on the way are kept until both have been read.
+    """One matrix, quantized in parts; its scales and biases are kept until both have been read.
 
-    Rows that one thread is quantizing are waited for, so that a writer, who asks for the packed numbers first,
-    has each row quantized once.
+    A reader waits for rows that another thread is quantizing, so that a writer, which asks for the packed numbers
+    first, has each row quantized only once.
     """
 
     def __init__(self, shape: tuple[int, ...], group_size: int, quantized: Callable[[int, int], Parts]) -> None:
         self._shape, self._quantized = shape, quantized
-        self._step = max(1, _SLAB // (prod(shape[1:]) * group_size))
+        self._step = max(1, _QUANTIZED_AT_ONCE // (prod(shape[1:]) * group_size))
         self._changed = Condition()
         self._forget()
 
@@ -125,7 +125,7 @@ class _SmallParts:
             packed, scales, biases = self._quantized(start, stop)
         except BaseException:
             with self._changed:
-                # whoever waits for these rows finds the problem by itself
+                # a thread that waits for these rows then meets the problem itself
                 self._is_begun[start:stop] = False
                 self._changed.notify_all()
             raise
@@ -138,7 +138,7 @@ class _SmallParts:
         return packed
 
     def read(self, which: int) -> Array:
-        """All scales (0) or all biases (1); rows that nobody asked the packed numbers of are quantized now."""
+        """All scales (0) or all biases (1); rows that have not been quantized yet are quantized now."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: not (self._is_begun & ~self._is_known).any())

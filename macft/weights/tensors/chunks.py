@@ -1,4 +1,4 @@
-"""Lazy tensors in; parts of bounded size, made by many threads and given out in order, out."""
+"""Read lazy tensors in parts of bounded size, on many threads, and yield the parts in order."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 
 from macft.weights.tensors.lazy import Array, LazyTensor, read_rows
 
-CHUNK_BYTES = 4 << 20  # bytes that a thread makes at a time of a tensor that can be read in parts
+CHUNK_BYTES = 4 << 20  # bytes of a tensor that a thread works on at a time
 
-_AHEAD = 64 << 20  # bytes made and not yet given out, unless a single part has more
-_EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80}  # the bits that NaN and infinity alone have all set
+_AHEAD = 64 << 20  # bytes computed but not yet yielded, unless a single part has more
+_EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80}  # bits that are all set only in NaN and infinity
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Chunk:
 
 
 class HasBytes(Protocol):
-    """What `ordered_map` counts."""
+    """A part whose size `ordered_map` counts."""
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it takes, more or less."""
+        """Its approximate size in bytes."""
 
 
 Part = TypeVar("Part", bound=HasBytes)
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def iter_chunks(tensors: Iterable[LazyTensor]) -> Iterator[Chunk]:
@@ -55,7 +55,7 @@ def iter_chunks(tensors: Iterable[LazyTensor]) -> Iterator[Chunk]:
 
 
 def read_chunk(chunk: Chunk) -> Array:
-    """The numbers of a chunk, in a row [n]."""
+    """The numbers of a chunk, flat [n]."""
     tensor = chunk.tensor
     whole = tensor.rows is None or chunk.nbytes == tensor.nbytes
     array = tensor.read() if whole else read_rows(tensor, chunk.start, chunk.stop)
@@ -65,10 +65,10 @@ def read_chunk(chunk: Chunk) -> Array:
 
 
 def ordered_map(
-    parts: Iterable[Part], make: Callable[[Part], Made], pool: ThreadPoolExecutor
-) -> Iterator[tuple[Part, Made]]:
-    """Each part with what `make` gives for it, in order, a bounded number of bytes ahead."""
-    waiting: deque[tuple[Part, Future[Made]]] = deque()
+    parts: Iterable[Part], convert: Callable[[Part], Result], pool: ThreadPoolExecutor
+) -> Iterator[tuple[Part, Result]]:
+    """Yield each part with the result of `convert`, in order, working ahead by a bounded number of bytes."""
+    waiting: deque[tuple[Part, Future[Result]]] = deque()
     ahead = 0
     try:
         for part in parts:
@@ -76,7 +76,7 @@ def ordered_map(
                 first, future = waiting.popleft()
                 yield first, future.result()
                 ahead -= first.nbytes
-            waiting.append((part, pool.submit(make, part)))
+            waiting.append((part, pool.submit(convert, part)))
             ahead += part.nbytes
         while waiting:
             first, future = waiting.popleft()
@@ -90,7 +90,7 @@ def count_broken(flat: Array) -> int:
     """How many numbers are NaN or infinite."""
     mask = _EXPONENTS.get(flat.dtype.name)
     if mask is not None:
-        # far quicker than isfinite of 16-bit floats
+        # far faster than isfinite on 16-bit floats
         bits = flat.view(np.uint16) & np.uint16(mask)
         return int(np.count_nonzero(bits == mask))
     if flat.dtype.kind != "f":

@@ -1,4 +1,4 @@
-"""What large files need of a disk: room before, one line when it fails, a hash and an early flush while writing."""
+"""Check the room on a disk, hash and flush large files while they are written, and report errors in one line."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import BinaryIO
 from macft.errors import ModelError
 from macft.text import size
 
-_FLUSH = 128 << 20  # bytes after which the disk is told to begin
+_FLUSH = 128 << 20  # bytes after which a flush is started
 
 
 class HashedFile:
-    """A file that is hashed as it is written, and that the disk begins to store before it is whole."""
+    """A file that is hashed as it is written and flushed before it is complete."""
 
     def __init__(self, file: BinaryIO, flusher: ThreadPoolExecutor) -> None:
         self._file, self._flusher = file, flusher
@@ -33,11 +33,11 @@ class HashedFile:
         self._unflushed += memoryview(data).nbytes
         if self._unflushed >= _FLUSH and (self._flush is None or self._flush.done()):
             self._file.flush()
-            # the disk works while the next bytes are made, not after the last
+            # the disk works while the next bytes are computed, not after the last
             self._flush, self._unflushed = self._flusher.submit(os.fsync, self._file.fileno()), 0
 
     def finish(self) -> str:
-        """The SHA-256 of all that was written."""
+        """Wait for the flush; returns the SHA-256 of everything written."""
         if self._flush is not None:
             self._flush.result()
         return self._digest.hexdigest()
@@ -45,7 +45,7 @@ class HashedFile:
 
 @contextmanager
 def disk_problems(destination: Path | str, needed: int) -> Iterator[None]:
-    """Make one line of what the system refuses, for a writer that leaves nothing behind."""
+    """Turn an OSError into a one-line ModelError, for a writer that leaves nothing behind."""
     try:
         yield
     except OSError as error:
@@ -56,7 +56,7 @@ def disk_problems(destination: Path | str, needed: int) -> Iterator[None]:
 
 
 def check_room(needed: Mapping[Path, int]) -> None:
-    """ModelError when a disk has fewer free bytes than the files or folders that are to be made on it need."""
+    """Raise ModelError when a disk has too little room for the files or folders that will be written to it."""
     disks: dict[int, list[Path]] = {}
     for path in needed:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from macft.errors import ModelError, join_problems
 from macft.files import new_file
 from macft.weights.tensors.lazy import Array, LazyTensor, cast, from_array, from_rows
 
-MAX_HEADER = 100_000_000  # the format's own limit, in bytes
+MAX_HEADER = 100_000_000  # bytes, the limit of the format
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -47,7 +47,7 @@ class SafetensorsFile:
 
 
 def header_bytes(tensors: Iterable[LazyTensor], metadata: Mapping[str, str]) -> bytes:
-    """What a file of these tensors, in this order and without gaps, begins with."""
+    """The header of a file with these tensors, in this order and without gaps."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for tensor in tensors:
@@ -67,7 +67,7 @@ def write_state(
     dtype: Any = np.float32,
     metadata: Mapping[str, str] = _FROM_TORCH,
 ) -> None:
-    """Write named arrays, converted to `dtype` one by one, in order of name; the file is whole or absent."""
+    """Write named arrays in order of name, converting one at a time to `dtype`; the file is complete or absent."""
     tensors = [cast(from_array(name, state[name]), np.dtype(dtype)) for name in sorted(state)]
     with new_file(path) as temporary:
         write_safetensors(temporary, tensors, metadata)
@@ -109,7 +109,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _HeaderEntry:
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -121,19 +121,19 @@ def _parse(path: Path, encoded: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise ValueError("a name stands in it twice")
+            raise ValueError("a name occurs twice")
         return found
 
     try:
         header = json.loads(encoded, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: its header is no JSON ({error}); download it again") from None
+        raise ModelError(f"{path}: its header is not JSON ({error}); download it again") from None
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict | None):
         raise ModelError(f"{path}: its header is not an object of tensors; download it again")
     return header
 
 
-def _entry(name: str, value: Any, problems: list[str]) -> _Entry | None:
+def _entry(name: str, value: Any, problems: list[str]) -> _HeaderEntry | None:
     """One tensor of the header, or None with the reason added to `problems`."""
     if not isinstance(value, dict):
         problems.append(f"{name}: described by {value!r}")
@@ -154,28 +154,28 @@ def _entry(name: str, value: Any, problems: list[str]) -> _Entry | None:
     if end - begin != prod(shape) * dtype.itemsize:
         problems.append(f"{name}: {end - begin} bytes for {value['dtype']} {shape}")
         return None
-    return _Entry(name, dtype, tuple(shape), begin, end)
+    return _HeaderEntry(name, dtype, tuple(shape), begin, end)
 
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _layout_problems(entries: list[_Entry], data_bytes: int) -> list[str]:
-    """Bytes that two tensors share, that none owns, or that the file does not have."""
+def _layout_problems(entries: list[_HeaderEntry], data_bytes: int) -> list[str]:
+    """Bytes that two tensors share, that belong to none, or that the file does not have."""
     position, problems = 0, []
     for entry in entries:
         if entry.end > data_bytes:
             problems.append(f"{entry.name}: ends at byte {entry.end}, the file has {data_bytes}: it was cut short")
         elif entry.begin != position:
-            problems.append(f"{entry.name}: begins at byte {entry.begin}, {position} was expected")
+            problems.append(f"{entry.name}: begins at byte {entry.begin}, expected {position}")
         position = entry.end
     if not problems and position != data_bytes:
-        problems.append(f"{data_bytes} bytes of numbers, the header describes {position}")
+        problems.append(f"{data_bytes} bytes of data, the header describes {position}")
     return problems
 
 
-def _lazy(path: Path, base: int, entry: _Entry) -> LazyTensor:
+def _lazy(path: Path, base: int, entry: _HeaderEntry) -> LazyTensor:
     offset = base + entry.begin
 
     def whole() -> Array:
@@ -193,11 +193,11 @@ def _lazy(path: Path, base: int, entry: _Entry) -> LazyTensor:
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...]) -> Array:
-    """A read-only view of the file, which is let go of with the array."""
+    """A read-only view of the file, which is closed with the array."""
     if not prod(shape):
         return np.zeros(shape, dtype)
     try:
-        # bytes first: numbers of a file may stand at any offset
+        # bytes first: the numbers in a file may be at any offset
         flat = np.memmap(path, np.uint8, "r", offset, (prod(shape) * dtype.itemsize,))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: changed or vanished while it was read ({error})") from None

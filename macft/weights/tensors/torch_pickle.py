@@ -1,7 +1,7 @@
-"""A file that torch.save wrote in; its tensors, checked and read when asked for, out, with no pickle machine run.
+"""Read the tensors of a file that torch.save wrote, without unpickling it.
 
-The pickled part is read as a list of instructions, of which those that build dictionaries of tensors are
-followed by hand and every other one is refused: no name in the file is ever imported or called.
+The pickle is read as a list of instructions. Those that build dictionaries of tensors are followed by hand,
+and every other one is refused: no name in the file is ever imported or called.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-class _RefusedError(Exception):
-    """The file asks for something that no dictionary of tensors needs."""
+class _UnsupportedPickleError(Exception):
+    """The pickle holds something that no dictionary of tensors needs."""
 
 
 _MARK = object()
@@ -69,7 +69,7 @@ _MARK = object()
 
 @dataclass
 class _Machine:
-    """The stack and the memo of the instructions followed so far."""
+    """The stack and the memo after the instructions followed so far."""
 
     stack: list[Any] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
@@ -84,8 +84,8 @@ class _Machine:
 def open_torch_file(path: Path) -> list[LazyTensor]:
     """The tensors of a state dictionary, or of the one a checkpoint holds as "model", in the order of the file.
 
-    Raises ModelError for a file that is damaged, compressed or of the old form, and for one whose pickle asks
-    for anything but dictionaries of dense tensors.
+    Raises ModelError for a file that is damaged, compressed or of the old format, and for one whose pickle holds
+    anything but dictionaries of dense tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -93,7 +93,7 @@ def open_torch_file(path: Path) -> list[LazyTensor]:
             content = _checked_pickle(path, archive, entries)
     except zipfile.BadZipFile:
         raise ModelError(
-            f"{path}: not a file of torch.save, of a form older than PyTorch 1.6, or cut short; save it anew"
+            f"{path}: not written by torch.save, written by a PyTorch before 1.6, or cut short; save it again"
         ) from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -115,26 +115,26 @@ def _checked_pickle(path: Path, archive: zipfile.ZipFile, entries: dict[str, zip
     if found.file_size > _MAX_PICKLE:
         raise ModelError(f"{path}: data.pkl has {found.file_size} bytes, more than a dictionary of tensors takes")
     if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
-        raise ModelError(f"{path}: compressed, which torch.save does not do; save it anew")
+        raise ModelError(f"{path}: compressed, which torch.save does not do; save it again")
     if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-        raise ModelError(f"{path}: its numbers are big-endian; save it anew on the usual kind of machine")
+        raise ModelError(f"{path}: its numbers are big-endian; save it again on a little-endian machine")
     return archive.read(found)
 
 
 def _follow(path: Path, content: bytes) -> Any:
-    """What the pickle builds, of dictionaries, lists, tuples, constants and `_Tensor`."""
+    """The value that the pickle builds, of dictionaries, lists, tuples, constants and `_Tensor`."""
     machine = _Machine()
     try:
         for code, argument, _ in pickletools.genops(content):
             if code.name == "STOP":
                 return machine.stack.pop()
             if code.name not in _FOLLOWED:
-                raise _RefusedError(f"the instruction {code.name}")
+                raise _UnsupportedPickleError(f"the instruction {code.name}")
             _FOLLOWED[code.name](machine, argument)
-    except _RefusedError as error:
+    except _UnsupportedPickleError as error:
         raise ModelError(
-            f"{path}: refused, as its pickle holds {error}, which no dictionary of tensors needs; save the "
-            "state_dict() of the model alone"
+            f"{path}: refused, as its pickle holds {error}, which no dictionary of tensors needs; save only "
+            "the state_dict() of the model"
         ) from None
     except (ValueError, IndexError, KeyError, TypeError, AttributeError):
         pass
@@ -155,12 +155,12 @@ def _reduce(machine: _Machine, _: Any) -> None:
     elif name == _DICT and arguments == ():
         machine.stack.append({})
     else:
-        raise _RefusedError(f"a call of {name.replace(' ', '.')}")
+        raise _UnsupportedPickleError(f"a call of {name.replace(' ', '.')}")
 
 
 def _name(machine: _Machine, text: str) -> None:
     if text not in _STORAGES and text not in (_TENSOR, _PARAMETER, _DICT):
-        raise _RefusedError(f"the name {text.replace(' ', '.')}")
+        raise _UnsupportedPickleError(f"the name {text.replace(' ', '.')}")
     machine.stack.append(_Name(text))
 
 
@@ -202,7 +202,7 @@ def _build(machine: _Machine, _: Any) -> None:
     # attributes of a state dictionary: the versions of its modules
     machine.stack.pop()
     if not isinstance(machine.stack[-1], dict):
-        raise _RefusedError("attributes of an object")
+        raise _UnsupportedPickleError("attributes of an object")
 
 
 def _tuple(count: int) -> Callable[[_Machine, Any], None]:
@@ -260,7 +260,7 @@ def _lazy(
 ) -> LazyTensor | None:
     """The tensor, or None with the reason in `problems`."""
     if not isinstance(value, _Tensor):
-        problems.append(f"{name} is a {type(value).__name__}, a tensor was expected")
+        problems.append(f"{name} is a {type(value).__name__}, expected a tensor")
         return None
     if not _is_contiguous(value):
         problems.append(f"{name} is a strided view {list(value.shape)}; save a contiguous copy")
@@ -296,7 +296,7 @@ def _is_contiguous(tensor: _Tensor) -> bool:
 
 
 def _data_start(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: behind its local header, whose size only the header itself tells."""
+    """The offset of an entry's bytes: after its local header, which alone gives its own size."""
     with path.open("rb") as file:
         file.seek(info.header_offset + 26)
         lengths = file.read(4)

@@ -242,7 +242,7 @@ SHAPE = {"rank": 3, "scale": 1.0, "dropout": 0.0}
         (lambda f: edit(f, lambda s: s.pop(B)), "q_proj has lora_a; expected lora_a, lora_b"),
         (lambda f: edit(f, lambda s: s.clear()), "holds no LoRA tensors"),
         (lambda f: edit(f, lambda s: s.update({A: s[A] * np.nan})), "q_proj.lora_a holds NaN"),
-        (lambda f: edit(f, lambda s: s.update({"lm_head.weight": s[A]})), "lm_head.weight is no tensor of a LoRA"),
+        (lambda f: edit(f, lambda s: s.update({"lm_head.weight": s[A]})), "lm_head.weight is not a tensor of a LoRA"),
         (lambda f: edit(f, lambda s: s.update({A.replace("1", "9"): s[A], B.replace("1", "9"): s[B]})), "for layer 9"),
         (lambda f: edit(f, lambda s: s.update({A.replace("1", "0"): s[A], B.replace("1", "0"): s[B]})), "num_layers"),
     ],

@@ -179,13 +179,13 @@ def test_a_broken_weights_file_is_named_with_its_problem(kind, tmp_path):
         ({"rotary_percentage": 0.5}, "llama rotates whole heads"),
         ({"n_expert": 8}, "n_expert is 8"),
         ({"rope_adjustments": {"factor": 2.0, "beta_fast": 32}}, "rope_adjustments is"),
-        ({"brand_new": 1}, "brand_new is 1, and what it does is not known"),
+        ({"brand_new": 1}, "brand_new is 1, an unknown setting"),
         ({"n_layer": None}, "n_layer is missing"),
-        ({"n_layer": "two"}, "n_layer is 'two', a whole number"),
+        ({"n_layer": "two"}, "n_layer is 'two', expected a whole number"),
         ({"attn_bias": True, "sliding_window_size": 8}, "qwen2 has no window"),
         ({"sliding_window_size": 8, "sliding_window_indices": [1, 0]}, "leaves out layers"),
         ({"name": "Phi-3-x", "bias": True}, "phi3 has none"),
-        ({"n_query_groups": 3}, "no multiple of n_query_groups"),
+        ({"n_query_groups": 3}, "not a multiple of n_query_groups"),
     ],
 )
 def test_a_model_that_no_layout_fits_is_refused_by_its_setting(change, says, tmp_path):
@@ -207,7 +207,7 @@ def test_all_tensors_that_do_not_fit_are_listed_at_once(tmp_path):
         for problem in (
             "more is not a tensor of this model",
             "transformer.h.1.norm_2.weight is missing",
-            "transformer.ln_f.weight has shape [3], [64] was expected",
+            "transformer.ln_f.weight has shape [3], expected [64]",
         )
     )
     assert not (tmp_path / "out").exists()
