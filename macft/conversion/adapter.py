@@ -15,11 +15,12 @@ from macft.files import new_dir
 from macft.weights.adapters.experts import has_experts
 from macft.weights.adapters.formats import AdapterFormat, adapter_format, read_any_adapter
 from macft.weights.adapters.merge import merge_problems
-from macft.weights.adapters.mlx_lm import EMBED, HEAD, write_mlx_adapter
+from macft.weights.adapters.mlx_lm import write_mlx_adapter
 from macft.weights.adapters.peft import Adapter, other_base_note, write_peft_adapter
 from macft.weights.adapters.shapes import COPY, join_modules, split_modules
 from macft.weights.folder import ModelFolder
 from macft.weights.layouts.mlx import flat_config, to_hf, to_mlx
+from macft.weights.layouts.mlx_rules import EMBEDDING, HEAD
 from macft.weights.source import Source, open_model
 from macft.weights.tensors.lazy import LazyTensor, renamed
 
@@ -64,11 +65,10 @@ def _hf_tensors(source: Source) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     elif has_experts(config):
         tensors = to_hf(config, to_mlx(config, tensors))
     by_name = {tensor.name: tensor for tensor in tensors}
-    head = f"{HEAD}.weight"
-    embedding = next((tensor for tensor in tensors if tensor.name.endswith(f"{EMBED}.weight")), None)
-    config.setdefault("tie_word_embeddings", head not in by_name)
-    if head not in by_name and embedding is not None:
-        by_name[head] = renamed(embedding, head)
+    embedding = next((tensor for tensor in tensors if tensor.name.endswith(EMBEDDING)), None)
+    config.setdefault("tie_word_embeddings", HEAD not in by_name)
+    if HEAD not in by_name and embedding is not None:
+        by_name[HEAD] = renamed(embedding, HEAD)
     return by_name, config
 
 

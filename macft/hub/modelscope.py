@@ -14,7 +14,7 @@ from macft.errors import MacftError
 from macft.files import cache_dir, new_file, write_json
 from macft.system import is_on
 
-Kind = Literal["datasets", "models"]
+RepositoryKind = Literal["datasets", "models"]
 
 _NOUNS = {"datasets": "data set", "models": "model"}
 _LISTINGS = {"datasets": "repo/tree", "models": "repo/files"}
@@ -32,12 +32,12 @@ def is_offline() -> bool:
     return is_on("HF_HUB_OFFLINE")
 
 
-def folder_of(kind: Kind, name: str) -> Path:
+def folder_of(kind: RepositoryKind, name: str) -> Path:
     """Where the files of a model or data set are kept."""
     return cache_dir() / "modelscope" / kind / name
 
 
-def list_files(kind: Kind, name: str) -> dict[str, int]:
+def list_files(kind: RepositoryKind, name: str) -> dict[str, int]:
     """The size in bytes of each file by name; offline, as last listed.
 
     $MODELSCOPE_DOMAIN and $HF_HUB_OFFLINE are respected. Raises ModelScopeError, in one line.
@@ -57,7 +57,7 @@ def list_files(kind: Kind, name: str) -> dict[str, int]:
     return known
 
 
-def fetch_file(kind: Kind, name: str, file_name: str, size: int) -> Path:
+def fetch_file(kind: RepositoryKind, name: str, file_name: str, size: int) -> Path:
     """Download a file, unless the cache has it with this size; whole or absent. Raises ModelScopeError, in one line."""
     path = folder_of(kind, name) / file_name
     if path.is_file() and path.stat().st_size == size:
@@ -76,7 +76,7 @@ def fetch_file(kind: Kind, name: str, file_name: str, size: int) -> Path:
     return path
 
 
-def _listing(kind: Kind, name: str) -> dict[str, int]:
+def _listing(kind: RepositoryKind, name: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     page = 1
     while True:
@@ -96,7 +96,7 @@ def _listing(kind: Kind, name: str) -> dict[str, int]:
 
 
 @contextmanager
-def _get(kind: Kind, name: str, path: str, **query: str | int) -> Iterator[Any]:
+def _get(kind: RepositoryKind, name: str, path: str, **query: str | int) -> Iterator[Any]:
     """The answer of a path under a model or data set, its body not read yet. Raises ModelScopeError, in one line."""
     from macft.http import httpx
 

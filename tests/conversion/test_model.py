@@ -23,7 +23,7 @@ pytestmark = pytest.mark.mlx
 
 # of the largest logit: float32 sums in another order (measured: 8e-6 of hybrids, 3.3e-6 of all others)
 TOLERANCE = 1e-5
-# mlx-lm computes these otherwise than transformers, from one and the same file: with the exact gelu, up to 3.2e-4 apart
+# mlx-lm computes these differently from transformers, from the same file: with the exact gelu, up to 3.2e-4 apart
 OTHER_GELU = ("gemma", "starcoder2")
 # mlx-lm cannot load these as transformers saves them
 ONLY_CONVERTED = ("gpt_oss", "qwen3_5_text", "qwen3_5_text tied", "qwen3_5_moe_text")

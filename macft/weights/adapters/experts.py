@@ -11,13 +11,13 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from macft.weights.adapters.shapes import LINEAR, Modules
 from macft.weights.layouts.mlx import LAYOUTS
 from macft.weights.layouts.mlx_experts import expert_count
+from macft.weights.model_config import Config
 from macft.weights.tensors.lazy import Array
 
 _A, _B = LINEAR
@@ -41,7 +41,7 @@ _MIXTRAL = _Family("block_sparse_moe", "w1", "w3", "w2")
 _COMMON = _Family("mlp", "gate_proj", "up_proj", "down_proj")
 
 
-def has_experts(config: Mapping[str, Any] | None) -> bool:
+def has_experts(config: Config | None) -> bool:
     """Whether models with this config.json have experts that adapters are known for."""
     layout = LAYOUTS.get(str(config.get("model_type"))) if config is not None else None
     return layout is not None and any(rule.name == _STACKING for rule in layout.rules)
@@ -57,13 +57,11 @@ def is_router(module: str) -> bool:
     return _ROUTER.fullmatch(module) is not None
 
 
-def _family(config: Mapping[str, Any]) -> _Family:
+def _family(config: Config) -> _Family:
     return _MIXTRAL if config.get("model_type") == "mixtral" else _COMMON
 
 
-def split_experts(
-    modules: Modules, config: Mapping[str, Any] | None, problems: list[str]
-) -> tuple[Modules, dict[str, str]]:
+def split_experts(modules: Modules, config: Config | None, problems: list[str]) -> tuple[Modules, dict[str, str]]:
     """One module per expert, named as in the model's files; and the parameter of each, which PEFT's patterns match.
 
     What prevents it is added to `problems`.
@@ -88,9 +86,7 @@ def split_experts(
     return split, keys
 
 
-def _split(
-    prefix: str, parts: Mapping[str, Array], config: Mapping[str, Any], family: _Family, problems: list[str]
-) -> Modules:
+def _split(prefix: str, parts: Mapping[str, Array], config: Config, family: _Family, problems: list[str]) -> Modules:
     count, hidden = expert_count(config), config.get("hidden_size")
     middle = config.get("moe_intermediate_size") or config.get("intermediate_size")
     a, b = parts[_A], parts[_B]
@@ -126,7 +122,7 @@ class FusedAdapter:
     gate_up_rank: int
 
 
-def fuse_experts(modules: Modules, config: Mapping[str, Any] | None, rank: int) -> FusedAdapter:
+def fuse_experts(modules: Modules, config: Config | None, rank: int) -> FusedAdapter:
     """The reverse of `split_experts`; routers become parameters too.
 
     Gate and up are one parameter: where their A differ, one A of twice the rank holds both.

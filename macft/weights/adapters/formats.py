@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from macft.errors import ModelError
 from macft.weights.adapters.mlx_lm import MLX_WEIGHTS_NAME, read_mlx_adapter
 from macft.weights.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter, read_json_config
 from macft.weights.layouts.mlx import flat_config
+from macft.weights.model_config import Config
 
 AdapterFormat = Literal["mlx", "peft"]
 
@@ -32,9 +32,7 @@ def adapter_format(folder: Path) -> AdapterFormat:
     )
 
 
-def read_any_adapter(
-    folder: Path, base_config: Mapping[str, Any] | None = None, *, with_saved: bool = False
-) -> Adapter:
+def read_any_adapter(folder: Path, base_config: Config | None = None, *, with_saved: bool = False) -> Adapter:
     """Read an adapter of PEFT or mlx-lm; its state has PEFT's names and layout, one module per expert.
 
     `base_config`, the base's config.json, is needed for adapters on embeddings, heads and experts; `with_saved` is as

@@ -22,9 +22,9 @@ from macft.weights.adapters.shapes import (
     pair_of,
     scale_of,
 )
+from macft.weights.layouts.mlx_rules import HEAD
 from macft.weights.tensors.lazy import Array, LazyTensor, cast, derived, read_rows, renamed
 
-HEAD = "lm_head.weight"
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _TILE_ROWS = 8
 _PRODUCT = 1 << 18  # multiplications up to which OpenBLAS keeps to one thread

@@ -27,8 +27,9 @@ from macft.weights.adapters.shapes import (
 )
 from macft.weights.layouts.mlx import layout_of
 from macft.weights.layouts.mlx_experts import EXPERTS_APART
-from macft.weights.layouts.mlx_rules import LayoutRule
-from macft.weights.tensors.lazy import Array, LazyTensor, from_array
+from macft.weights.layouts.mlx_rules import Change, LayoutRule
+from macft.weights.model_config import Config
+from macft.weights.tensors.lazy import Array, from_array
 from macft.weights.tensors.safetensors import write_state
 
 MLX_WEIGHTS_NAME = "adapters.safetensors"
@@ -39,7 +40,7 @@ _NAMING = ("PREFIX", *EXPERTS_APART)  # the rules of a layout that affect names 
 _MERGE = "merge it instead: macft export merged BASE --adapter {folder} --output NEW"
 
 
-def read_mlx_adapter(folder: Path, base_config: Mapping[str, Any] | None) -> Adapter:
+def read_mlx_adapter(folder: Path, base_config: Config | None) -> Adapter:
     """Read an mlx-lm adapter as PEFT would hold it; ModelError names everything that cannot be used."""
     raw = read_json_config(folder)
     config = _mlx_config(folder, raw)
@@ -125,34 +126,38 @@ def _mlx_modules(state: Mapping[str, Array], config: AdapterConfig, problems: li
     return modules
 
 
-def _hf_names(modules: Modules, config: Mapping[str, Any] | None, problems: list[str]) -> Modules:
+def _hf_names(modules: Modules, config: Config | None, problems: list[str]) -> Modules:
     """The modules named as in the HF layout, one for each expert with A [rank, in] and B [out, rank]."""
     if config is None:
         unclear = [name for name, parts in modules.items() if parts["lora_a"].ndim == 3 or name.startswith("language_")]
         problems += [f"{name}: its name in the HF layout depends on the model; name the base" for name in unclear]
         return modules
-    rules = _naming_rules(config)
     if any(parts["lora_a"].ndim == 3 for parts in modules.values()) and not has_experts(config):
         problems.append(
             f"adapters on the experts of {config['model_type']} cannot be converted; merge with mlx_lm.fuse"
         )
         return modules
-    renamed_parts: Modules = {}
-    for part in _PARTS:
-        tensors = [from_array(f"{name}.weight", parts[part]) for name, parts in modules.items() if part in parts]
-        for rule in reversed(rules):
-            tensors = rule.to_hf(config, tensors)
-        for tensor in tensors:
-            renamed_parts.setdefault(tensor.name.removesuffix(".weight"), {})[part] = tensor.read()
-    return renamed_parts
+    return _converted(modules, config, [rule.to_hf for rule in reversed(_naming_rules(config))])
 
 
-def _naming_rules(config: Mapping[str, Any]) -> list[LayoutRule]:
+def _naming_rules(config: Config) -> list[LayoutRule]:
     return [rule for rule in layout_of(config).rules if rule.name in _NAMING]
 
 
+def _converted(modules: Modules, config: Config, changes: list[Change]) -> Modules:
+    """The modules after these changes of layout, each applied to the tensors of one part at a time."""
+    result: Modules = {}
+    for part in _PARTS:
+        tensors = [from_array(f"{name}.weight", parts[part]) for name, parts in modules.items() if part in parts]
+        for change in changes:
+            tensors = change(config, tensors)
+        for tensor in tensors:
+            result.setdefault(tensor.name.removesuffix(".weight"), {})[part] = tensor.read()
+    return result
+
+
 def _peft_module(
-    name: str, parts: Mapping[str, Array], config: AdapterConfig, base: Mapping[str, Any] | None, problems: list[str]
+    name: str, parts: Mapping[str, Array], config: AdapterConfig, base: Config | None, problems: list[str]
 ) -> Modules:
     """One module of mlx-lm, under its HF name, as PEFT has it."""
     a, b = parts["lora_a"], parts["lora_b"]
@@ -181,7 +186,7 @@ def _turned(array: Array) -> Array:
     return np.ascontiguousarray(array.T)
 
 
-def _num_layers_problems(raw: Mapping[str, Any], modules: Modules, base: Mapping[str, Any] | None) -> list[str]:
+def _num_layers_problems(raw: Mapping[str, Any], modules: Modules, base: Config | None) -> list[str]:
     """Layers that are not among the last `num_layers`, which mlx-lm would refuse, or that the base lacks."""
     total = base.get("num_hidden_layers") if base is not None else None
     if not isinstance(total, int):
@@ -196,7 +201,7 @@ def _num_layers_problems(raw: Mapping[str, Any], modules: Modules, base: Mapping
     return []
 
 
-def write_mlx_adapter(folder: Path, adapter: Adapter, base_config: Mapping[str, Any] | None = None) -> None:
+def write_mlx_adapter(folder: Path, adapter: Adapter, base_config: Config | None = None) -> None:
     """Write adapters.safetensors and adapter_config.json as mlx-lm reads them into an existing folder.
 
     Raises ModelError naming everything that mlx-lm cannot represent. `base_config` is needed for embeddings, heads
@@ -234,7 +239,7 @@ def write_mlx_adapter(folder: Path, adapter: Adapter, base_config: Mapping[str, 
     write_json(folder / CONFIG_NAME, content)
 
 
-def _tied_once(modules: Modules, adapter: Adapter, base: Mapping[str, Any] | None, problems: list[str]) -> Modules:
+def _tied_once(modules: Modules, adapter: Adapter, base: Config | None, problems: list[str]) -> Modules:
     """The modules without the head where it is the embedding, which in mlx-lm has one adapter for both uses."""
     embedding = next((name for name in modules if name.rpartition(".")[2] == EMBED), None)
     if embedding is None and HEAD not in modules:
@@ -277,25 +282,14 @@ def _mlx_parts(name: str, parts: Mapping[str, Array], adapter: Adapter, problems
     return {**pair, "m": parts[MAGNITUDE]} if adapter.config.use_dora else pair
 
 
-def _mlx_names(modules: Modules, config: Mapping[str, Any] | None, problems: list[str]) -> Modules:
+def _mlx_names(modules: Modules, config: Config | None, problems: list[str]) -> Modules:
     """The modules named as in the MLX layout, the experts of a layer stacked."""
     if config is None:
         problems += [
             f"{name}: how MLX stacks experts depends on the base; name it" for name in modules if is_expert(name)
         ]
         return modules
-    rules = _naming_rules(config)
     if any(is_expert(name) for name in modules) and not has_experts(config):
         problems.append(f"adapters on the experts of {config['model_type']} cannot be converted")
         return modules
-    result: Modules = {}
-    for part in _PARTS:
-        tensors: list[LazyTensor] = []
-        for name, parts in modules.items():
-            if part in parts:
-                tensors.append(from_array(f"{name}.weight", parts[part]))
-        for rule in rules:
-            tensors = rule.to_mlx(config, tensors)
-        for tensor in tensors:
-            result.setdefault(tensor.name.removesuffix(".weight"), {})[part] = tensor.read()
-    return result
+    return _converted(modules, config, [rule.to_mlx for rule in _naming_rules(config)])

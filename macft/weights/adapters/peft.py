@@ -32,6 +32,7 @@ from macft.weights.adapters.shapes import (
 )
 from macft.weights.folder import ModelFolder, weights_hash
 from macft.weights.layouts.mlx import LAYOUTS
+from macft.weights.model_config import Config
 from macft.weights.tensors.lazy import Array
 from macft.weights.tensors.safetensors import write_state
 
@@ -94,7 +95,7 @@ def write_adapter(folder: Path, config: AdapterConfig, state: State, base_hash: 
     write_json(folder / CONFIG_NAME, peft_config(config))
 
 
-def write_peft_adapter(folder: Path, adapter: Adapter, base_config: Mapping[str, Any] | None = None) -> list[str]:
+def write_peft_adapter(folder: Path, adapter: Adapter, base_config: Config | None = None) -> list[str]:
     """Write adapter_config.json and adapter_model.safetensors as PEFT reads them into an existing folder.
 
     Experts and routers become target_parameters. Returns notes for the user.
@@ -177,7 +178,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 _SHAPING = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "target_parameters")
 
 
-def read_adapter(folder: Path, base_config: Mapping[str, Any] | None = None, *, with_saved: bool = False) -> Adapter:
+def read_adapter(folder: Path, base_config: Config | None = None, *, with_saved: bool = False) -> Adapter:
     """Read a PEFT adapter; raises ModelError naming every setting that would be computed differently.
 
     Modules of different ranks and scales are given the same; targets that are not plain names become the full
@@ -231,9 +232,7 @@ def read_json_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _checked(
-    folder: Path, raw: dict[str, Any], base_config: Mapping[str, Any] | None, *, with_saved: bool
-) -> AdapterConfig:
+def _checked(folder: Path, raw: dict[str, Any], base_config: Config | None, *, with_saved: bool) -> AdapterConfig:
     path = folder / CONFIG_NAME
     if "peft_type" not in raw:
         raise ModelError(f"{path}: no peft_type; expected the configuration of a PEFT adapter")
@@ -279,7 +278,7 @@ def _checked(
 
 
 def _shaped(
-    folder: Path, raw: dict[str, Any], config: AdapterConfig, state: State, base_config: Mapping[str, Any] | None
+    folder: Path, raw: dict[str, Any], config: AdapterConfig, state: State, base_config: Config | None
 ) -> tuple[AdapterConfig, State]:
     """The adapter with one rank and scale, its targets the full names of the modules that have tensors."""
     problems: list[str] = []

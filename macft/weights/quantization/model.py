@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import prod
 from threading import Condition
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from macft.errors import ModelError, join_problems
 from macft.weights.layouts.mlx import layout_of
+from macft.weights.model_config import Config
 from macft.weights.quantization.affine import BITS, quantize_affine
 from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows
 
@@ -41,7 +42,7 @@ def check_quantization(bits: int, group_size: int) -> None:
 
 
 def quantize(
-    config: Mapping[str, Any],
+    config: Config,
     tensors: list[LazyTensor],
     bits: int,
     group_size: int,

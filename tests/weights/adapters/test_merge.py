@@ -442,7 +442,7 @@ status = Path("/proc/self/status")
 print(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
 """
         if not Path("/proc/self/status").exists():
-            pytest.skip("no /proc/self/status here, which tells the peak of one process alone")
+            pytest.skip("no /proc/self/status here, which gives the peak of a single process")
         command = [sys.executable, "-c", code, str(tmp_path / str(layers))]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024)
     assert peaks[1] - peaks[0] < 100, peaks

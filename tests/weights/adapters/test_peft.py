@@ -56,7 +56,7 @@ def batch() -> NumpyBatch:
 
 
 def peft_logps(model: torch.nn.Module) -> np.ndarray:
-    """[rows, T-1] of the batch by transformers and PEFT alone; 0 at padding."""
+    """[rows, T-1] of the batch by transformers and PEFT without macft; 0 at padding."""
     ours = batch()
     tokens = torch.from_numpy(ours.tokens).long()
     with torch.inference_mode():

@@ -26,7 +26,7 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 SHAPES = {
     "the same modules": ((4, 8.0, ATTENTION, False), (4, 8.0, ATTENTION, False)),
     "other ranks and scales": ((5, 3.0, ATTENTION, False), (2, 16.0, ATTENTION, False)),
-    "modules of one alone": ((4, 8.0, ("q_proj", "up_proj"), False), (3, 6.0, ("q_proj", "down_proj"), False)),
+    "modules of only one": ((4, 8.0, ("q_proj", "up_proj"), False), (3, 6.0, ("q_proj", "down_proj"), False)),
     "old rsLoRA": ((4, 3.0, ATTENTION, True), (2, 4.0, MLP, False)),
     "new rsLoRA": ((4, 8.0, ATTENTION + MLP, False), (3, 5.0, ATTENTION, True)),
     "one layer": ((4, 8.0, ATTENTION, False), (3, 5.0, ("layers.1.self_attn.q_proj", "layers.0.mlp.up_proj"), False)),

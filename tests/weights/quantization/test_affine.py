@@ -85,7 +85,7 @@ def test_dequantize_equals_mlx_bit_for_bit(bits: int, group_size: int, dtype: st
     found = dequantize_affine(*(as_numpy(part) for part in parts), bits=bits, group_size=group_size)
     assert found.dtype == np.float32
     assert np.array_equal(found, expected)
-    # MLX's own 16-bit result differs by the rounding of that type alone: one of product, one of sum
+    # MLX's own 16-bit result differs only by the rounding of that type: one of the product, one of the sum
     eps = {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
     largest = np.abs(found).reshape(24, -1, group_size).max(axis=-1, keepdims=True).repeat(group_size, -1)
     assert (np.abs(found - own_type) <= 2 * eps * largest.reshape(found.shape) + (eps > 0) * 1e-7).all()
