@@ -21,7 +21,7 @@ from macft.weights.adapters.formats import AdapterFormat, read_any_adapter
 from macft.weights.adapters.peft import CONFIG_NAME, Adapter
 from macft.weights.layouts.litgpt import is_litgpt
 from macft.weights.model_config import read_config
-from macft.weights.source import Layout
+from macft.weights.source import WeightLayout
 
 logger = logging.getLogger("macft")
 
@@ -89,7 +89,7 @@ def convert_model(
     source: StrPath,
     destination: StrPath,
     *,
-    to: Layout,
+    to: WeightLayout,
     bits: int | None = None,
     group_size: int | None = None,
     verify: bool = False,
@@ -128,7 +128,7 @@ def export_merged(
     output: StrPath,
     *,
     adapters: Sequence[StrPath],
-    to: Layout = "hf",
+    to: WeightLayout = "hf",
     bits: int | None = None,
     requantize: bool = False,
     verify: bool = False,

@@ -15,8 +15,7 @@ from macft.gguf.importer import config as read
 from macft.gguf.sizes import Config, Sizes
 from macft.gguf.tensor_rules import EXPERT, TensorRule, TensorRules
 from macft.weights.layouts.mlx_experts import OSS_EXPERTS, SPARSE_BLOCK, stack_experts
-from macft.weights.layouts.mlx_rules import DROP_MTP, DROP_VISION
-from macft.weights.layouts.mlx_rules import Rule as LayoutRule
+from macft.weights.layouts.mlx_rules import DROP_MTP, DROP_VISION, LayoutRule
 
 _SUFFIX = {"ssm_a": "", "ssm_dt": ".bias"}  # all other tensors of a rule are called weights
 _ON_BY_DEFAULT = ("always", "qkv_bias")

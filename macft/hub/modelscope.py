@@ -98,12 +98,12 @@ def _listing(kind: RepositoryKind, name: str) -> dict[str, int]:
 @contextmanager
 def _get(kind: RepositoryKind, name: str, path: str, **query: str | int) -> Iterator[Any]:
     """The answer of a path under a model or data set, its body not read yet. Raises ModelScopeError, in one line."""
-    from macft.http import httpx
+    import httpx2  # takes 0.1 s, and most runs need nothing from the network
 
     domain = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
     host = (domain if "://" in domain else f"https://{domain}").rstrip("/")
     try:
-        with httpx.stream(
+        with httpx2.stream(
             "GET",
             f"{host}/api/v1/{kind}/{quote(name)}/{path}",
             params=query,
@@ -111,13 +111,13 @@ def _get(kind: RepositoryKind, name: str, path: str, **query: str | int) -> Iter
             timeout=_TIMEOUT_SECONDS,
             follow_redirects=True,
         ) as answer:
-            if answer.status_code == httpx.codes.NOT_FOUND:
+            if answer.status_code == httpx2.codes.NOT_FOUND:
                 raise ModelScopeError(f"{name}: no such {_NOUNS[kind]} or file on {host}; look up its name there")
             if answer.is_error:
                 raise ConnectionError(f"{answer.status_code} {answer.reason_phrase}")
             yield answer
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, json.JSONDecodeError) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, json.JSONDecodeError) as error:
         raise ModelScopeError(
-            f"{name}: cannot be downloaded from {host} ({error or type(error).__name__}); "
+            f"{name}: cannot be downloaded from {host} ({str(error) or type(error).__name__}); "
             "check the network, or give a file"
         ) from None
