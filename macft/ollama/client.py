@@ -1,18 +1,20 @@
-"""A GGUF file and what its prompt is made of in; a model of the running Ollama, read back and compared, out."""
+"""Create a model in the running Ollama, read it back and compare it with the request."""
 
 from __future__ import annotations
 
 import ast
-import http.client
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+import ssl
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import httpx2
 
 from macft.errors import MacftError, UsageError
 
@@ -20,8 +22,7 @@ Parameter = tuple[str, str | int | float]
 
 _CHUNK = 1 << 20
 _CONNECT_SECONDS = 5
-_ANSWER_SECONDS = 3600  # Ollama hashes, and since 0.30 rewrites, a file of many GB without a word
-_MAX_BODY = 64 << 20
+_ANSWER_SECONDS = 3600  # Ollama hashes, and since 0.30 rewrites, a file of many GB before it answers
 _NO_TEMPLATE = ("", "{{ .Prompt }}")  # what Ollama shows of a model without TEMPLATE
 _INSTALL = (
     "install it (macOS: brew install ollama, or the app from https://ollama.com/download; Linux: "
@@ -30,12 +31,12 @@ _INSTALL = (
 
 
 class OllamaError(MacftError):
-    """Ollama did not answer, refused, or made another model than it was asked for."""
+    """Ollama did not answer, refused, or created a model that differs from the request."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file, the name Ollama is to know it by, and its SHA-256 in hex."""
+    """A file, the name by which Ollama shall know it, and its SHA-256 in hex."""
 
     path: Path
     name: str
@@ -44,7 +45,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What a Modelfile says: `template` None leaves the prompt to the GGUF's own Jinja template."""
+    """The contents of a Modelfile; `template` None leaves the prompt to the GGUF's own Jinja template."""
 
     name: str
     template: str | None = None
@@ -63,21 +64,6 @@ class Created:
     uploaded: bool
 
 
-@dataclass(frozen=True)
-class Host:
-    """Where Ollama is; `prefix` stands in front of every path."""
-
-    scheme: str
-    name: str
-    port: int
-    prefix: str
-
-    @property
-    def url(self) -> str:
-        name = f"[{self.name}]" if ":" in self.name else self.name
-        return f"{self.scheme}://{name}:{self.port}{self.prefix}"
-
-
 def create_model(
     request: ModelRequest,
     upload: Upload,
@@ -90,20 +76,46 @@ def create_model(
 
     `host` is written as OLLAMA_HOST is, which is the default. `on_upload` gets bytes sent and bytes in all,
     `on_status` each new status line. Raises OllamaError when nobody answers, when Ollama refuses, and when what
-    it shows differs from what was asked; UsageError for a host that cannot be.
+    it shows differs from the request; UsageError for a malformed host.
     """
-    server = parse_host(host if host is not None else os.environ.get("OLLAMA_HOST", ""))
-    version = check_server(server.url, request.requires)
-    sent = _upload(server, upload, on_upload or _ignore_bytes)
-    _create(server, request, upload, on_status or _ignore_status)
-    _compare(request, _json(server, "POST", "/api/show", {"model": request.name}))
-    return Created(request.name, server.url, version, sent)
+    with _connect(host) as server:
+        version = _check_version(server, request.requires)
+        sent = _upload(server, upload, on_upload or (lambda *_: None))
+        _create(server, request, upload, on_status or (lambda _: None))
+        _compare(request, server.json("POST", "/api/show", {"model": request.name}))
+        return Created(request.name, server.url, version, sent)
 
 
 def check_server(host: str | None = None, requires: str | None = None) -> str:
     """The version of the Ollama that answers; OllamaError for none, for another program, or for one too old."""
-    server = parse_host(host if host is not None else os.environ.get("OLLAMA_HOST", ""))
-    version = _json(server, "GET", "/api/version").get("version")
+    with _connect(host) as server:
+        return _check_version(server, requires)
+
+
+def parse_host(text: str) -> str:
+    """The URL of OLLAMA_HOST, read as Ollama does: empty, host, host:port or URL; an address to listen on is local."""
+    text = text.strip().strip("\"'").strip()
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "http", text
+    defaults = {"http": 80, "https": 443} if separator else {"http": 11434}
+    if scheme not in defaults:
+        raise UsageError(f"OLLAMA_HOST {text}: the scheme is {scheme}; write http:// or https://")
+    place, _, path = rest.partition("/")
+    bare = place.count(":") > 1 and not place.startswith("[")  # an IPv6 address without its brackets
+    try:
+        split = urlsplit(f"//[{place}]" if bare else f"//{place}")
+        name, port = split.hostname or "127.0.0.1", split.port
+        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
+        url = f"{scheme}://{f'[{name}]' if ':' in name else name}:{port if port is not None else defaults[scheme]}"
+        httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL):
+        raise UsageError(f"OLLAMA_HOST {text}: not of the form host, host:port or http://host:port") from None
+    return f"{url}/{path.strip('/')}".rstrip("/")
+
+
+def _check_version(server: _Server, requires: str | None) -> str:
+    version = server.json("GET", "/api/version").get("version")
     if not isinstance(version, str):
         raise OllamaError(f"{server.url}: answers, but not as Ollama does (no version); correct OLLAMA_HOST")
     found, expected = _numbers(version), _numbers(requires or "")
@@ -113,53 +125,17 @@ def check_server(host: str | None = None, requires: str | None = None) -> str:
     return version
 
 
-def parse_host(text: str) -> Host:
-    """OLLAMA_HOST as Ollama reads it: empty, host, host:port or URL; an address to listen on becomes the loopback."""
-    text = text.strip().strip("\"'").strip()
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        scheme, rest = "http", text
-    defaults = {"http": 80, "https": 443} if separator else {"http": 11434}
-    if scheme not in defaults:
-        raise UsageError(f"OLLAMA_HOST {text}: {scheme} is no way to reach Ollama; write http:// or https://")
-    place, _, path = rest.partition("/")
-    bare = place.count(":") > 1 and not place.startswith("[")  # an IPv6 address without its brackets
-    try:
-        split = urlsplit(f"//[{place}]" if bare else f"//{place}")
-        name, port = split.hostname or "127.0.0.1", split.port
-    except ValueError:
-        raise UsageError(f"OLLAMA_HOST {text}: not of the form host, host:port or http://host:port") from None
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
-    prefix = "/" + path.strip("/") if path.strip("/") else ""
-    return Host(scheme, name, port if port is not None else defaults[scheme], prefix)
-
-
-def _upload(server: Host, upload: Upload, on_upload: Callable[[int, int], None]) -> bool:
+def _upload(server: _Server, upload: Upload, on_upload: Callable[[int, int], None]) -> bool:
     """Whether the file was sent; Ollama keeps files by their hash."""
     path = f"/api/blobs/sha256:{upload.sha256}"
-    with _exchange(server, "HEAD", path) as exchange:
-        response = exchange.answer()
-        if response.status == 200:
+    with server.request("HEAD", path, accepted=(200, 404)) as response:
+        if response.status_code == 200:
             return False
-        if response.status != 404:
-            raise _refusal(server, "HEAD", path, response)
-    size = upload.path.stat().st_size
-    with upload.path.open("rb") as file, _exchange(server, "POST", path, length=size) as exchange:
-        sent = 0
-        while sent < size and (chunk := file.read(_CHUNK)):
-            if not exchange.send(chunk):
-                break
-            sent += len(chunk)
-            on_upload(sent, size)
-        if sent != size and not exchange.is_broken:
-            raise OllamaError(f"{upload.path}: became shorter while it was uploaded; export it again")
-        response = exchange.answer(f"after {sent} of {size} bytes of {upload.path.name}; run the command again")
-        if response.status not in (200, 201):
-            raise _refusal(server, "POST", path, response)
-    return True
+    with server.request("POST", path, file=_FileBody(upload.path, on_upload), accepted=(200, 201)):
+        return True
 
 
-def _create(server: Host, request: ModelRequest, upload: Upload, on_status: Callable[[str], None]) -> None:
+def _create(server: _Server, request: ModelRequest, upload: Upload, on_status: Callable[[str], None]) -> None:
     content: dict[str, Any] = {
         "model": request.name,
         "files": {upload.name: f"sha256:{upload.sha256}"},
@@ -171,11 +147,9 @@ def _create(server: Host, request: ModelRequest, upload: Upload, on_status: Call
     }
     content = {key: value for key, value in content.items() if value not in (None, {})}
     last = ""
-    with _exchange(server, "POST", "/api/create", content=content) as exchange:
-        response = exchange.answer()
-        if response.status != 200:
-            raise _refusal(server, "POST", "/api/create", response)
-        for line in exchange.lines(response):
+    with server.request("POST", "/api/create", content=content) as response:
+        for text in filter(None, response.iter_lines()):
+            line = _object(server.url, "POST /api/create", text)
             if "error" in line:
                 raise OllamaError(f"{server.url}: Ollama did not create {request.name}: {_one_line(line['error'])}")
             status = str(line.get("status", ""))
@@ -202,27 +176,26 @@ def _grouped(parameters: Sequence[Parameter]) -> dict[str, Any]:
 
 
 def _compare(request: ModelRequest, shown: dict[str, Any]) -> None:
-    """OllamaError that names what was asked and what is there, of everything that differs."""
-    template = str(shown.get("template") or "")
+    """OllamaError that names everything that differs, as it was asked for and as it is."""
+    template, system = str(shown.get("template") or ""), str(shown.get("system") or "")
     differing = []
-    if template != request.template if request.template is not None else template not in _NO_TEMPLATE:
-        expected = request.template if request.template is not None else "none, as the GGUF's own is to be used"
-        differing.append(("template", expected, template))
-    if str(shown.get("system") or "") != (request.system or ""):
-        differing.append(("system", request.system or "none", str(shown.get("system") or "none")))
-    wanted_lines, found_lines = _pairs(request.parameters), _shown_pairs(str(shown.get("parameters") or ""))
-    if wanted_lines != found_lines:
-        differing.append(("parameters", _listed(wanted_lines), _listed(found_lines)))
-    found_version = shown.get("requires")  # servers before 0.14 do not know it
-    if found_version is not None and found_version != (request.requires or ""):
-        differing.append(("requires", request.requires or "none", str(found_version)))
+    if request.template is None and template not in _NO_TEMPLATE:
+        differing.append(("template", "none, as the GGUF's own is to be used", template))
+    elif request.template is not None and template != request.template:
+        differing.append(("template", request.template, template))
+    if system != (request.system or ""):
+        differing.append(("system", request.system or "none", system or "none"))
+    asked, found = _pairs(request.parameters), _shown_pairs(str(shown.get("parameters") or ""))
+    if asked != found:
+        differing.append(("parameters", _listed(asked), _listed(found)))
+    requires = shown.get("requires")  # servers before 0.14 do not know it
+    if requires is not None and requires != (request.requires or ""):
+        differing.append(("requires", request.requires or "none", str(requires)))
     if differing:
-        problems = "; ".join(
-            f"{what}: asked {_short(asked)}, found {_short(found)}" for what, asked, found in differing
-        )
+        problems = "; ".join(f"{what}: asked {_short(one)}, found {_short(other)}" for what, one, other in differing)
         raise OllamaError(
-            f"Ollama made {request.name} otherwise than asked: {problems}; do not use it (ollama rm {request.name}), "
-            "and report this"
+            f"Ollama created {request.name} differently from the request: {problems}; do not use it "
+            f"(ollama rm {request.name}), and report this"
         )
 
 
@@ -249,118 +222,102 @@ def _listed(pairs: Sequence[tuple[str, str | float]]) -> str:
     return ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in pairs) or "none"
 
 
-class _Exchange:
-    """One request and its answer; every problem of the connection becomes one line."""
+@dataclass(frozen=True)
+class _Server:
+    """One Ollama; whatever goes wrong with a request becomes an OllamaError of one line."""
 
-    def __init__(self, server: Host, method: str, path: str, content: dict[str, Any] | None, length: int | None):
-        self.server = server
-        self.is_broken = False
-        self._what = f"{method} {path}"
-        body = json.dumps(content).encode("utf-8") if content is not None else b""
-        kind = "application/json" if content is not None else "application/octet-stream"
-        # http.client knows no proxies, so that none gets between
-        maker = http.client.HTTPSConnection if server.scheme == "https" else http.client.HTTPConnection
-        self.connection = maker(server.name, server.port, timeout=_CONNECT_SECONDS)
+    url: str
+    client: httpx2.Client
+
+    @contextmanager
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        content: dict[str, Any] | None = None,
+        file: _FileBody | None = None,
+        accepted: Collection[int] = (200,),
+    ) -> Iterator[httpx2.Response]:
+        """The response, its body not yet read; OllamaError for a status that is not `accepted`."""
+        headers = {"Content-Length": str(file.size)} if file is not None else None
         try:
-            self.connection.connect()
-            self.connection.sock.settimeout(_ANSWER_SECONDS)
-        except OSError as error:
-            reason = error.strerror or str(error) or "no answer"
-            raise OllamaError(f"no Ollama answers at {server.url} ({reason}): {_INSTALL}") from None
-        self.connection.putrequest(method, server.prefix + path, skip_accept_encoding=True)
-        self.connection.putheader("Content-Type", kind)
-        self.connection.putheader("Content-Length", str(length if length is not None else len(body)))
-        try:
-            self.connection.endheaders(body or None)
-        except OSError:
-            self.is_broken = True
+            with self.client.stream(method, self.url + path, json=content, content=file, headers=headers) as response:
+                if response.status_code not in accepted:
+                    raise _refusal(f"{self.url}: {method} {path.split(':')[0]}", response)
+                yield response
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or "no answer"
+            raise OllamaError(f"no Ollama answers at {self.url} ({_one_line(reason)}): {_INSTALL}") from None
+        except httpx2.HTTPError as error:
+            reason = "no answer in time" if isinstance(error, httpx2.TimeoutException) else _one_line(error)
+            where = f" after {file.sent} of {file.size} bytes of {file.path.name}" if file is not None else ""
+            raise OllamaError(
+                f"{self.url}: the connection broke at {method} {path} ({reason}){where}; see its log, and run the "
+                "command again"
+            ) from None
 
-    def __enter__(self) -> _Exchange:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
-
-    def send(self, chunk: bytes) -> bool:
-        """False when the server has closed: it may have said why, so that the answer is still to be read."""
-        try:
-            self.connection.send(chunk)
-        except OSError:
-            self.is_broken = True
-        return not self.is_broken
-
-    def answer(self, where: str = "") -> http.client.HTTPResponse:
-        try:
-            return self.connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
-            raise self._dropped(error, where) from None
-
-    def lines(self, response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-        """The JSON objects of the answer, one a line."""
-        while True:
-            try:
-                line = response.readline(_MAX_BODY)
-            except (OSError, http.client.HTTPException) as error:
-                raise self._dropped(error, "") from None
-            if not line:
-                return
-            if line.strip():
-                yield _object(self.server, self._what, line)
-
-    def _dropped(self, error: Exception, where: str) -> OllamaError:
-        reason = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-        after = f" {where}" if where else "; see its log, and run the command again"
-        return OllamaError(f"{self.server.url}: the connection broke at {self._what} ({_one_line(reason)}){after}")
+    def json(self, method: str, path: str, content: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON object of a response."""
+        with self.request(method, path, content=content) as response:
+            response.read()
+            return _object(self.url, f"{method} {path}", response.text)
 
 
-def _exchange(
-    server: Host, method: str, path: str, *, content: dict[str, Any] | None = None, length: int | None = None
-) -> _Exchange:
-    return _Exchange(server, method, path, content, length)
+class _FileBody:
+    """The bytes of a file as the body of a request, counted as they are sent."""
+
+    def __init__(self, path: Path, on_upload: Callable[[int, int], None]) -> None:
+        self.path, self.size, self.sent = path, path.stat().st_size, 0
+        self._on_upload = on_upload
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            while chunk := file.read(min(_CHUNK, self.size - self.sent)):
+                yield chunk
+                self.sent += len(chunk)
+                self._on_upload(self.sent, self.size)
+        if self.sent < self.size:
+            raise OllamaError(f"{self.path}: became shorter while it was uploaded; export it again")
 
 
-def _json(server: Host, method: str, path: str, content: dict[str, Any] | None = None) -> dict[str, Any]:
-    with _exchange(server, method, path, content=content) as exchange:
-        response = exchange.answer()
-        if response.status != 200:
-            raise _refusal(server, method, path, response)
-        with closing(response):
-            try:
-                body = response.read(_MAX_BODY)
-            except (OSError, http.client.HTTPException) as error:
-                raise OllamaError(f"{server.url}: the connection broke at {method} {path} ({error})") from None
-    return _object(server, f"{method} {path}", body)
+@contextmanager
+def _connect(host: str | None) -> Iterator[_Server]:
+    """The server at `host`, by default OLLAMA_HOST."""
+    url = parse_host(host if host is not None else os.environ.get("OLLAMA_HOST", ""))
+    timeout = httpx2.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS)
+    # without trust_env no proxy gets in between, and an idle connection is not used again
+    limits = httpx2.Limits(max_keepalive_connections=0)
+    certificates = ssl.create_default_context()
+    with httpx2.Client(verify=certificates, timeout=timeout, limits=limits, trust_env=False) as client:
+        yield _Server(url, client)
 
 
-def _object(server: Host, what: str, text: bytes) -> dict[str, Any]:
+def _object(url: str, what: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        shown = _short(text[:200].decode("utf-8", "replace"))
         raise OllamaError(
-            f"{server.url}: answers {what} with {shown}, expected a JSON object: it broke off, or is not Ollama; "
+            f"{url}: answers {what} with {_short(text)}, expected a JSON object: it broke off, or is not Ollama; "
             "see its log, or correct OLLAMA_HOST"
         )
     return value
 
 
-def _refusal(server: Host, method: str, path: str, response: http.client.HTTPResponse) -> OllamaError:
-    """The error for an answer that is not 200, with the reason that its body gives."""
+def _refusal(what: str, response: httpx2.Response) -> OllamaError:
+    """The error for an unexpected status, with the reason that the body gives."""
+    response.read()
     try:
-        body = response.read(1 << 16).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        body = ""
-    try:
-        value = json.loads(body)
-        reason = str(value["error"]) if isinstance(value, dict) and "error" in value else body
-    except ValueError:
-        reason = "" if body.lstrip().startswith("<") else body  # a page of another program
-    hint = "; is this Ollama? Correct OLLAMA_HOST" if response.status in (404, 405, 501) else ""
-    hint = "; export again: the file is not what was hashed" if "digest mismatch" in reason else hint
-    said = _one_line(reason) or response.reason
-    return OllamaError(f"{server.url}: {method} {path.split(':')[0]} failed with {response.status}: {said}{hint}")
+        reason = str(response.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        reason = "" if response.text.lstrip().startswith("<") else response.text  # a page of another program
+    hint = "; is this Ollama? Correct OLLAMA_HOST" if response.status_code in (404, 405, 501) else ""
+    hint = "; export again: the file is not the one that was hashed" if "digest mismatch" in reason else hint
+    return OllamaError(
+        f"{what} failed with {response.status_code}: {_one_line(reason) or response.reason_phrase}{hint}"
+    )
 
 
 def _one_line(value: Any) -> str:
@@ -375,11 +332,3 @@ def _short(text: str) -> str:
 def _numbers(version: str) -> tuple[int, ...]:
     found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version)
     return tuple(int(number) for number in found.groups()) if found else ()
-
-
-def _ignore_bytes(_sent: int, _size: int) -> None:
-    pass
-
-
-def _ignore_status(_status: str) -> None:
-    pass
