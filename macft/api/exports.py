@@ -26,7 +26,7 @@ from macft.weights.layouts.litgpt import is_litgpt
 if TYPE_CHECKING:
     from macft.ollama.client import Created
     from macft.ollama.export import OllamaReport
-    from macft.verify.llama_cpp import GgufCheck
+    from macft.verify.llama_cpp_compare import GgufCheck
 
 logger = logging.getLogger("macft")
 
@@ -116,8 +116,8 @@ def export_ollama(
     if prompted.template is None:
         raise ModelError(f"{model} has no chat template, which Ollama needs to prompt it: name one with --template")
 
-    def check(path: Path) -> Mapping[str, Any]:
-        return asdict(_check(prompted, path, quant))
+    def check(path: Path, name: Path) -> Mapping[str, Any]:
+        return asdict(_check(prompted, path, quant, name))
 
     return write_folder(
         prompted.model,
@@ -216,13 +216,13 @@ def _has_template(folder: Path) -> bool:
     return (folder / "chat_template.jinja").is_file() or bool(own)
 
 
-def _check(prompted: _Prompted, path: Path, quant: str) -> GgufCheck:
-    from macft.verify.llama_cpp import verify_gguf
+def _check(prompted: _Prompted, path: Path, quant: str, name: Path | None = None) -> GgufCheck:
+    from macft.verify.llama_cpp_compare import verify_gguf
     from macft.verify.logits import Subject
 
     logger.info("loading %s in llama.cpp", path.name)
     subject = Subject(prompted.model.path, prompted.adapters)
-    return verify_gguf(path, subject, quant=quant, tokenizer=prompted.tokenizer, template=prompted.template)
+    return verify_gguf(path, subject, quant=quant, tokenizer=prompted.tokenizer, template=prompted.template, name=name)
 
 
 def _tell(check: GgufCheck) -> None:

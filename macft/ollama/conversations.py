@@ -1,4 +1,4 @@
-"""The texts of a chat template in; the conversations on which a Go template must equal it out, each with its name."""
+"""Generate the conversations on which a Go template must equal the chat template."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from random import Random
 from macft.data.templates.chat_template import Message
 from macft.ollama.grammar import alternating, later_system
 
-# what a content holds, and contents; none begins or ends with white space
+# kinds of content with examples, none of which begins or ends with white space
 _KINDS = {
     "plain text": ("What is the capital of France?", "Paris.", "a", "assistant"),
     "an empty text": ("",),
@@ -31,18 +31,18 @@ _LONGEST = 12
 
 
 @dataclass(frozen=True)
-class Case:
-    """A conversation, what it is an example of, and whether a content begins or ends with white space."""
+class ConversationCase:
+    """A conversation, the name of its kind, and whether a content begins or ends with white space."""
 
     messages: tuple[Message, ...]
     name: str
     is_spaced: bool
 
 
-def grammar_cases(own_texts: Sequence[str], *, system: bool) -> Iterator[Case]:
-    """Every shape of a conversation with plain contents, then each kind of content in each role.
+def grammar_cases(own_texts: Sequence[str], *, system: bool) -> Iterator[ConversationCase]:
+    """Yield every shape of a conversation with plain contents, then each kind of content in each role.
 
-    `own_texts` are what the template itself writes and its special tokens; with `system`, half begin with one.
+    `own_texts` are the template's own texts and special tokens; with `system`, half begin with a system message.
     """
     shapes = [roles for roles in alternating("user", _LONGEST)]
     shapes += [["system", *roles] for roles in shapes] if system else []
@@ -59,8 +59,8 @@ def grammar_cases(own_texts: Sequence[str], *, system: bool) -> Iterator[Case]:
                 yield _case(roles, contents, where)
 
 
-def later_system_cases() -> Iterator[Case]:
-    """Conversations with system messages after the first one."""
+def later_system_cases() -> Iterator[ConversationCase]:
+    """Yield conversations with system messages after the first message."""
     for roles in later_system(7):
         for opening in ([], ["system"]):
             shape = [*opening, *roles]
@@ -68,16 +68,16 @@ def later_system_cases() -> Iterator[Case]:
             yield _case(shape, ["" if role == "system" else role for role in shape], "an empty later system message")
 
 
-def answer_first_cases(*, system: bool) -> Iterator[Case]:
-    """Conversations that begin with an answer, or with one after the opening system message."""
+def answer_first_cases(*, system: bool) -> Iterator[ConversationCase]:
+    """Yield conversations that begin with an answer, or with one after the opening system message."""
     for roles in alternating("assistant", 8)[1:]:
         for opening in ([], ["system"]) if system else ([],):
             shape = [*opening, *roles]
             yield _case(shape, [f"{role} {i}" for i, role in enumerate(shape)], "an answer as the first message")
 
 
-def random_cases(count: int, own_texts: Sequence[str], *, system: bool, spaced: bool) -> Iterator[Case]:
-    """Conversations of random length whose contents are random joins of all kinds of text."""
+def random_cases(count: int, own_texts: Sequence[str], *, system: bool, spaced: bool) -> Iterator[ConversationCase]:
+    """Yield conversations of random length whose contents join all kinds of text at random."""
     random = Random(_SEED)
     fragments = [text for texts in _KINDS.values() for text in texts] + list(own_texts) + list(_SPACED)
     for _ in range(count):
@@ -89,6 +89,6 @@ def random_cases(count: int, own_texts: Sequence[str], *, system: bool, spaced: 
         yield _case(roles, contents, "a mixture of all kinds of text")
 
 
-def _case(roles: Sequence[str], contents: Sequence[str], name: str) -> Case:
+def _case(roles: Sequence[str], contents: Sequence[str], name: str) -> ConversationCase:
     messages = tuple({"role": role, "content": content} for role, content in zip(roles, contents, strict=True))
-    return Case(messages, name, any(text != text.strip() for text in contents))
+    return ConversationCase(messages, name, any(text != text.strip() for text in contents))

@@ -1,14 +1,14 @@
-"""A Jinja template in; the same template as Ollama will not take for one that it knows out.
+"""Keep Ollama from taking a chat template for one that it knows.
 
 On `create`, Ollama compares the chat template of a GGUF with some forty that it knows. If one lies within an edit
 distance of 100, it adds its own Go template and stop parameters for that one, under which the chat template is never
-used: SmolLM2's, 41 edits away from plain ChatML, loses its default system prompt this way. A TEMPLATE of ours takes
-the place of that Go template, but the stop parameters stay.
+used: SmolLM2's, 41 edits away from plain ChatML, loses its default system prompt this way. Our TEMPLATE replaces
+that Go template, but not the stop parameters.
 """
 
 from __future__ import annotations
 
-# an insertion, removal or replacement changes the number of these by one at most
+# an insertion, removal or replacement changes the number of these by at most one
 _MARK = "~"
 _COUNT = 256
 _PADDING = "{# " + _MARK * _COUNT + " #}\n"

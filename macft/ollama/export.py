@@ -1,4 +1,4 @@
-"""A model folder and its adapters in; a folder that `ollama create` takes, and what was proven of it, out."""
+"""Export a model folder with its adapters as a folder for `ollama create`, with a report of what was proven."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from macft.data.templates.chat_template import ChatTemplate
-from macft.errors import MacftError, UsageError
+from macft.errors import UsageError
 from macft.files import new_dir, new_parents, write_json, write_text
 from macft.gguf.exporter.export import if_not_finite, read_gguf_model
 from macft.gguf.format import Field
@@ -32,7 +32,7 @@ REPORT = "report.json"
 REPORT_TEXT = "report.txt"
 
 # Ollama sends its own defaults (temperature 0.8, top_k 40 ...) with every request, and llama.cpp then leaves
-# general.sampling.* unread: what the model's makers recommend has effect as a PARAMETER alone.
+# general.sampling.* unread: what the model's makers recommend takes effect only as a PARAMETER.
 _SAMPLING = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
@@ -49,7 +49,7 @@ _NAME = re.compile(rf"(?:[A-Za-z0-9_][\w.:-]*/)?(?:[A-Za-z0-9_][A-Za-z0-9_-]{{0,
 
 @dataclass(frozen=True)
 class OllamaReport:
-    """The folder as it was written. `verification` is what the check that was given found."""
+    """The folder that was written; `verification` is the result of the check, {} without one."""
 
     folder: Path
     name: str
@@ -61,18 +61,18 @@ class OllamaReport:
 
 
 def default_name(model: ModelFolder, adapters: Sequence[Adapter]) -> str:
-    """A name Ollama takes, from the model's and the last adapter's."""
+    """A name that Ollama accepts, from the model's and the last adapter's."""
     own = model.name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
     parts = [own, *(adapter.folder.absolute().name for adapter in adapters[-1:])]
     return _file_stem("-".join(parts)).lower()
 
 
 def check_name(name: str) -> None:
-    """UsageError for a name that Ollama would refuse, which it says after the upload alone."""
+    """UsageError for a name that Ollama would refuse, but only after the upload."""
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"--name {name!r}: no name that Ollama takes; write [namespace/]model[:tag], each of at most 80 letters, "
-            "digits, '_', '-' and '.', a letter or digit first"
+            f"--name {name!r}: Ollama does not accept this name; write [namespace/]model[:tag], each at most 80 "
+            "letters, digits, '_', '-' and '.', a letter or digit first"
         )
 
 
@@ -86,15 +86,15 @@ def export_ollama(
     tokenizer_folder: Path,
     template: ChatTemplate,
     system: str | None = None,
-    check: Callable[[Path], Mapping[str, Any]] | None = None,
+    check: Callable[[Path, Path], Mapping[str, Any]] | None = None,
 ) -> OllamaReport:
-    """Write the GGUF, a Modelfile and the report as the new folder `output`, whole or not at all.
+    """Write the GGUF, a Modelfile and the report as the new folder `output`, completely or not at all.
 
-    `template` is the one trained with: it is embedded in the GGUF, and where a Go template is proven equal to it
-    that is Ollama's TEMPLATE. There is no SYSTEM but `system`: a system text that the template brings itself is
-    inside both, and one it does not bring was not trained with. `check` gets the path of the finished GGUF; what it
-    returns goes into the report, what it raises leaves no folder behind. num_ctx is left to the user: Ollama picks it
-    by the memory there is, and the length trained with (`cutoff_len`) is no bound of the model's.
+    `template` is the one trained with: it is embedded in the GGUF, and if a Go template is proven equal to it,
+    that becomes Ollama's TEMPLATE. The only SYSTEM is `system`: a system text that the template brings itself is
+    inside both, and one it does not bring was not trained with. `check` gets the path of the finished GGUF and the
+    one it will have; its result goes into the report, its errors leave no folder behind. num_ctx is left to the user:
+    Ollama picks it by the available memory, and the length trained with (`cutoff_len`) does not bound the model.
 
     Raises UsageError for a name Ollama refuses, an existing output or a system text that the template cannot hold.
     """
@@ -118,8 +118,9 @@ def export_ollama(
     )
     text = _modelfile(file, request)
     with _new_folder(output) as folder:
-        [gguf] = write_gguf(read, {quant: folder / file}, if_not_finite=if_not_finite(model, adapters))
-        found = check(folder / file) if check is not None else {}
+        broken = if_not_finite(model, adapters)
+        [gguf] = write_gguf(read, {quant: folder / file}, if_not_finite=broken, name=str(output / file))
+        found = check(folder / file, output / file) if check is not None else {}
         write_text(folder / MODELFILE, text)
         report = OllamaReport(output, name, replace(gguf, path=output / file), request, proof, tuple(notes), found)
         write_json(folder / REPORT, _as_json(report))
@@ -134,13 +135,13 @@ def create_in_ollama(
     on_upload: Callable[[int, int], None] | None = None,
     on_status: Callable[[str], None] | None = None,
 ) -> Created:
-    """Make the written folder a model of the running Ollama, as `create_model` does."""
+    """Create a model in the running Ollama from the written folder, as `create_model` does."""
     upload = Upload(report.gguf.path, report.gguf.path.name, report.gguf.sha256)
     return create_model(report.request, upload, host=host, on_upload=on_upload, on_status=on_status)
 
 
 def report_lines(report: OllamaReport) -> list[str]:
-    """What a user should know of the folder, a fact a line."""
+    """What a user should know about the folder, one fact per line."""
     gguf, proof, request = report.gguf, report.proof, report.request
     lines = [f"{gguf.path.name}: {gguf.quant}, {size(gguf.nbytes)}, sha256 {gguf.sha256}"]
     if proof.go is not None:
@@ -171,7 +172,7 @@ def bos_text(fields: Mapping[str, Field]) -> str | None:
 
 
 def end_texts(fields: Mapping[str, Field]) -> tuple[str, ...]:
-    """The texts of the tokens that the file names as ends of an answer; llama.cpp stops at them by itself."""
+    """The texts of the tokens that the file names as ends of an answer, at which llama.cpp stops by itself."""
     found = [_token(fields, fields.get(f"tokenizer.ggml.{kind}_token_id")) for kind in _END_IDS]
     return tuple(dict.fromkeys(text for text in found if text is not None))
 
@@ -200,14 +201,10 @@ def _short_float(value: float) -> float:
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """`new_dir` whose errors name the folder the user asked for, not the hidden one that was to become it."""
-    hidden = str(output)
+    """`new_dir`, with no parent folder left behind, and one line for what the system refuses."""
     try:
         with new_parents([output]), new_dir(output) as folder:
-            hidden = str(folder)
             yield folder
-    except MacftError as error:
-        raise type(error)(str(error).replace(hidden, str(output))) from None
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"{output}: cannot be written: {reason}; name a folder that can") from None
@@ -238,6 +235,6 @@ def _as_json(report: OllamaReport) -> dict[str, Any]:
 
 
 def _file_stem(name: str) -> str:
-    """A file name that a Modelfile and a shell take unquoted, without the namespace; the tag stays in it."""
+    """A file name that needs no quotes in a Modelfile or a shell, without the namespace but with the tag."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition("/")[2]).strip(".-_")
     return stem or "model"

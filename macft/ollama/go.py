@@ -1,4 +1,4 @@
-"""A grammar of a chat template in; the text of a Go template that writes the same prompts out."""
+"""Write the Go template that gives the same prompts as the grammar of a chat template."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from macft.ollama.grammar import EMPTY, END, GIVEN, NONE, START, Context, Grammar, Piece
 
-# What can be asked about a place: the values of its context's system, before and left, in order of asking.
+# The values of a context's system, before and left, which conditions ask about in this order.
 _VALUES = ((NONE, EMPTY, GIVEN), (START, "system", "user", "assistant"), ("1", "2", "3"))
 _BEFORE, _LEFT = 1, 2
 Rows = dict[tuple[str, ...], Piece]
@@ -17,7 +17,7 @@ _ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 def go_template(grammar: Grammar, *, bos: str | None) -> str:
     """The TEMPLATE for Ollama's messages; `bos` at the start of a prompt is left out, as llama.cpp writes it.
 
-    All text stands in Go string literals, and each line opens with `{{-`, so that no white space of the layout can
+    All text is in Go string literals, and each line opens with `{{-`, so that no white space of the layout can
     get into a prompt and no text can be read as Go or end the Modelfile's value.
     """
     if bos:
@@ -45,7 +45,7 @@ def go_template(grammar: Grammar, *, bos: str | None) -> str:
 
 
 def quoted(text: str) -> str:
-    """A Go string literal; whatever a Modelfile would drop or read otherwise is escaped."""
+    """A Go string literal; whatever a Modelfile would drop or read differently is escaped."""
     return '"' + "".join(_ESCAPES.get(c) or (c if c.isprintable() else _escaped(ord(c))) for c in text) + '"'
 
 
@@ -62,7 +62,7 @@ def _rows(grammar: Grammar, role: str) -> Rows:
 
 
 def _choose(rows: Rows) -> list[str]:
-    """The lines that write the piece of each row: the fewest questions that tell different ones apart."""
+    """The lines that write the piece of each row, with the fewest conditions that tell different ones apart."""
     if len(set(rows.values())) <= 1:
         return _written(next(iter(rows.values()), ("",)))
     for strict in (False, True):
@@ -78,9 +78,9 @@ def _written(piece: Piece) -> list[str]:
 
 
 def _groups(rows: Rows, place: int, *, strict: bool) -> list[tuple[list[str], Rows]]:
-    """The values at this place of the rows, with their rows; those together between which nothing differs.
+    """The values at this place of the rows, with their rows; values whose rows do not differ share a group.
 
-    With `strict` no two are together: rows may differ without a place that shows it, as not all are known.
+    With `strict` each has its own group: rows may differ without a place that shows it, as not all are known.
     """
     groups: list[tuple[list[str], Rows]] = []
     for value in _VALUES[place]:

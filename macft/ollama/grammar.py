@@ -1,4 +1,4 @@
-"""A chat template in; the texts it puts between the contents of a conversation out, if they follow from the roles."""
+"""Learn the texts that a chat template puts between the contents of a conversation, if they follow from the roles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Piece = tuple[str, ...]
 class Context:
     """A place in a conversation: before the content of `role`, or at its END.
 
-    `before` is the role of the message before it. A system message that opens a conversation is no message of its
+    `before` is the role of the message before it. A system message that opens a conversation is not a message of its
     own here but part of the text before the first one, as templates may put it anywhere. `left` counts the messages
     from here on, up to FAR.
     """
@@ -42,7 +42,7 @@ class NotDerivableError(Exception):
 
 
 def expected(template: ChatTemplate, messages: Sequence[Message]) -> str:
-    """The prompt: up to where an answer begins, or up to where the answer that was begun goes on.
+    """The prompt, up to where an answer begins or the last answer goes on.
 
     Raises DataError when the template refuses the conversation.
     """
@@ -51,7 +51,7 @@ def expected(template: ChatTemplate, messages: Sequence[Message]) -> str:
     begun = {**messages[-1], "content": messages[-1]["content"] + _CUT}
     text = template.render([*messages[:-1], begun])
     if text.count(_CUT) != 1:
-        raise NotDerivableError("the template does not write the last answer once, as it is")
+        raise NotDerivableError("the template does not write the last answer exactly once and unchanged")
     return text[: text.index(_CUT)]
 
 
@@ -77,7 +77,7 @@ def render(grammar: Grammar, messages: Sequence[Message]) -> str:
 
 
 def learn(template: ChatTemplate, conversations: Iterable[Sequence[str]], system: str, known: Grammar) -> Grammar:
-    """`known` and the pieces that these conversations (as roles) show.
+    """`known`, with the pieces that these conversations (given as roles) show.
 
     Raises NotDerivableError when one context shows two texts, DataError when the template refuses a conversation.
     """
@@ -97,13 +97,13 @@ def learn(template: ChatTemplate, conversations: Iterable[Sequence[str]], system
 
 
 def alternating(first: str, longest: int) -> list[list[str]]:
-    """Roles of the conversations of 1 to `longest` messages in which two roles take turns."""
+    """The roles of conversations of 1 to `longest` messages in which two roles take turns."""
     pair = ("user", "assistant") if first == "user" else ("assistant", "user")
     return [[pair[i % 2] for i in range(count)] for count in range(1, longest + 1)]
 
 
 def later_system(longest: int) -> list[list[str]]:
-    """Roles of conversations with a system message somewhere after the first message."""
+    """The roles of conversations with a system message somewhere after the first message."""
     return [
         [*roles[:place], "system", *roles[place:]]
         for roles in alternating("user", longest)
@@ -112,9 +112,9 @@ def later_system(longest: int) -> list[list[str]]:
 
 
 def with_answer_first(grammar: Grammar) -> Grammar:
-    """A grammar that also writes conversations that begin with an answer: as if an empty question came first.
+    """Extend a grammar to conversations that begin with an answer, as if an empty question came first.
 
-    Ollama makes such conversations when it drops the oldest messages of one that is too long.
+    Ollama produces such conversations when it drops the oldest messages of one that is too long.
     """
     extended = dict(grammar)
     for context in grammar:
@@ -146,7 +146,7 @@ def _between(text: str, turns: Sequence[Message]) -> list[Piece]:
 
 
 def _as_given(grammar: dict[Context, Piece]) -> Grammar:
-    # an empty system message that is written like any other needs no case of its own
+    # an empty system message that is written like any other needs no separate case
     for context, piece in grammar.items():
         given = grammar.get(Context(GIVEN, context.before, context.role, context.left))
         if context.system == EMPTY and given is not None and "".join(given) == "".join(piece):

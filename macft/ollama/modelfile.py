@@ -1,4 +1,4 @@
-"""What an Ollama model is made of in; the text of its Modelfile out, which Ollama's parser gives back unchanged."""
+"""Write a Modelfile whose values Ollama's parser gives back unchanged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from macft.errors import UsageError, join_problems
 
 _QUOTES = '"""'
-# read as they are; everything else that does not print is dropped by the parser
+# kept by the parser, which drops all other characters that do not print
 _WHITE_SPACE = "\n\r\t"
 
 
@@ -22,7 +22,7 @@ def modelfile(
 ) -> str:
     """The Modelfile for `FROM source`; `requires` is the least version of Ollama, as in 0.30.0.
 
-    The grammar has no escapes. Raises UsageError, with every problem, for what cannot be written in it.
+    Its grammar has no escapes. Raises UsageError, with every problem, for what cannot be written in it.
     """
     problems = [
         *_problems_of_line("FROM", source),

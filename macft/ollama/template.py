@@ -1,4 +1,4 @@
-"""A chat template in; the Go template that Ollama needs out, with the proof that both write the same prompts."""
+"""Derive the Go template that Ollama needs, and prove that it writes the prompts of the chat template."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from datetime import datetime
 from macft.data.templates.chat_template import ChatTemplate
 from macft.errors import DataError
 from macft.ollama import conversations, grammar
-from macft.ollama.conversations import Case
+from macft.ollama.conversations import ConversationCase
 from macft.ollama.go import go_template
 from macft.ollama.grammar import EMPTY, GIVEN, NONE, START, Grammar, NotDerivableError
 
-# messages of the conversations that a grammar is learned from: every context occurs at two lengths at least
-_LEARNT = 8
+# messages in the conversations that a grammar is learned from: every context occurs at two or more lengths
+_LEARNED = 8
 _RANDOM = 300
 _SPECIAL = re.compile(r"\s*(<[^<>\s]{1,80}>|\[/?[A-Z_]{2,40}\])")
 
@@ -29,7 +29,7 @@ _NO_END = "No special token ends an answer in this template: generation stops on
 
 @dataclass(frozen=True)
 class Proof:
-    """What is known of a chat template in Ollama: `go` is its TEMPLATE, or None for the `reason`.
+    """What is known of a chat template in Ollama: `go` is its TEMPLATE, or None, for the `reason` given.
 
     `cases` conversations were rendered by both to the same text; `limits` are sentences about what they do not cover;
     `stops` the texts that end an assistant's turn; `takes_system` whether a system message reaches the prompt.
@@ -44,7 +44,7 @@ class Proof:
 
 
 def prove_template(template: ChatTemplate, *, bos: str | None) -> Proof:
-    """Derive a Go template and compare what it means with the chat template on some thousand conversations.
+    """Derive a Go template and compare it with the chat template on some thousand conversations.
 
     `bos` is the text of the token that llama.cpp puts before a prompt by itself; the Go template does not hold it.
     """
@@ -90,41 +90,41 @@ def prove_template(template: ChatTemplate, *, bos: str | None) -> Proof:
 
 
 def needed_stops(proof: Proof, eog_texts: Collection[str]) -> tuple[str, ...]:
-    """The ends of an assistant's turn at which llama.cpp does not stop by itself, as they are none of `eog_texts`."""
+    """The ends of an assistant's turn at which llama.cpp does not stop by itself: those not among `eog_texts`."""
     return tuple(stop for stop in proof.stops if stop not in eog_texts)
 
 
 @dataclass(frozen=True)
-class _Learnt:
+class _Learned:
     grammar: Grammar
     limits: list[str]
     later_system: bool
     answer_first: bool
 
 
-def _learn(template: ChatTemplate) -> _Learnt:
+def _learn(template: ChatTemplate) -> _Learned:
     limits = []
-    shapes = grammar.alternating("user", _LEARNT)
+    shapes = grammar.alternating("user", _LEARNED)
     known = grammar.learn(template, shapes, NONE, {})
     states = [NONE, GIVEN, EMPTY]
     try:
         known = grammar.learn(template, shapes, GIVEN, known)
     except DataError as error:
-        limits.append(f"{_sentence(error)} Ollama passes system messages all the same: they are left out.")
+        limits.append(f"{_sentence(error)} Ollama passes system messages anyway: they are left out.")
         states = [NONE]
     else:
         known = grammar.learn(template, shapes, EMPTY, known)
         if all(len(piece) == 1 for piece in known.values()):
             limits.append("The template leaves system messages out.")
     known, later_system = _more(template, grammar.later_system(5), states, known)
-    known, answer_first = _more(template, grammar.alternating("assistant", _LEARNT), states, known)
-    return _Learnt(known, limits, later_system, answer_first)
+    known, answer_first = _more(template, grammar.alternating("assistant", _LEARNED), states, known)
+    return _Learned(known, limits, later_system, answer_first)
 
 
 def _more(
     template: ChatTemplate, shapes: Sequence[Sequence[str]], states: Sequence[str], known: Grammar
 ) -> tuple[Grammar, bool]:
-    """With these conversations too, unless the template refuses them or writes them by another rule."""
+    """`known`, extended by these conversations unless the template refuses them or writes them by another rule."""
     more = known
     try:
         for state in states:
@@ -141,21 +141,21 @@ class _Comparison:
     spaced: str | None = None
 
 
-def _compare(template: ChatTemplate, known: Grammar, cases: Iterable[Case]) -> _Comparison:
-    """Stops at the first difference, but counts those of contents with outer white space apart."""
+def _compare(template: ChatTemplate, known: Grammar, cases: Iterable[ConversationCase]) -> _Comparison:
+    """Compare up to the first difference; those of contents with outer white space are noted and passed over."""
     found = _Comparison()
     for case in cases:
         try:
-            want = grammar.expected(template, case.messages)
+            asked = grammar.expected(template, case.messages)
         except (DataError, NotDerivableError) as error:
             found.differs = f"With {case.name}: {_sentence(error)}"
             return found
         covered = all(context in known for context in grammar.contexts(case.messages))
-        got = grammar.render(known, case.messages) if covered else ""
-        if got == want:
+        written = grammar.render(known, case.messages) if covered else ""
+        if written == asked:
             found.equal += 1
             continue
-        difference = f"with {case.name}, the template {_first_difference(want, got)}."
+        difference = f"with {case.name}, the template {_first_difference(asked, written)}."
         if not case.is_spaced:
             found.differs = difference[0].upper() + difference[1:]
             return found
@@ -163,10 +163,11 @@ def _compare(template: ChatTemplate, known: Grammar, cases: Iterable[Case]) -> _
     return found
 
 
-def _first_difference(want: str, got: str) -> str:
-    same = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), min(len(want), len(got)))
-    start = max(0, same - 10)
-    return f"writes {want[start : same + 20]!r} where roles and contents alone give {got[start : same + 20]!r}"
+def _first_difference(asked: str, written: str) -> str:
+    pairs = enumerate(zip(asked, written, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(asked), len(written)))
+    shown = slice(max(0, same - 10), same + 20)
+    return f"writes {asked[shown]!r} where only roles and contents give {written[shown]!r}"
 
 
 def _writes_date(source: str, known: Grammar) -> bool:

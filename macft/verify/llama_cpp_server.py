@@ -1,4 +1,4 @@
-"""Run as a process of its own: settings as one JSON argument in, llama.cpp's server until standard input ends out."""
+"""Run llama.cpp's server, as a process of its own, until standard input ends; settings are one JSON argument."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 
 def main() -> None:
-    """Write {"address": ...} to standard output once the model is loaded; all that llama.cpp says goes to stderr."""
+    """Write {"address": ...} to standard output once the model is loaded; llama.cpp's own output goes to stderr."""
     settings = json.loads(sys.argv[1])
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     server = _server(settings)
     told.write(json.dumps({"address": server.listening_address}) + "\n")
     told.flush()
-    sys.stdin.read()  # ends when the parent closes it, or is no more
-    os._exit(0)  # nothing of this process is worth an orderly end
+    sys.stdin.read()  # ends when the parent closes it or dies
+    os._exit(0)  # nothing here needs an orderly shutdown
 
 
 def _server(settings: dict[str, Any]) -> Any:
@@ -33,8 +33,8 @@ def _server(settings: dict[str, Any]) -> Any:
     params.n_parallel = 1
     params.port = 0
     params.ui = False
-    params.verbosity = 1  # errors alone
-    # text as the model writes it, and a conversation that ends in an answer rendered like any other
+    params.verbosity = 1  # errors only
+    # text as the model writes it; a conversation that ends in an answer is rendered like any other
     params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
     params.prefill_assistant = False
     # the processor computes in float32 and keeps what it has seen in float32: differences are the file's own

@@ -1,4 +1,4 @@
-"""A model before and after a conversion in; how far their logits on a fixed text are apart out, or an error."""
+"""Compare the logits of a model before and after a conversion, on a fixed text."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _ROUNDED = {"float16": 0.01, "bfloat16": 0.05}
 
 
 class VerifyError(MacftError):
-    """A result does not compute what its source does."""
+    """A result does not compute what its source computes."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is loaded: a model folder in HF or MLX layout or of litgpt, and adapters on it, in order."""
+    """A model to load: a folder in HF, MLX or litgpt layout, and adapters on it, in order."""
 
     folder: Path
     adapters: tuple[Adapter, ...] = ()
@@ -52,7 +52,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far apart logits may be, and why so far.
+    """How far apart logits may be, and why.
 
     `limit` is for the largest difference as a share of the largest logit if `is_exact`, and otherwise for the
     root mean square of all differences as a share of that of the logits, both taken about each position's mean.
@@ -75,7 +75,7 @@ class Agreement:
 
 
 def check_engine(source: Path) -> None:
-    """MissingPackageError, before any work, when nothing is installed that could load source and result."""
+    """MissingPackageError, before any work, when no installed engine could load source and result."""
     if is_litgpt(source) and not (is_installed("torch") and importlib.util.find_spec("litgpt")):
         raise MissingPackageError(
             "--verify of a litgpt checkpoint needs torch and litgpt: pip install 'macft[torch]' litgpt, or leave "
@@ -85,12 +85,12 @@ def check_engine(source: Path) -> None:
 
 
 def tolerance_of(result: Path, *, is_rounded: bool) -> Tolerance:
-    """What may separate a result from its source; `is_rounded`: its numbers are not the source's own.
+    """The tolerance for a result; `is_rounded`: its numbers are not the source's own.
 
-    Exact: one engine sums the same float32 numbers, in another order at most (1e-5 measured). Rounded once to
+    Exact: one engine sums the same float32 numbers, at most in another order (1e-5 measured). Rounded once to
     16 bits: six times what SmolLM2-135M loses (0.008 in bfloat16, 0.0008 in float16). Quantized to b bits:
-    SmolLM2-135M, small and so easily hurt, loses 8 / 2^b (0.03 at 8 bits, 0.5 at 4); twice that is allowed, up
-    to 1.2, as unrelated logits are 1.4 apart. A wrong name, order or scale is beyond all of these.
+    SmolLM2-135M, which is small and easily hurt, loses 8 / 2^b (0.03 at 8 bits, 0.5 at 4); twice that is allowed, up
+    to 1.2, as unrelated logits are 1.4 apart. A wrong name, order or scale exceeds all of these.
     """
     quantization = quantization_of(read_config(result))
     if quantization is not None:
@@ -110,9 +110,9 @@ def exact() -> Tolerance:
 
 
 def verify(source: Subject, result: Subject, tolerance: Tolerance, *, prefers: str = "auto") -> str:
-    """Load both, one after the other, and compare; one line that says how far apart they are.
+    """Load both, one after the other, and compare them; returns one line that says how far apart they are.
 
-    `prefers` is the engine to take if it is installed. Raises VerifyError above the tolerance, ModelError when
+    `prefers` is the engine to try first if it is installed. Raises VerifyError above the tolerance, ModelError when
     no engine can load one of the two.
     """
     tokens = _tokens(result.folder)
@@ -141,12 +141,12 @@ def verify(source: Subject, result: Subject, tolerance: Tolerance, *, prefers: s
 
 
 def source_logits(subject: Subject, tokens: Sequence[int]) -> tuple[str, np.ndarray]:
-    """(engine, logits [T, V]) of a subject by an engine that is installed, the one it comes from first."""
+    """(engine, logits [T, V]) of a subject by an installed engine, the one it comes from first."""
     return _logits(subject, tokens, _native_first(subject, _engines("auto")))
 
 
 def compare_logits(first: np.ndarray, second: np.ndarray) -> Agreement:
-    """How far logits [T, V] are from others; a constant added to all logits of a position counts in `largest` alone."""
+    """Compare logits [T, V]; a constant added to all logits of a position counts only in `largest`."""
     difference = second - first
     spread = first - first.mean(axis=-1, keepdims=True)
     moved = difference - difference.mean(axis=-1, keepdims=True)
@@ -171,13 +171,13 @@ def _engines(prefers: str) -> list[str]:
 
 
 def _native_first(subject: Subject, engines: Sequence[str]) -> list[str]:
-    """The engines, the one in front whose library reads all adapters itself: this project's reading proves little."""
+    """The engines, first the one whose library reads all adapters itself: our own reading proves little."""
     natives = {_NATIVE[adapter_format(adapter.folder)] for adapter in subject.adapters}
     return sorted(engines, key=lambda name: natives != {name})
 
 
 def _tokens(folder: Path) -> list[int]:
-    """The text's tokens; of a folder without a tokenizer, ids spread over the vocabulary."""
+    """The tokens of the text; for a folder without a tokenizer, ids spread over the vocabulary."""
     size = int(read_config(folder).get("vocab_size") or 0)
     try:
         found = [token for token in load_tokenizer(folder).encode(TEXT).ids if not size or token < size]
@@ -187,11 +187,11 @@ def _tokens(folder: Path) -> list[int]:
 
 
 def _logits(subject: Subject, tokens: Sequence[int], engines: Sequence[str]) -> tuple[str, np.ndarray]:
-    """(engine, logits) by the first engine that can load it."""
+    """(engine, logits) by the first engine that can load the subject."""
     problems = []
     for engine in ["torch"] if is_litgpt(subject.folder) else engines:
         module = importlib.import_module(f"macft.backends.{engine}.logits")
-        gc.collect()  # no two models in memory at the same time
+        gc.collect()  # never two models in memory at the same time
         try:
             if is_litgpt(subject.folder):
                 return "litgpt", module.litgpt_logits(subject.folder, tokens)
@@ -202,14 +202,14 @@ def _logits(subject: Subject, tokens: Sequence[int], engines: Sequence[str]) -> 
 
 
 def _adapters(subject: Subject, module: Any) -> list[Under | Path]:
-    """What an engine reads by itself, as a folder; the rest as this project reads it."""
+    """Adapters as folders where the engine reads them itself, the others as we read them."""
     found: list[Under | Path] = []
     for adapter in subject.adapters:
         is_native = adapter_format(adapter.folder) == module.NATIVE_FORMAT
         if is_native and (module.NATIVE_FORMAT == "peft" or len(subject.adapters) == 1):
             found.append(adapter.folder)
         elif adapter.saved:
-            raise ModelError(f"{adapter.folder}: modules_to_save are loaded by PEFT alone: pip install 'macft[torch]'")
+            raise ModelError(f"{adapter.folder}: only PEFT loads modules_to_save: pip install 'macft[torch]'")
         else:
             found.append(Under(spec_of_adapter(adapter), adapter.state))
     return found

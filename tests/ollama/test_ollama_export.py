@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import gguf
@@ -15,7 +16,7 @@ from support.tiny_tokenizer import CHATML, DEFAULT_SYSTEM, GEMMA, QWEN3
 
 from macft.data.templates.chat_template import ChatTemplate
 from macft.data.tokenization.tokenizer import load_tokenizer
-from macft.errors import UsageError
+from macft.errors import ModelError, UsageError
 from macft.ollama.client import OllamaError
 from macft.ollama.detection import pad_template
 from macft.ollama.export import (
@@ -29,7 +30,7 @@ from macft.ollama.export import (
     report_lines,
     sampling_parameters,
 )
-from macft.verify.llama_cpp import verify_gguf
+from macft.verify.llama_cpp_compare import verify_gguf
 from macft.verify.logits import VerifyError
 from macft.weights.folder import ModelFolder
 
@@ -134,7 +135,7 @@ def test_a_system_text_is_written_only_if_given(model, tmp_path):
     [
         (GEMMA, {"system": "Be brief."}, "--system: the test's template takes no system message"),
         (CHATML, {"system": 'Say """\nhello'}, 'SYSTEM: line 1 ends with """'),
-        (CHATML, {"name": "a b"}, "--name 'a b': no name that Ollama takes"),
+        (CHATML, {"name": "a b"}, "--name 'a b': Ollama does not accept this name"),
         (CHATML, {"quant": "q9"}, "q9"),
     ],
 )
@@ -156,8 +157,9 @@ def test_an_existing_output_is_refused_and_unchanged(model, tmp_path):
 def test_what_the_check_finds_is_reported(model, tmp_path):
     seen = []
 
-    def check(path: Path) -> dict:
+    def check(path: Path, name: Path) -> dict:
         seen.append(path.read_bytes()[:4])
+        assert name == tmp_path / "out" / "Tiny-v1-f16.gguf"
         return {"note": "verified by hand", "warnings": ("a warning",), "answer": "Hi!"}
 
     report = exported(model, tmp_path / "out", check=check)
@@ -167,12 +169,22 @@ def test_what_the_check_finds_is_reported(model, tmp_path):
 
 
 def test_nothing_is_left_when_the_check_fails(model, tmp_path):
-    def check(path: Path) -> dict:
-        raise VerifyError(f"{path}: does not compute what its source does")
+    def check(path: Path, name: Path) -> dict:
+        assert path.is_file() and not name.exists()
+        raise VerifyError(f"{name}: does not compute what its source does")
 
     with pytest.raises(VerifyError) as caught:
         exported(model, tmp_path / "out", check=check)
     assert str(caught.value) == f"{tmp_path / 'out' / 'Tiny-v1-f16.gguf'}: does not compute what its source does"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_by_the_name_that_the_file_would_have(model, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ModelError) as caught:
+        exported(model, tmp_path / "out")
+    assert str(caught.value).startswith(f"{tmp_path / 'out' / 'Tiny-v1-f16.gguf'}: ")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -209,7 +209,10 @@ def test_role_words_are_no_stops():
         (CHATML.replace("m.content", "m.content * 2") + PROMPT, "does not write the content of a user message once"),
         (CHATML.replace("m.content", "m.content | replace('``', '')") + PROMPT, "With several lines in a user message"),
         (CHATML.replace("{{ m.content", "{{ m.content or '-'") + PROMPT, "With an empty text in a user message"),
-        (CHATML + "{{ messages[-1].content if messages[-1].role == 'assistant' }}" + PROMPT, "the last answer once"),
+        (
+            CHATML + "{{ messages[-1].content if messages[-1].role == 'assistant' }}" + PROMPT,
+            "the last answer exactly once",
+        ),
         # beyond the lengths that the derivation saw
         (CHATML.replace("{{ m.role }}", "{{ m.role }}{{ '!' if loop.index == 11 }}") + PROMPT, "With plain text"),
         ("{{ raise_exception('only for tools') }}", "refuses this conversation: only for tools"),

@@ -19,8 +19,9 @@ from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import ModelError
 from macft.gguf.exporter.export import export_gguf, export_lora
 from macft.models.locate import resolve_model
-from macft.verify import llama_cpp as runtime
-from macft.verify.llama_cpp import LIMITS, GgufCheck, llama_cpp, verify_gguf
+from macft.verify import llama_cpp_compare as comparison
+from macft.verify.llama_cpp import llama_cpp
+from macft.verify.llama_cpp_compare import LIMITS, GgufCheck, verify_gguf
 from macft.verify.logits import Subject, VerifyError
 from macft.weights.adapters.peft import Adapter, AdapterConfig, read_adapter, write_adapter
 from macft.weights.folder import ModelFolder, weights_hash
@@ -114,12 +115,12 @@ def test_without_an_engine_the_note_says_that_numbers_were_not_compared(file, mo
         monkeypatch.setitem(sys.modules, package, None)
     found = checked(file, model)
     assert (found.top1, found.kl, found.positions, found.engine) == (None, None, 0, None)
-    assert "no training engine is installed, so its numbers were not compared: this is all" in found.note
+    assert "no training engine is installed, so its numbers were not compared" in found.note
 
 
 def test_without_a_source_the_note_says_so(file, tokenizer):
     found = verify_gguf(file, None, quant="f32", tokenizer=tokenizer, template=None, threads=1)
-    assert "no source was given, so its numbers were not compared: this is all" in found.note
+    assert "no source was given, so its numbers were not compared" in found.note
     assert found.prompts == 0
 
 
@@ -183,7 +184,9 @@ def test_another_template_is_a_warning_that_names_the_first_difference(tmp_path,
     path = written(model, tmp_path / "default.gguf", template=DEFAULT_SYSTEM)
     found = checked(path, model)
     assert found.prompts == 2 and len(found.warnings) == 2  # those that bring a system message are equal
-    assert found.warnings[0].startswith("llama.cpp prompts otherwise than the template (user): token 1 after ")
+    assert found.warnings[0].startswith(
+        "llama.cpp renders this prompt differently from the template (user): token 1 after "
+    )
     same = checked(path, model, template=template_of(DEFAULT_SYSTEM, tokenizer))
     assert same.prompts == 4 and same.warnings == ()
 
@@ -204,23 +207,23 @@ def test_divergence_by_hand():
     logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     # the file has one token more, which does not count, and its ids in another order
     found = (np.array([2, 3, 0, 1]), np.log(np.array([0.25, 0.5, 0.125, 0.125])))
-    top1, kl = runtime._divergence(logits, [1], [found])
+    top1, kl = comparison._divergence(logits, [1], [found])
     # among the three: 0.25, 0.25, 0.5 against 0.5, 0.25, 0.25
     assert top1 == 0.0
     assert kl == pytest.approx(0.5 * np.log(0.5 / 0.25) + 0.25 * np.log(0.25 / 0.25) + 0.25 * np.log(0.25 / 0.5))
-    assert runtime._divergence(logits, [2], [(np.array([0, 1, 2]), logits[1])]) == (1.0, pytest.approx(0.0))
+    assert comparison._divergence(logits, [2], [(np.array([0, 1, 2]), logits[1])]) == (1.0, pytest.approx(0.0))
 
 
 def test_a_probability_of_zero_is_far_not_infinite():
     logits = np.array([[0.0, -60.0]])
-    top1, kl = runtime._divergence(logits, [1], [(np.array([0, 1]), np.array([0.0, -3.4e38]))])
+    top1, kl = comparison._divergence(logits, [1], [(np.array([0, 1]), np.array([0.0, -3.4e38]))])
     assert top1 == 1.0 and 0 < kl < 1e-20  # e^-60 times a difference of 50
 
 
 def test_fewer_positions_for_a_large_vocabulary():
-    assert runtime._places(160, 49152)[0] == 4 and runtime._places(160, 49152)[-1] == 160
-    assert [len(runtime._places(160, size)) for size in (500, 49152, 152000, 1 << 20)] == [24, 24, 8, 8]
-    assert runtime._places(2, 500) == [2]
+    assert comparison._places(160, 49152)[0] == 4 and comparison._places(160, 49152)[-1] == 160
+    assert [len(comparison._places(160, size)) for size in (500, 49152, 152000, 1 << 20)] == [24, 24, 8, 8]
+    assert comparison._places(2, 500) == [2]
 
 
 @pytest.mark.parametrize(

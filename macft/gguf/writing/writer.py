@@ -55,6 +55,7 @@ def write_gguf(
     outputs: Mapping[str, Path],
     *,
     if_not_finite: str = "the model is broken; download it again",
+    name: str | None = None,
 ) -> list[Written]:
     """Write a file for each quantization (`outputs`: its name to a path), reading every tensor once, on all cores.
 
@@ -62,7 +63,7 @@ def write_gguf(
     `general.file_type` come last, so that the file equals what it would write. ModelError, with nothing left behind,
     when a disk has no room, or naming each tensor with numbers that are not finite
     (`if_not_finite` says what that means) or too large for their type. UsageError for an unknown
-    quantization or a path that exists.
+    quantization or a path that exists. `name` is what errors call the files, by default their paths.
     """
     _check_outputs(outputs)
     _check_tensors(model.tensors)
@@ -70,15 +71,16 @@ def write_gguf(
     targets = [_target(model, tensors, quant, path) for quant, path in outputs.items()]
     check_packable({kind for target in targets for kind in target.plan.types.values()})
     needed = sum(target.nbytes for target in targets)
-    with disk_problems(_names(outputs), needed), new_parents(outputs.values()):
-        check_room({target.path: target.nbytes for target in targets})
+    name = name or ", ".join(map(str, outputs.values()))
+    with disk_problems(name, needed), new_parents(outputs.values()):
+        check_room({target.path: target.nbytes for target in targets}, name)
         with _new_files([target.path for target in targets]) as temporaries:
             sums, bad = _write(tensors, targets, temporaries)
             if bad.not_finite:
-                raise ModelError(join_problems(f"{_names(outputs)}: not written: {if_not_finite}", bad.not_finite))
+                raise ModelError(join_problems(f"{name}: not written: {if_not_finite}", bad.not_finite))
             if bad.too_large:
                 advice = "choose bf16 or f32 instead"
-                raise ModelError(join_problems(f"{_names(outputs)}: not written: {advice}", bad.too_large))
+                raise ModelError(join_problems(f"{name}: not written: {advice}", bad.too_large))
     return [_written(target, digest) for target, digest in zip(targets, sums, strict=True)]
 
 
@@ -99,10 +101,6 @@ class _BadNumbers:
 
     not_finite: list[str]
     too_large: list[str]
-
-
-def _names(outputs: Mapping[str, Path]) -> str:
-    return ", ".join(map(str, outputs.values()))
 
 
 def _check_outputs(outputs: Mapping[str, Path]) -> None:

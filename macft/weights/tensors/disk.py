@@ -55,8 +55,11 @@ def disk_problems(destination: Path | str, needed: int) -> Iterator[None]:
         ) from None
 
 
-def check_room(needed: Mapping[Path, int]) -> None:
-    """Raise ModelError when a disk has too little room for the files or folders that will be written to it."""
+def check_room(needed: Mapping[Path, int], name: str | None = None) -> None:
+    """Raise ModelError when a disk has too little room for the files or folders that will be written to it.
+
+    `name` is what the error calls them, by default their paths.
+    """
     disks: dict[int, list[Path]] = {}
     for path in needed:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +68,7 @@ def check_room(needed: Mapping[Path, int]) -> None:
         expected = sum(needed[path] for path in paths)
         free = shutil.disk_usage(paths[0].parent).free
         if free < expected:
+            name = name or ", ".join(map(str, paths))
             raise ModelError(
-                f"{', '.join(map(str, paths))}: {size(expected)} are needed, the disk has {size(free)}; make "
-                "room or name another destination"
+                f"{name}: {size(expected)} are needed, the disk has {size(free)}; make room or name another destination"
             )
