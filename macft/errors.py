@@ -38,7 +38,7 @@ class MissingPackageError(MacftError):
 
 
 def join_problems(headline: str, problems: list[str], limit: int = 20) -> str:
-    """One message for all problems of one file; past `limit` the rest are plural, not listed."""
+    """One message for all problems of one file; past `limit` the rest are counted, not listed."""
     shown = problems[:limit]
     if len(problems) > limit:
         shown.append(f"... and {len(problems) - limit} more")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as GgmlType
@@ -26,6 +27,13 @@ _SCALAR_OF_DTYPE = {np.dtype(code): kind for kind, code in _SCALARS.items()}
 _STRING = 8
 _ARRAY = 9
 _MAX_DIMENSIONS = 4
+
+# the tensor types that are plain arrays of a numpy type
+PLAIN: dict[GgmlType, np.dtype[Any]] = {
+    GgmlType.F32: np.dtype(np.float32),
+    GgmlType.F16: np.dtype(np.float16),
+    GgmlType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
 
 Shape = tuple[int, ...]
 # int: UINT32; float: FLOAT32; a numpy scalar: its own type; an array: ARRAY of its dtype; a list: ARRAY of STRING.

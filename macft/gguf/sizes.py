@@ -8,10 +8,37 @@ from typing import Any
 Config = Mapping[str, Any]  # the content of config.json
 Sizes = Mapping[str, int]  # numbers by the words that tensor rules use
 
+# word: (GGUF field, keys of config.json)
+_NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "layers": ("block_count", ("num_hidden_layers",)),
+    "hidden": ("embedding_length", ("hidden_size",)),
+    "ffn": ("feed_forward_length", ("intermediate_size",)),
+    "heads": ("attention.head_count", ("num_attention_heads",)),
+    "context": ("context_length", ("max_position_embeddings",)),
+    "kv_heads": ("attention.head_count_kv", ("num_key_value_heads",)),
+    "head_dim": ("attention.key_length", ("head_dim",)),
+    "experts": ("expert_count", ("num_experts", "num_local_experts")),
+    "experts_used": ("expert_used_count", ("num_experts_per_tok",)),
+    "expert_ffn": ("expert_feed_forward_length", ("moe_intermediate_size",)),
+    "shared_ffn": ("expert_shared_feed_forward_length", ("shared_expert_intermediate_size",)),
+}
+FIELDS = {word: field for word, (field, _) in _NAMES.items()}
+KEYS = {word: keys for word, (_, keys) in _NAMES.items()}
+
 # Layers of the two models whose attention is not scaled by the head size (gemma_pytorch, config.py).
 GEMMA2_27B, GEMMA3_27B = 46, 62
 # Every Nth layer of these has no window, no rotary positions or full attention.
 GEMMA2_PERIOD, GEMMA3_PERIOD, SMOLLM3_PERIOD, HYBRID_PERIOD = 2, 6, 4, 4
+
+
+def as_fields(sizes: Sizes, *words: str) -> dict[str, int]:
+    """The sizes under their names in GGUF, without the architecture's prefix."""
+    return {FIELDS[word]: sizes[word] for word in words if word in sizes}
+
+
+def as_config(sizes: Sizes, *words: str) -> dict[str, int]:
+    """The sizes under their names in config.json."""
+    return {KEYS[word][0]: sizes[word] for word in words}
 
 
 def with_products(sizes: Sizes) -> dict[str, int]:

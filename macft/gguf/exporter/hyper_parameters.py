@@ -7,33 +7,22 @@ import numpy as np
 from macft.gguf.exporter import linear_attention, rope
 from macft.gguf.format import Field
 from macft.gguf.sizes import (
+    FIELDS,
     GEMMA2_27B,
     GEMMA2_PERIOD,
     GEMMA3_27B,
     GEMMA3_PERIOD,
     HYBRID_PERIOD,
+    KEYS,
     Config,
     Sizes,
+    as_fields,
     gemma_query_scalar,
     smollm3_rope_layers,
     with_products,
 )
 
-_NEEDED = {
-    "layers": ("num_hidden_layers",),
-    "hidden": ("hidden_size",),
-    "ffn": ("intermediate_size",),
-    "heads": ("num_attention_heads",),
-    "context": ("max_position_embeddings",),
-}
-_OPTIONAL = {
-    "kv_heads": ("num_key_value_heads",),
-    "head_dim": ("head_dim",),
-    "experts": ("num_local_experts", "num_experts"),
-    "experts_used": ("num_experts_per_tok",),
-    "expert_ffn": ("moe_intermediate_size",),
-    "shared_ffn": ("shared_expert_intermediate_size",),
-}
+_NEEDED = ("layers", "hidden", "ffn", "heads", "context")
 _QWEN3_5_SECTIONS = (11, 11, 10)
 _SILU = ("silu", "swish")
 _GELU = ("gelu_pytorch_tanh", "gelu_new")
@@ -46,7 +35,7 @@ def read_sizes(config: Config, rotated: float = 1.0) -> tuple[dict[str, int], li
     """
     sizes: dict[str, int] = {"one": 1}
     problems = []
-    for word, keys in {**_NEEDED, **_OPTIONAL}.items():
+    for word, keys in KEYS.items():
         value = next((config[key] for key in keys if config.get(key) is not None), None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             sizes[word] = value
@@ -72,25 +61,19 @@ def read_sizes(config: Config, rotated: float = 1.0) -> tuple[dict[str, int], li
 def common(config: Config, sizes: Sizes) -> dict[str, Field]:
     """The fields of every architecture, in the order of llama.cpp's converter."""
     fields: dict[str, Field] = {
-        "block_count": sizes["layers"],
-        "context_length": sizes["context"],
-        "embedding_length": sizes["hidden"],
-        **({"feed_forward_length": sizes["ffn"]} if "ffn" in sizes else {}),
-        "attention.head_count": sizes["heads"],
-        "attention.head_count_kv": sizes["kv_heads"],
+        **as_fields(sizes, "layers", "context", "hidden", "ffn", "heads", "kv_heads"),
         **rope.fields(config),
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
     }
     if "experts" in sizes:
-        fields["expert_count"] = sizes["experts"]
-        fields["expert_used_count"] = sizes["experts_used"]
+        fields |= as_fields(sizes, "experts", "experts_used")
     if config.get("head_dim") is not None:
         fields |= _head_sizes(sizes)
     return fields
 
 
 def _head_sizes(sizes: Sizes) -> dict[str, Field]:
-    return {"attention.key_length": sizes["head_dim"], "attention.value_length": sizes["head_dim"]}
+    return {**as_fields(sizes, "head_dim"), "attention.value_length": sizes["head_dim"]}
 
 
 def llama(config: Config, sizes: Sizes) -> dict[str, Field]:
@@ -100,10 +83,7 @@ def llama(config: Config, sizes: Sizes) -> dict[str, Field]:
 
 def mixture(config: Config, sizes: Sizes) -> dict[str, Field]:
     """The fields of qwen's mixtures of experts, whose experts have their own width."""
-    fields = {**common(config, sizes), "expert_feed_forward_length": sizes["expert_ffn"]}
-    if "shared_ffn" in sizes:
-        fields["expert_shared_feed_forward_length"] = sizes["shared_ffn"]
-    return fields
+    return {**common(config, sizes), **as_fields(sizes, "expert_ffn", "shared_ffn")}
 
 
 def gemma2(config: Config, sizes: Sizes) -> dict[str, Field]:
@@ -147,7 +127,7 @@ def gpt_oss(config: Config, sizes: Sizes) -> dict[str, Field]:
     return {
         **common(config, sizes),
         **_window(config, sizes, GEMMA2_PERIOD),
-        "expert_feed_forward_length": sizes["ffn"],
+        FIELDS["expert_ffn"]: sizes["ffn"],
     }
 
 

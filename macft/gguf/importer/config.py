@@ -10,28 +10,21 @@ import numpy as np
 from macft.errors import ModelError, join_problems
 from macft.gguf.format import GgufFile, GgufTensor
 from macft.gguf.sizes import (
+    FIELDS,
     GEMMA2_27B,
     GEMMA2_PERIOD,
     GEMMA3_27B,
     GEMMA3_PERIOD,
     SMOLLM3_PERIOD,
     Sizes,
+    as_config,
     gemma_query_scalar,
     smollm3_rope_layers,
     with_products,
 )
 
-_FIELDS = {
-    "layers": "block_count",
-    "hidden": "embedding_length",
-    "ffn": "feed_forward_length",
-    "heads": "attention.head_count",
-}
-_EXPERT_FIELDS = {
-    "experts": "expert_count",
-    "experts_used": "expert_used_count",
-    "expert_ffn": "expert_feed_forward_length",
-}
+_NEEDED = ("layers", "hidden", "ffn", "heads")
+_EXPERTS = ("experts", "experts_used", "expert_ffn")
 
 
 def read_sizes(source: GgufFile, *, has_experts: bool, is_partly_rotated: bool) -> dict[str, int]:
@@ -40,7 +33,8 @@ def read_sizes(source: GgufFile, *, has_experts: bool, is_partly_rotated: bool) 
     headline = f"{source.path}: this file cannot be read as {prefix}:"
     sizes: dict[str, int] = {}
     problems = []
-    for word, key in {**_FIELDS, **(_EXPERT_FIELDS if has_experts else {})}.items():
+    for word in (*_NEEDED, *(_EXPERTS if has_experts else ())):
+        key = FIELDS[word]
         value = source.fields.get(f"{prefix}.{key}")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.append(f"{prefix}.{key} is {str(value)[:60]}, a positive whole number was expected")
@@ -50,8 +44,8 @@ def read_sizes(source: GgufFile, *, has_experts: bool, is_partly_rotated: bool) 
         problems.append(f"{sizes['layers']} layers in {len(source.tensors)} tensors")
     if problems:
         raise ModelError(join_problems(headline, problems))
-    sizes["kv_heads"] = source.number(f"{prefix}.attention.head_count_kv", sizes["heads"])
-    sizes["head_dim"] = source.number(f"{prefix}.attention.key_length", sizes["hidden"] // sizes["heads"])
+    sizes["kv_heads"] = source.number(f"{prefix}.{FIELDS['kv_heads']}", sizes["heads"])
+    sizes["head_dim"] = source.number(f"{prefix}.{FIELDS['head_dim']}", sizes["hidden"] // sizes["heads"])
     sizes["rotated"] = source.number(f"{prefix}.rope.dimension_count", sizes["head_dim"])
     problems = _odd_heads(source, prefix, sizes, is_partly_rotated)
     if problems:
@@ -90,12 +84,7 @@ def common(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     """The entries that every model type has."""
     prefix = source.fields["general.architecture"]
     return {
-        "hidden_size": sizes["hidden"],
-        "intermediate_size": sizes["ffn"],
-        "num_hidden_layers": sizes["layers"],
-        "num_attention_heads": sizes["heads"],
-        "num_key_value_heads": sizes["kv_heads"],
-        "head_dim": sizes["head_dim"],
+        **as_config(sizes, "hidden", "ffn", "layers", "heads", "kv_heads", "head_dim"),
         "rms_norm_eps": _number(source, "attention.layer_norm_rms_epsilon", 1e-6),
         "max_position_embeddings": source.number(f"{prefix}.context_length", 2048),
         "rope_parameters": _rope_parameters(source, prefix, sizes["head_dim"]),
@@ -143,9 +132,7 @@ def qwen_moe(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     """As qwen3; every layer is a mixture whose chosen weights are scaled to sum to 1 (llama.cpp assumes both)."""
     return {
         **qwen(source, sizes),
-        "moe_intermediate_size": sizes["expert_ffn"],
-        "num_experts": sizes["experts"],
-        "num_experts_per_tok": sizes["experts_used"],
+        **as_config(sizes, "expert_ffn", "experts", "experts_used"),
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as GgmlType
@@ -15,7 +14,7 @@ from gguf import GGMLQuantizationType as GgmlType
 from macft.errors import ModelError, join_problems
 from macft.files import new_dir, write_json
 from macft.gguf.architectures import ARCHITECTURES, IMPORTED
-from macft.gguf.format import GgufFile, GgufTensor, Shape, read_gguf
+from macft.gguf.format import PLAIN, GgufFile, GgufTensor, Shape, read_gguf
 from macft.gguf.importer import config as gguf_config
 from macft.gguf.importer.tokenizer import GgufVocabulary, read_gguf_vocabulary, write_tokenizer
 from macft.gguf.row_order import deinterleave
@@ -25,13 +24,7 @@ from macft.weights.model_config import normalize_config
 from macft.weights.tensors.lazy import Array, LazyTensor
 from macft.weights.tensors.safetensors import write_safetensors
 
-# GGUF types that keep their numbers as they are
-_HALF = np.dtype(np.float16)
-_KEPT: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype(np.float32),
-    "F16": _HALF,
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+_HALF = np.dtype(np.float16)  # for tensors of all other types
 _CHUNK = 1 << 17  # elements dequantized at a time: small enough for the CPU's cache
 
 
@@ -133,7 +126,7 @@ def _tensors(source: GgufFile, config: Config, sizes: Sizes) -> list[LazyTensor]
 
 
 def _is_readable(kind: GgmlType) -> bool:
-    if kind.name in _KEPT:
+    if kind in PLAIN:
         return True
     block_bytes = GGML_QUANT_SIZES[kind][1]
     try:
@@ -144,7 +137,7 @@ def _is_readable(kind: GgmlType) -> bool:
 
 
 def _dtype(tensor: GgufTensor) -> np.dtype[Any]:
-    return _KEPT.get(tensor.kind.name, _HALF)
+    return PLAIN.get(tensor.kind, _HALF)
 
 
 def _lazy(source: GgufFile, tensor: GgufTensor, hf_name: str, rule: TensorRule, sizes: Sizes) -> list[LazyTensor]:
@@ -182,7 +175,7 @@ def _read(source: GgufFile, tensor: GgufTensor, part: slice, shape: Shape, heads
 def _numbers(packed: Array, tensor: GgufTensor, shape: Shape) -> Array:
     """Rows as stored, [rows, bytes per row], as an array of `shape`."""
     kind, dtype = tensor.kind, _dtype(tensor)
-    if kind.name in _KEPT:
+    if kind in PLAIN:
         return packed.reshape(-1).view(dtype).reshape(shape)
     columns = shape[-1]
     array = np.empty((packed.shape[0], columns), dtype)

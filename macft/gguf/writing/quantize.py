@@ -8,26 +8,17 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as GgmlType
 
 from macft.errors import MissingPackageError, UsageError
-from macft.gguf.format import GgufModel, row_bytes
+from macft.gguf.format import PLAIN, GgufModel, row_bytes
 from macft.gguf.writing.mixes import ModelSize, fitting_type, is_always_f32, mixed_types
 from macft.weights.tensors.chunks import count_broken
 from macft.weights.tensors.lazy import Array
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# the types that are plain arrays of a numpy type
-PLAIN: dict[GgmlType, np.dtype[Any]] = {
-    GgmlType.F32: np.dtype(np.float32),
-    GgmlType.F16: np.dtype(np.float16),
-    GgmlType.BF16: BFLOAT16,
-}
 _KINDS = {dtype: kind for kind, dtype in PLAIN.items()}
 # where a block keeps its scales: bytes of it that are float16
 _SCALES = {

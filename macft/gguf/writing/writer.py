@@ -18,10 +18,9 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from macft.errors import ModelError, UsageError, join_problems
 from macft.files import new_file, new_parents, sync_file
-from macft.gguf.format import Field, GgufModel, header_bytes, padding, row_bytes, tensor_bytes
+from macft.gguf.format import PLAIN, Field, GgufModel, header_bytes, padding, row_bytes, tensor_bytes
 from macft.gguf.writing.mixes import file_order
 from macft.gguf.writing.quantize import (
-    PLAIN,
     QUANTS,
     QuantizationPlan,
     check_packable,
