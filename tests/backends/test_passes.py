@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.tiny_models import random_examples, random_pairs, write_model
+from support.tiny_models import random_examples, random_feedback, random_pairs, write_model
 from support.toy_backend import ENGINES
 
 from macft.backends import load_backend
@@ -15,8 +15,10 @@ from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec
 from macft.backends.batch_layout import passes
 from macft.backends.torch import backend as torch_backend
 from macft.data.batches import collate
+from macft.data.tokenization.feedback import FeedbackReference
 from macft.data.tokenization.pairs import Reference
 from macft.objectives.batch import NumpyBatch
+from macft.objectives.kto import Kto
 from macft.objectives.losses import Sft
 from macft.objectives.preference import Preference, PromptBeta
 
@@ -43,9 +45,16 @@ def pairs() -> NumpyBatch:
     return collate([replace(pair, reference=Reference(-20.0 - i, -18.0 + i, 3.0)) for i, pair in enumerate(found)])
 
 
+def rated() -> NumpyBatch:
+    found = random_feedback(7, 4)
+    batch = collate([replace(row, reference=FeedbackReference(-60.0 - i, -50.0)) for i, row in enumerate(found)])
+    return Kto().complete(batch, lambda _, positions: -2.0 * positions)
+
+
 BATCHES = {
     "rows": (rows, Sft()),
     "pairs": (pairs, Preference(ftx=0.3, ld_alpha=0.5)),
+    "rated answers": (rated, Kto(ftx=0.3)),
     "pairs with their own beta": (pairs, Preference(prompt_beta=PromptBeta(0.5))),
     "pairs whose prompts are trained": (pairs, Preference(prompt_beta=PromptBeta(0.5, "policy_with_gradient"))),
 }
@@ -79,7 +88,7 @@ def test_passes_hold_every_row_once_in_order_and_no_more_tokens_than_allowed(nam
     for column in ("reference_logps", "reference_log_perplexity"):
         whole = getattr(batch, column)
         if whole is not None:
-            each = [getattr(part, column).reshape(-1, len(part.tokens) // 2) for part in parts]
+            each = [getattr(part, column).reshape(-1, len(part.tokens) // sides) for part in parts]
             assert np.array_equal(np.concatenate(each, axis=1).reshape(-1), whole)
 
 

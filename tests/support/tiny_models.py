@@ -11,6 +11,7 @@ import numpy as np
 
 from macft.data.batches import collate
 from macft.data.tokenization.conversations import TokenizedExample
+from macft.data.tokenization.feedback import TokenizedFeedback, mismatched, partners
 from macft.data.tokenization.pairs import TokenizedPair
 from macft.objectives.batch import NumpyBatch
 
@@ -101,6 +102,21 @@ def random_examples(count: int, *, seed: int = 0, shortest: int = 6, longest: in
         mask[length // 2 :] = True
         examples.append(TokenizedExample(tokens, mask))
     return examples
+
+
+def random_feedback(count: int, block: int, seed: int = 11) -> list[TokenizedFeedback]:
+    """Rated answers of all shapes, each with its end token; both ratings in every block."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        prompt, answer = (rng.integers(3, VOCABULARY, rng.integers(1, most)) for most in (25, 20))
+        tokens = np.concatenate([prompt, answer, [_SIZES["eos_token_id"]]]).astype(np.int32)
+        rows.append(TokenizedExample(tokens, np.arange(len(tokens)) >= len(prompt)))
+    others = partners(count, block)
+    return [
+        TokenizedFeedback(row, mismatched(row, rows[others[i]], 4096), i % block in (0, 3))
+        for i, row in enumerate(rows)
+    ]
 
 
 def random_pairs(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from support.tiny_models import VOCABULARY
+from support.tiny_models import random_feedback
 from support.trl_runs import (
-    EOS,
     STEPS,
     Job,
     Kind,
@@ -24,8 +22,7 @@ from support.trl_runs import (
 
 from macft.backends.base import Backend, LoraSpec
 from macft.data.batches import collate
-from macft.data.tokenization.feedback import FeedbackReference, TokenizedFeedback, mismatched, partners
-from macft.data.tokenization.table import TokenizedExample
+from macft.data.tokenization.feedback import FeedbackReference, TokenizedFeedback
 from macft.objectives.kto import Kto, answer_scores
 from macft.objectives.ops import NumpyOps
 
@@ -68,7 +65,7 @@ def run(engine: str, job: Job, objective: Kto) -> Run:
 @pytest.mark.parametrize("name", CASES)
 def test_ten_steps_are_those_of_trl(name, tiny_model, tmp_path):
     objective, settings, size, fresh = CASES[name]
-    rows = random_rows(size * STEPS, size)
+    rows = random_feedback(size * STEPS, size)
     ids = [ids_of(row) for row in rows]
     job = prepare(tiny_model("llama"), LoraSpec(4, 8), rows, ids, fresh=fresh, batch_size=size, lr=5e-3)
     texts = [
@@ -91,18 +88,3 @@ def ids_of(row: TokenizedFeedback) -> tuple[list[int], list[int], list[int]]:
         one.tokens[one.loss_mask].tolist(),
         other.tokens[other.loss_mask].tolist(),
     )
-
-
-def random_rows(count: int, block: int) -> list[TokenizedFeedback]:
-    """Rated answers of all shapes, each with its end token; both ratings in every block."""
-    rng = np.random.default_rng(11)
-    rows = []
-    for _ in range(count):
-        prompt, answer = (rng.integers(3, VOCABULARY, rng.integers(1, most)) for most in (25, 20))
-        tokens = np.concatenate([prompt, answer, [EOS]]).astype(np.int32)
-        rows.append(TokenizedExample(tokens, np.arange(len(tokens)) >= len(prompt)))
-    others = partners(count, block)
-    return [
-        TokenizedFeedback(row, mismatched(row, rows[others[i]], 4096), i % block in (0, 3))
-        for i, row in enumerate(rows)
-    ]
