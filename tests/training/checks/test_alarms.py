@@ -18,7 +18,7 @@ from macft.data.tokenization.pairs import Reference, TokenizedPair
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import MacftError
 from macft.models.locate import resolve_model
-from macft.training.checks.alarms import CurveAlarms, learning_rate_alarm, overlap_alarm
+from macft.training.checks.alarms import CurveAlarms, balance_alarm, learning_rate_alarm, overlap_alarm
 from macft.training.checks.end_token import untrained_end_token_alarm
 
 # ---- learning rate
@@ -33,12 +33,45 @@ def test_preference_training_has_a_range_of_rates_and_its_ends_belong_to_it(meth
         keys = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o", "finetuning_type": method}
         return learning_rate_alarm(Settings(**keys, stage=stage, learning_rate=rate))
 
-    for stage in ("dpo", "foodpo"):
+    for stage in ("dpo", "foodpo", "kto"):
         assert [alarm(rate, stage) for rate in calm] == [None] * 3
         low, high = (alarm(rate, stage) for rate in loud)
         assert low is not None and "will hardly change" in low and f"between {calm[0]:g} and {calm[2]:g}" in low
         assert high is not None and f"learning_rate {loud[1]:g}: the model is likely to break" in high
     assert [alarm(rate, "sft") for rate in loud] == [None] * 2
+
+
+# ---- balance of ratings
+
+
+def balance(desirable: int, others: int, **weights: float) -> str | None:
+    keys = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o", "stage": "kto"}
+    return balance_alarm(Settings(**keys, **weights), np.arange(desirable + others) < desirable)
+
+
+def test_ratings_whose_weights_are_in_the_papers_range_give_no_alarm():
+    for desirable, others in ((10, 10), (13, 10), (40, 30)):
+        assert balance(desirable, others) is None
+    assert balance(10, 30, kto_chosen_weight=3.0) is None
+    assert balance(30, 10, kto_rejected_weight=2.5) is None
+    assert balance(10, 10, kto_rejected_weight=0.0) is None
+
+
+def test_ratings_out_of_balance_are_told_with_weights_that_balance_them():
+    assert balance(10, 40) == (
+        "10 desirable and 40 undesirable rows, weighted 1 and 1: 0.25 to 1, and KTO's authors take 1 to 1.33; set "
+        "kto_chosen_weight between 4 and 5.33, or kto_rejected_weight between 0.188 and 0.25"
+    )
+    assert balance(10, 40, kto_chosen_weight=4.0) is None and balance(10, 40, kto_chosen_weight=5.33) is None
+    assert balance(10, 40, kto_rejected_weight=0.188) is None and balance(10, 40, kto_rejected_weight=0.25) is None
+    assert balance(9, 10) is not None and balance(14, 10) is not None
+
+
+def test_ratings_that_are_all_alike_are_told():
+    assert balance(5, 0) == (
+        "all 5 rows are rated desirable: KTO learns from both ratings; add undesirable rows, or set stage: sft"
+    )
+    assert balance(0, 5) == "all 5 rows are rated undesirable: KTO learns from both ratings; add desirable rows"
 
 
 # ---- overlap
