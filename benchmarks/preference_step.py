@@ -67,28 +67,29 @@ def read_job(path: Path, steps: int, batch_size: int) -> Job:
 
 def run_macft(job: Job, engine: str) -> Result:
     """Reference of the timed pairs first, as the trainer computes it, then the steps."""
-    from macft.backends import load_backend
+    from macft.backends import load_model
     from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec
     from macft.data.batches import collate
     from macft.objectives.preference import Preference
+    from macft.process_group import ONE_PROCESS
 
-    backend = load_backend(engine)
     spec = ModelSpec(folder=job.folder, lora=LoraSpec(RANK, ALPHA), precision="float32")
-    loaded = backend.load(spec, OptimizerSpec())
+    model = load_model(engine, spec, OptimizerSpec(), ONE_PROCESS)
     objective = Preference(beta=BETA)
     size = job.batch_size
 
     def train(pairs: Sequence, first: int) -> None:
         for i in range(0, len(pairs), size):
-            backend.train_step(objective, [collate(pairs[i : i + size])], lr=LR, step=first + i // size)
+            batch = collate(pairs[i : i + size])
+            model.train_step(objective, [batch], weight=objective.weight(batch), lr=LR, step=first + i // size)
 
-    train(with_reference(backend, job.pairs[: WARM_UP * size], size), 0)
+    train(with_reference(model, job.pairs[: WARM_UP * size], size), 0)
     start = time.perf_counter()
-    train(with_reference(backend, job.timed, size), WARM_UP)
-    return Result(time.perf_counter() - start, loaded.trainable_parameters)
+    train(with_reference(model, job.timed, size), WARM_UP)
+    return Result(time.perf_counter() - start, model.info.trainable_parameters)
 
 
-def with_reference(backend, pairs: Sequence, batch_size: int) -> list:
+def with_reference(model, pairs: Sequence, batch_size: int) -> list:
     """The pairs with what the policy says of them now."""
     from macft.data.batches import in_order
     from macft.data.tokenization.pairs import Reference
@@ -96,7 +97,7 @@ def with_reference(backend, pairs: Sequence, batch_size: int) -> list:
 
     filled = list(pairs)
     for indices, batch in in_order(pairs, batch_size):
-        logps = backend.logps(batch, answer_positions(batch, with_prompt=False))
+        logps = model.logps(batch, answer_positions(batch, with_prompt=False))
         columns = zip(*reference_columns(logps, batch, None), strict=True)
         for index, values in zip(indices, columns, strict=True):
             filled[index] = replace(pairs[index], reference=Reference(*map(float, values)))

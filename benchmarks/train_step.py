@@ -39,21 +39,21 @@ def rows(count: int) -> tuple[Path, list]:
 
 def run_macft(engine: str, steps: int, batch_size: int) -> tuple[float, int]:
     """(seconds of the timed steps, tokens in them)."""
-    from macft.backends import load_backend
+    from macft.backends import load_model
     from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec
     from macft.data.batches import collate
     from macft.objectives.losses import Sft
+    from macft.process_group import ONE_PROCESS
 
     folder, examples = rows(steps * batch_size)
-    backend = load_backend(engine)
     spec = ModelSpec(folder=folder, lora=LoraSpec(RANK, ALPHA), precision="float32")
-    backend.load(spec, OptimizerSpec())
+    model = load_model(engine, spec, OptimizerSpec(), ONE_PROCESS)
     start = tokens = 0
     for step in range(steps):
         if step == WARM_UP:
             start, tokens = time.perf_counter(), 0
         batch = collate(examples[step * batch_size : (step + 1) * batch_size])
-        backend.train_step(Sft(), [batch], lr=LR, step=step)
+        model.train_step(Sft(), [batch], weight=Sft().weight(batch), lr=LR, step=step)
         tokens += int(batch.lengths.sum())
     return time.perf_counter() - start, tokens
 

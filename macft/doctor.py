@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from macft import __version__
+from macft.engines import BACKENDS
 from macft.errors import ConfigError
 from macft.files import cache_dir
 from macft.system import is_on
@@ -51,7 +52,7 @@ except MacftError as error:
     print(json.dumps({"error": str(error)}))
 """
 
-_ENGINE_COMMANDS = {"mlx": "pip install 'macft[mlx]'", "torch": "pip install 'macft[torch]'"}
+_ENGINE_COMMANDS = {name: engine.install for name, engine in BACKENDS.items()}
 # package -> what needs it, how to get it
 _PACKAGES = {
     "mlx-lm": ("the MLX backend", _ENGINE_COMMANDS["mlx"]),
@@ -149,7 +150,7 @@ def _mlx() -> Finding:
 
 
 def _no_engine(name: str) -> Finding:
-    return Finding(name, "missing", "not installed; one of mlx and torch is enough", _ENGINE_COMMANDS[name])
+    return Finding(name, "missing", f"not installed; one of {' and '.join(BACKENDS)} is enough", _ENGINE_COMMANDS[name])
 
 
 def _torch() -> Finding:

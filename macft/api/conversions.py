@@ -13,6 +13,7 @@ from macft.conversion.merged import MergeReport
 from macft.conversion.merged import export_merged as merge_folder
 from macft.conversion.model import ConvertReport
 from macft.conversion.model import convert_model as convert_model_folder
+from macft.engines import BACKENDS
 from macft.errors import UsageError
 from macft.files import StrPath
 from macft.models.locate import resolve_adapter, resolve_model
@@ -80,7 +81,7 @@ def convert_adapter(
 
         config = read_config(model.path)
         before, after = (read_any_adapter(path, config) for path in (folder, new))
-        prefers = "mlx" if to == "mlx" else "torch"
+        prefers = next(name for name, engine in BACKENDS.items() if engine.adapter_format == to)
         logger.info(compare(Subject(model.path, (before,)), Subject(model.path, (after,)), exact(), prefers=prefers))
     return new
 

@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
-from macft.backends.base import Backend, Sampling
+from macft.backends.base import Model, Sampling
 from macft.data.batches import collate
 from macft.data.formats.conversations import Example
 from macft.data.templates.chat_template import Message
@@ -41,6 +41,7 @@ class TokenLogp(NamedTuple):
 class LanguageModel:
     """A loaded model, with the adapter and the chat template that it is prompted with."""
 
+    model: Model
     chat: ChatModel
 
     def generate(
@@ -62,7 +63,7 @@ class LanguageModel:
         fitted = fit_prompt(chat, system, messages[1:] if has_system else messages)
         if fitted.dropped:
             logger.warning("the conversation is too long: its first %d messages are left out", fitted.dropped)
-        new_ids = chat.backend.generate(
+        new_ids = self.model.generate(
             fitted.prompt, max_new_tokens=fitted.max_new_tokens, stop_ids=chat.stop_ids, sampling=sampling
         )
         return "".join(stream_text(new_ids, chat.tokenizer.decode))
@@ -80,7 +81,7 @@ class LanguageModel:
         if not row.loss_mask.any():
             return []
         batch = collate([row])
-        logps = cast(Backend, self.chat.backend).logps(batch, batch.loss_mask[:, 1:])[0]
+        logps = self.model.logps(batch, batch.loss_mask[:, 1:])[0]
         return [
             TokenLogp(int(row.tokens[i]), scored[ends[i - 1] : ends[i]], float(logps[i - 1]))
             for i in row.loss_mask.nonzero()[0].tolist()
@@ -114,7 +115,7 @@ def load_model(
     Raises ModelError for a model or adapter that is missing, damaged or does not fit, MissingPackageError when the
     engine is not installed.
     """
-    chat, loaded = load_chat_model(
+    chat, model = load_chat_model(
         os.fspath(name),
         os.fspath(adapter) if adapter is not None else None,
         backend_name=backend,
@@ -123,6 +124,6 @@ def load_model(
         sampling=Sampling(),
         max_new_tokens=_MAX_NEW_TOKENS,
     )
-    for note in loaded.notes:
+    for note in model.info.notes:
         logger.warning(note)
-    return LanguageModel(chat)
+    return LanguageModel(model, chat)

@@ -37,6 +37,6 @@ def train(settings: Settings) -> Path:
 
 def dry_run(settings: Settings) -> str:
     """Do everything that a run does, with two steps, keep nothing, and return what was learned from it in a line."""
-    from macft.training.run import dry_run as run
+    from macft.training.dry_run import dry_run as run
 
     return run(settings)

@@ -1,4 +1,4 @@
-"""The name of a backend in, the backend out; nothing is imported before it is asked for."""
+"""Choose a training engine and load models with it; no engine is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import shutil
 import sys
 from typing import cast
 
-from macft.backends.base import Backend
+from macft.backends.base import EngineModule, LogitsModule, Model, ModelSpec, OptimizerSpec
+from macft.engines import BACKENDS
 from macft.errors import MissingPackageError, UsageError
-
-BACKENDS = {
-    "mlx": "macft.backends.mlx.backend:MlxBackend",
-    "torch": "macft.backends.torch.backend:TorchBackend",
-}
-PACKAGES = {"mlx": ("mlx", "mlx_lm"), "torch": ("torch", "transformers", "peft")}
+from macft.process_group import ProcessGroup
 
 
 def is_installed(name: str) -> bool:
-    """Whether the packages of a backend can be found; imports none of them."""
-    return all(importlib.util.find_spec(package) is not None for package in PACKAGES[name])
+    """Whether the packages of an engine can be found; imports none of them."""
+    return not _missing_packages(name)
+
+
+def _missing_packages(name: str) -> list[str]:
+    return [package for package in BACKENDS[name].packages if importlib.util.find_spec(package) is None]
 
 
 def choose_backend(name: str) -> str:
@@ -33,31 +33,47 @@ def choose_backend(name: str) -> str:
     if name == "auto":
         return _choose()
     if name not in BACKENDS:
-        raise UsageError(f"backend {name!r} is unknown; there are auto, {', '.join(BACKENDS)}")
-    if not is_installed(name):
-        missing = [package for package in PACKAGES[name] if importlib.util.find_spec(package) is None]
+        raise UsageError(f"backend: found {name!r}, expected one of auto, {', '.join(BACKENDS)}")
+    if missing := _missing_packages(name):
         raise MissingPackageError(
-            f"the {name} backend needs {', '.join(missing)}, not installed here: pip install 'macft[{name}]'"
+            f"the {name} backend needs {', '.join(missing)}, not installed here: {BACKENDS[name].install}"
         )
     return name
 
 
 def _choose() -> str:
-    installed = [name for name in BACKENDS if is_installed(name)]
+    installed = [engine for name, engine in BACKENDS.items() if is_installed(name)]
     if not installed:
-        expected = "mlx" if sys.platform == "darwin" else "mlx]' or, for NVIDIA, 'macft[torch"
-        raise MissingPackageError(f"no training engine is installed: pip install 'macft[{expected}]'")
-    if len(installed) == 1:
-        return installed[0]
-    if sys.platform == "darwin" and platform.machine() == "arm64":
-        return "mlx"
-    if shutil.which("nvidia-smi") is not None:
-        return "torch"
-    blas = importlib.import_module("macft.backends.mlx.blas")
-    return "mlx" if blas.is_fast() else "torch"
+        commands = (f"{engine.install} for {engine.hardware}" for engine in BACKENDS.values())
+        raise MissingPackageError(f"no training engine is installed: {', or '.join(commands)}")
+    has_metal = sys.platform == "darwin" and platform.machine() == "arm64"
+    accelerator = "Metal" if has_metal else "CUDA" if shutil.which("nvidia-smi") is not None else None
+    for engine in installed:
+        if engine.accelerator == accelerator:
+            return engine.name
+    # the check may have to import an engine: not where there is no choice
+    for engine in installed[:-1]:
+        if _is_fast_on_cpu(engine.cpu_check):
+            return engine.name
+    return installed[-1].name
 
 
-def load_backend(name: str) -> Backend:
-    """The backend of this name, or the one `auto` chooses; raises as `choose_backend` does."""
-    module, _, attribute = BACKENDS[choose_backend(name)].partition(":")
-    return cast(Backend, getattr(importlib.import_module(module), attribute)())
+def _is_fast_on_cpu(check: str | None) -> bool:
+    if check is None:
+        return True
+    module, _, function = check.partition(":")
+    return bool(getattr(importlib.import_module(module), function)())
+
+
+def load_model(backend: str, spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) -> Model:
+    """Load a model with the engine of this name, or the one that `auto` chooses; with `optimizer`, to train it.
+
+    Raises as `choose_backend` and `EngineModule.load` do.
+    """
+    engine = cast(EngineModule, importlib.import_module(BACKENDS[choose_backend(backend)].module))
+    return engine.load(spec, optimizer, group)
+
+
+def load_logits_module(backend: str) -> LogitsModule:
+    """What the engine of this name offers for checking a conversion."""
+    return cast(LogitsModule, importlib.import_module(BACKENDS[backend].logits_module))

@@ -1,4 +1,4 @@
-"""A saved adapter in; the shape a backend attaches to load it, and a warning if its base is another, out."""
+"""Say how an adapter on disk is attached to a base model, and warn when it was trained on another one."""
 
 from __future__ import annotations
 

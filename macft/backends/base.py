@@ -1,8 +1,7 @@
-"""The seam between the training loop and a framework: numpy and Python floats on this side of it."""
+"""Define what the training loop and an engine know of each other: numpy arrays and Python floats pass between them."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,8 @@ import numpy as np
 
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Objective
-
-# canonical parameter name (as PEFT saves it) -> float32 array
-State = dict[str, np.ndarray]
-
-PEFT_PREFIX = "base_model.model."
+from macft.process_group import ProcessGroup
+from macft.weights.adapters.peft import State  # a parameter's name, as PEFT saves it -> float32 array
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
-class Under:
+class MergedAdapter:
     """An adapter that becomes part of the base before anything else happens."""
 
     lora: LoraSpec
@@ -50,14 +46,14 @@ class ModelSpec:
 
     folder: Path
     lora: LoraSpec | None  # None: no adapter
-    under: Under | None = None
+    merged_adapter: MergedAdapter | None = None
     full: bool = False  # every parameter is trained
     precision: str = "auto"  # auto, float32, bfloat16, float16
     quantization_bit: int | None = None  # 4 or 8
     gradient_checkpointing: bool = False
-    max_length: int = 0  # longest example that will be asked for; 0: unknown
+    max_length: int = 0  # of the longest example to come; 0: unknown
     packing: bool = False  # whether rows will hold several examples
-    from_scratch: bool = False  # `folder` holds a config.json alone; weights are drawn with `seed`
+    from_scratch: bool = False  # `folder` holds only a config.json; weights are drawn with `seed`
     seed: int = 0
 
 
@@ -73,8 +69,8 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """What a backend did to load a model."""
+class ModelInfo:
+    """What an engine did to load a model."""
 
     device: str
     precision: str
@@ -105,76 +101,73 @@ class Sampling:
     seed: int = 0
 
 
-class Backend(Protocol):
-    """A framework that can train and generate; the loop cannot tell one from another."""
-
-    rank: int
-    world_size: int
-
-    def load(self, model: ModelSpec, optimizer: OptimizerSpec | None = None) -> LoadedModel:
-        """Load a model, attach a fresh adapter; with `optimizer`, get ready to train."""
+class Trainable(Protocol):
+    """A model that can be trained; only one that was loaded with an OptimizerSpec takes steps."""
 
     def train_step(
-        self, objective: Objective, micro_batches: Sequence[NumpyBatch], *, lr: float, step: int
+        self, objective: Objective, micro_batches: Sequence[NumpyBatch], *, weight: float, lr: float, step: int
     ) -> StepResult:
-        """One optimizer step over all micro-batches; `step` seeds dropout."""
+        """Take one optimizer step over all micro-batches of this process.
 
-    def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
-        """float32 [rows, T-1]: log-probability of each next token at `positions` (bool of that shape), 0 elsewhere."""
+        The loss is their sum divided by `weight`, that of all processes' micro-batches. `step` seeds dropout.
+        """
 
-    def generate(
-        self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
-    ) -> Iterator[int]:
-        """New token ids one by one, without the stop token."""
-
-    def adapter_state(self) -> State:
+    def trained_state(self) -> State:
         """The trained parameters: LoRA matrices in PEFT's names and layout, or the whole model."""
 
-    def set_adapter_state(self, state: State) -> None:
-        """Take trained parameters; raises ModelError listing names and shapes that do not fit."""
+    def set_trained_state(self, state: State) -> None:
+        """Replace the trained parameters; raises ModelError listing names and shapes that do not fit."""
 
     def optimizer_state(self) -> State:
         """Moments as `NAME.exp_avg` and `NAME.exp_avg_sq`; empty before the first step."""
 
     def set_optimizer_state(self, state: State, step: int) -> None:
-        """Take moments after `step` optimizer steps."""
+        """Replace the moments by those after `step` optimizer steps."""
 
     def peak_memory(self) -> int:
         """Largest memory in use so far, in bytes: of the device, or of the process on a CPU."""
 
 
-def initial_lora_a(seed: int, name: str, rank: int, width: int) -> np.ndarray:
-    """LoRA A [rank, width] of one parameter: uniform in +-1/sqrt(width), the same on every backend."""
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    bound = 1.0 / np.sqrt(width)
-    return rng.uniform(-bound, bound, size=(rank, width)).astype(np.float32)
+class Scores(Protocol):
+    """A model that says how likely tokens are."""
+
+    def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
+        """float32 [rows, T-1]: log-probability of each next token at `positions` (bool of that shape), 0 elsewhere."""
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """float32 [T, V]: the logits after each of these tokens."""
 
 
-def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """A seed for one micro-batch's dropout: a run that resumes draws what it would have drawn."""
-    return int(np.random.SeedSequence([seed, step, micro_batch, rank]).generate_state(1)[0])
+class Generates(Protocol):
+    """A model that continues a prompt."""
+
+    def generate(
+        self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
+    ) -> Iterator[int]:
+        """Yield new token ids one by one, without the stop token."""
 
 
-def is_decayed(shape: Sequence[int]) -> bool:
-    """Weight decay is for matrices: biases, norms and DoRA magnitudes are left alone."""
-    return len(shape) > 1
+class Model(Trainable, Scores, Generates, Protocol):
+    """A loaded model; its users cannot tell one engine from another."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was done to load it."""
 
 
-NOT_TARGETS = frozenset({"gate", "router", "shared_expert_gate", "lm_head"})
+class EngineModule(Protocol):
+    """The module of an engine, as `macft.engines.BACKENDS` names it."""
+
+    def load(self, spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) -> Model:
+        """Load a model and attach a fresh adapter; with `optimizer`, get ready to train."""
 
 
-def select_targets(linears: Sequence[str], expected: Sequence[str]) -> list[str]:
-    """Full names of the linear modules that `lora_target` asks for.
+class LogitsModule(Protocol):
+    """The second module of an engine, which computes logits to verify a conversion with."""
 
-    `linears` are the linear modules inside the blocks. `all` leaves out routers.
-    Returns names in the model's order; an entry that matches nothing gives KeyError(entry).
-    """
-    if tuple(expected) == ("all",):
-        return [name for name in linears if name.rsplit(".", 1)[-1] not in NOT_TARGETS]
-    chosen = set()
-    for entry in expected:
-        matches = [name for name in linears if name == entry or name.endswith("." + entry)]
-        if not matches:
-            raise KeyError(entry)
-        chosen.update(matches)
-    return [name for name in linears if name in chosen]
+    def logits(self, folder: Path, adapters: Sequence[MergedAdapter | Path], tokens: Sequence[int]) -> np.ndarray:
+        """float32 [T, V]: the logits of a model folder with adapters on it, computed in float32.
+
+        An adapter given as a folder is read and attached by the engine's own library. Where the engine reads
+        litgpt checkpoints, `folder` may be one.
+        """

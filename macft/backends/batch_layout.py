@@ -1,8 +1,8 @@
-"""A batch and the positions to score in; the arrays that pass through a model, each prompt of a pair once, out.
+"""Lay out a batch for a forward pass: what the model reads, each prompt of a pair once, and which outputs are scored.
 
-Packed rows pass through it with the positions of their examples, each from 0 on: both engines rotate
+Packed rows are read with the positions of their examples, each from 0 on: both engines rotate
 every token by its own position and let it attend to no other example. Relative positions alone would do
-for plain rotary embeddings, but up to rounding only (an angle near 2000 radians is off by up to 6e-5 in float32),
+for plain rotary embeddings, but only up to rounding (an angle near 2000 radians is off by up to 6e-5 in float32),
 and not where positions have a meaning of their own; restarted, each number is the unpacked one.
 """
 
@@ -16,31 +16,29 @@ import numpy as np
 from macft.data.batches import unpack
 from macft.objectives.batch import Batch, NumpyBatch
 
-# On a CPU the activations of a step are bounded by passes of so many tokens.
-CPU_TOKENS_AT_ONCE = 1024
 # Sharing costs a second, masked attention: it must save at least this share of the tokens.
 MIN_SAVING = 0.05
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the model reads, and where the log-probabilities it gives belong.
+class BatchLayout:
+    """What the model reads, and where the log-probabilities that come out belong.
 
-    Without `prompts` the model reads `inputs`. With them it first reads the prompts, but for their
+    Without `prompts` the model reads `inputs`. With them it first reads the prompts without their
     last token, and then `inputs`: the last prompt token and the answer, twice as many rows, which
-    attend to the keys of their prompt. The outputs of both passes, flattened and one after the
-    other, are what `rows` index.
+    attend to the keys of their prompt. `rows` index the outputs of both passes, flattened, one after
+    the other.
     """
 
     inputs: np.ndarray  # int32 [R, L]
     rows: np.ndarray  # int32 [K]
     targets: np.ndarray  # int32 [K], the token that comes next
-    places: np.ndarray  # int32 [K], flat indices into [rows of the batch, T-1]
-    valid: np.ndarray  # float32 [K], 0 for the padding of these four
+    scatter_index: np.ndarray  # int32 [K], flat indices into [rows of the batch, T-1]
+    valid: np.ndarray  # float32 [K], 0 at the padding of these four
     prompts: np.ndarray | None = None  # int32 [R/2, P]
     offsets: np.ndarray | None = None  # int32 [R], prompt tokens before `inputs`
     mask: np.ndarray | None = None  # bool [R, 1, L, P+L], True: may attend
-    # of packed rows alone: where each token stands in its example, so that each 0 begins one
+    # only of packed rows: where each token stands in its example, so that each 0 begins one
     positions: np.ndarray | None = None  # int32 [R, L]
 
     @property
@@ -50,16 +48,16 @@ class Layout:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def passes(batch: NumpyBatch, tokens_at_once: int | None, *, packs: bool = True) -> list[NumpyBatch]:
-    """The batch in parts of whole rows, or pairs, of at most so many padded tokens; one row or pair at least.
+def split_by_tokens(batch: NumpyBatch, tokens_at_once: int | None, *, packs: bool = True) -> list[NumpyBatch]:
+    """Split a batch into parts of whole rows, or pairs, of at most so many padded tokens; at least one row or pair.
 
-    Objectives are sums, so the parts add up to the batch; the activations of one part alone are in memory.
-    A model that does not pack gets the examples of packed rows one a row, in no larger parts than the batch.
+    Objectives are sums, so the parts add up to the batch, and only the activations of one part are in memory.
+    A model that does not pack gets one example of the packed rows per row, in parts no larger than the batch.
     """
     if batch.segment_ids is not None and not packs:
         single = unpack(batch)
         longest_first = np.argsort(-single.lengths, kind="stable")
-        return passes(_part(single, longest_first, len(single.tokens)), tokens_at_once or batch.tokens.size)
+        return split_by_tokens(_part(single, longest_first, len(single.tokens)), tokens_at_once or batch.tokens.size)
     if tokens_at_once is None or batch.tokens.size <= tokens_at_once:
         return [batch]
     pairs = batch.prompt_mask is not None
@@ -86,20 +84,20 @@ def _part(batch: NumpyBatch, indices: np.ndarray, count: int) -> NumpyBatch:
     return Batch(**columns)
 
 
-def lay_out(batch: NumpyBatch, positions: np.ndarray, *, share: bool, multiple: int = 1) -> Layout:
-    """How to compute log p(token_{t+1} | tokens up to t) at `positions`, bool [rows, T-1].
+def lay_out(batch: NumpyBatch, positions: np.ndarray, *, share: bool, multiple: int = 1) -> BatchLayout:
+    """Choose how to compute log p(token_{t+1} | tokens up to t) at `positions`, bool [rows, T-1].
 
     With `share`, the prompts of pairs are computed once where that saves work. Lengths are padded to `multiple`.
-    Packed rows keep their examples apart; one that is alone in its row needs nothing for that.
+    Packed rows keep their examples apart; a single example in its row needs nothing for that.
     """
-    shared = _shared(batch, positions, multiple) if share and batch.prompt_mask is not None else None
+    shared = shared_layout(batch, positions, multiple) if share and batch.prompt_mask is not None else None
     if shared is not None and _tokens(shared) <= (1 - MIN_SAVING) * batch.tokens[:, 1:].size:
         return shared
-    return _plain(batch, positions, multiple)
+    return plain_layout(batch, positions, multiple)
 
 
 def pad_batch(batch: NumpyBatch, multiple: int) -> NumpyBatch:
-    """The batch with T - 1 a multiple of `multiple`, so that few shapes are compiled."""
+    """Pad a batch until T - 1 is a multiple of `multiple`, so that few shapes are compiled."""
     extra = -(batch.tokens.shape[1] - 1) % multiple
     if not extra:
         return batch
@@ -107,10 +105,11 @@ def pad_batch(batch: NumpyBatch, multiple: int) -> NumpyBatch:
     return Batch(**{name: np.pad(value, pad) if value.ndim == 2 else value for name, value in batch.columns.items()})
 
 
-def _plain(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> Layout:
-    places = np.flatnonzero(positions)
-    targets = batch.tokens[:, 1:].reshape(-1)[places]
-    layout = Layout(batch.tokens[:, :-1], places, targets, places, np.ones(len(places)))
+def plain_layout(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> BatchLayout:
+    """The layout in which every row is computed whole."""
+    scored = np.flatnonzero(positions)
+    targets = batch.tokens[:, 1:].reshape(-1)[scored]
+    layout = BatchLayout(batch.tokens[:, :-1], scored, targets, scored, np.ones(len(scored)))
     if batch.segment_ids is not None and batch.segment_ids.max() > 1:
         layout = replace(layout, positions=_restarted(batch.segment_ids[:, :-1]))
     return _scored(layout, multiple)
@@ -118,12 +117,13 @@ def _plain(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> Layout:
 
 def _restarted(segment_ids: np.ndarray) -> np.ndarray:
     """int32 [R, L]: how many tokens of the same segment stand before each."""
-    places = np.arange(segment_ids.shape[1])
+    columns = np.arange(segment_ids.shape[1])
     begins = np.diff(segment_ids, axis=1, prepend=-1) != 0
-    return (places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)).astype(np.int32)
+    return (columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)).astype(np.int32)
 
 
-def _shared(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> Layout | None:
+def shared_layout(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> BatchLayout | None:
+    """The layout in which the prompt of each pair is computed once; None where prompts have only one token."""
     pairs = len(batch.tokens) // 2
     starts = batch.loss_mask.argmax(axis=1)  # prompt tokens of each row, at least 1
     offsets = starts - 1
@@ -144,11 +144,11 @@ def _shared(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> Layout |
     # a pair has one prompt, whichever of its rows asks
     in_prompt = line % pairs * width + column
     rows = np.where(in_answer, prompts.size + line * length + column - offsets[line], in_prompt)
-    layout = Layout(
+    layout = BatchLayout(
         inputs=inputs,
         rows=rows,
         targets=batch.tokens[line, column + 1],
-        places=line * positions.shape[1] + column,
+        scatter_index=line * positions.shape[1] + column,
         valid=np.ones(len(rows)),
         prompts=prompts,
         offsets=offsets.astype(np.int32),
@@ -157,10 +157,10 @@ def _shared(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> Layout |
     return _scored(layout, multiple)
 
 
-def _scored(layout: Layout, multiple: int) -> Layout:
+def _scored(layout: BatchLayout, multiple: int) -> BatchLayout:
     """The four [K] columns in their types, padded."""
     extra = max(1, _up(len(layout.rows), multiple)) - len(layout.rows)
-    columns = {name: np.pad(getattr(layout, name), (0, extra)) for name in ("rows", "targets", "places")}
+    columns = {name: np.pad(getattr(layout, name), (0, extra)) for name in ("rows", "targets", "scatter_index")}
     return replace(
         layout,
         **{name: value.astype(np.int32) for name, value in columns.items()},
@@ -168,7 +168,7 @@ def _scored(layout: Layout, multiple: int) -> Layout:
     )
 
 
-def _tokens(layout: Layout) -> int:
+def _tokens(layout: BatchLayout) -> int:
     return layout.inputs.size + (0 if layout.prompts is None else layout.prompts.size)
 
 
@@ -176,46 +176,8 @@ def _up(number: int, multiple: int) -> int:
     return number + -number % multiple
 
 
-def probe() -> Layout:
-    """A few positions of two rows, to try a model with."""
-    tokens = np.arange(18, dtype=np.int32).reshape(2, 9) % 7
-    batch = Batch(tokens, np.ones_like(tokens, dtype=bool), np.array([9, 9], dtype=np.int32))
-    positions = np.zeros((2, 8), dtype=bool)
-    positions[0, [1, 6]] = positions[1, [0, 7]] = True
-    return _plain(batch, positions, 1)
-
-
-def probe_pairs() -> tuple[Layout, Layout]:
-    """The same positions of two pairs, with their prompts shared and without."""
-    starts, lengths = np.array([6, 3, 6, 3]), np.array([9, 8, 8, 5], dtype=np.int32)
-    places = np.arange(9)
-    tokens = (np.arange(36, dtype=np.int32).reshape(4, 9) * 5) % 7
-    tokens[2:] = np.where(places < starts[2:, None], tokens[:2], tokens[2:])
-    loss_mask = (places >= starts[:, None]) & (places < lengths[:, None])
-    batch = Batch(tokens, loss_mask, lengths, prompt_mask=np.zeros_like(loss_mask))
-    positions = loss_mask[:, 1:].copy()
-    positions[0, 2] = True
-    shared = _shared(batch, positions, 1)
-    assert shared is not None
-    return shared, _plain(batch, positions, 1)
-
-
-def probe_packed() -> tuple[Layout, Layout]:
-    """The same positions of five examples, in two packed rows and one a row."""
-    lengths = np.array([[5, 1, 7], [4, 8, 0]])
-    tokens = (np.arange(28, dtype=np.int32).reshape(2, 14) * 5) % 7
-    segment_ids = np.zeros_like(tokens)
-    for row, counts in enumerate(lengths):
-        segment_ids[row, : counts.sum()] = np.repeat(np.arange(1, 4), counts)
-    begins = np.diff(segment_ids, axis=1, prepend=0) != 0
-    rows = lengths.sum(axis=1).astype(np.int32)
-    packed = Batch(tokens, (segment_ids > 0) & ~begins, rows, segment_ids=segment_ids)
-    single = unpack(packed)
-    return _plain(packed, packed.loss_mask[:, 1:], 1), _plain(single, single.loss_mask[:, 1:], 1)
-
-
 def rope_problem(config: dict[str, Any], max_length: int) -> str | None:
-    """Why positions of one example depend on the others of its pass, or None; `max_length` is the longest (0: any)."""
+    """Why an example's positions depend on other rows of its pass, or None; `max_length` is the longest (0: any)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     kind = next((str(k.get("rope_type", k.get("type"))) for k in kinds if _is_length_bound(k)), None)
@@ -228,9 +190,3 @@ def rope_problem(config: dict[str, Any], max_length: int) -> str | None:
 
 def _is_length_bound(rope: dict[str, Any]) -> bool:
     return rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope", "su")
-
-
-def packing_note(problem: str | None) -> str:
-    """What the user is told of a model whose rows hold one example each, although packing was asked for."""
-    reason = problem or "in this architecture examples of one row change each other (a recurrent state, or no mask)"
-    return f"packing is off: {reason}; the steps are the same, with every example in a row of its own"

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from macft.engines import BACKENDS
 from macft.errors import UsageError
 
 Command = Callable[..., Any]
@@ -17,7 +18,7 @@ LAYOUT = click.Choice(["hf", "mlx"])
 # keys of a configuration may be written as options, which click does not know
 KEYS_AS_OPTIONS = {"ignore_unknown_options": True}
 
-_BACKEND = click.Choice(["auto", "mlx", "torch"])
+_BACKEND = click.Choice(["auto", *BACKENDS])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 train_backend_option = click.option("--backend", type=_BACKEND, help="Training engine; overrides the config.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from macft.engines import BackendName
 from macft.objectives.preference_losses import LOSSES, losses_with
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Settings(BaseModel):
     model_overrides: dict[str, Any] = Field(
         {}, description="Entries of `config.json` to replace (`{num_hidden_layers: 48}`), for `train_from_scratch`."
     )
-    backend: Literal["auto", "mlx", "torch"] = Field(
+    backend: BackendName = Field(
         "auto",
         description="Training engine. `auto`: MLX on a Mac, PyTorch with CUDA, else MLX if its BLAS is fast.",
     )

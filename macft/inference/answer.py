@@ -1,11 +1,10 @@
-"""A conversation goes in; the model's answer comes out piece by piece, as text."""
+"""Answer a conversation, piece by piece, as text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Protocol
 
-from macft.backends.base import Sampling
+from macft.backends.base import Generates, Sampling
 from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.data.tokenization.tokenizer import Tokenizer
 
@@ -14,16 +13,8 @@ _WINDOW = 16
 _LONGEST_WAIT = 64
 
 
-class CanGenerate(Protocol):
-    """What answering needs of a backend."""
-
-    def generate(
-        self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
-    ) -> Iterator[int]: ...
-
-
 def answer(
-    backend: CanGenerate,
+    model: Generates,
     tokenizer: Tokenizer,
     template: ChatTemplate,
     messages: Sequence[Message],
@@ -32,27 +23,27 @@ def answer(
     sampling: Sampling,
     stop_ids: frozenset[int],
 ) -> Iterator[str]:
-    """Pieces of the assistant's next turn; raises DataError when the template refuses the messages."""
+    """Yield pieces of the assistant's next turn; raises DataError when the template refuses the messages."""
     prompt = encode_prompt(tokenizer, template, messages)
-    new_ids = backend.generate(prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling)
+    new_ids = model.generate(prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling)
     return stream_text(new_ids, tokenizer.decode)
 
 
 def encode_prompt(tokenizer: Tokenizer, template: ChatTemplate | None, messages: Sequence[Message]) -> list[int]:
-    """The ids that ask for the next turn; without a template, of the last message's text as it is."""
+    """The ids that prompt the next turn; without a template, those of the last message's text as it is."""
     if template is None:
         return tokenizer.encode(str(messages[-1]["content"])).ids
     return tokenizer.encode(template.render(messages, add_generation_prompt=True)).ids
 
 
 def stream_text(token_ids: Iterator[int], decode: Callable[[list[int]], str]) -> Generator[str, None, None]:
-    """Text of a growing token sequence, never half a character.
+    """Yield the text of a growing token sequence, never half a character.
 
-    A character may need several tokens: until its last one the text ends in U+FFFD and that end is held
-    back; if the tokens stop there, it is dropped. Decodes a short window, so time is linear in the tokens.
+    A character may need several tokens: until the last one the text ends in U+FFFD, and that end is held
+    back; if the tokens stop there, it is dropped. Only a short window is decoded, so time is linear in the tokens.
     """
     window: list[int] = []
-    sent = 0  # characters of the decoded window that were yielded
+    sent = 0  # characters of the decoded window that have been yielded
     whole = 0  # tokens of the window after which the text last ended with a whole character
     for token in token_ids:
         window.append(token)

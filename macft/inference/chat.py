@@ -1,4 +1,4 @@
-"""What the user types goes in; streamed answers, one conversation long, come out."""
+"""Hold a conversation with a model: read what the user types, and stream the answers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from macft.backends.base import Sampling
+from macft.backends.base import Generates, Sampling
 from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import DataError, MacftError
 from macft.files import write_text
-from macft.inference.answer import CanGenerate, encode_prompt, stream_text
+from macft.inference.answer import encode_prompt, stream_text
 from macft.inference.prompts import user_turn, with_system
 
 PROMPT = "> "
@@ -29,9 +29,9 @@ HELP = """\
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A loaded model and how it is to answer."""
+    """A loaded model and how it answers."""
 
-    backend: CanGenerate
+    model: Generates
     tokenizer: Tokenizer
     template: ChatTemplate | None  # None: each prompt's text is continued as it is
     stop_ids: frozenset[int]
@@ -41,7 +41,7 @@ class ChatModel:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedPrompt:
     """A prompt that leaves room to answer; the first `dropped` turns were left out of it."""
 
     prompt: list[int]
@@ -49,30 +49,32 @@ class Fitted:
     dropped: int
 
 
-def fit_prompt(model: ChatModel, system: str | None, turns: Sequence[Message], dropped: int = 0) -> Fitted:
-    """Leave out the oldest turns, past the first `dropped`, until the answer has room too.
+def fit_prompt(model: ChatModel, system: str | None, turns: Sequence[Message], dropped: int = 0) -> FittedPrompt:
+    """Leave out the oldest turns, after the first `dropped`, until there is room for the answer.
 
-    Raises DataError when the last question alone does not fit, or when the template refuses the turns.
+    Raises DataError when even the last question does not fit, or when the template refuses the turns.
     """
     limit = model.context_length
     while True:
         messages = with_system(list(turns[dropped:]), system)
         prompt = encode_prompt(model.tokenizer, model.template, messages)
         if limit is None:
-            return Fitted(prompt, model.max_new_tokens, dropped)
+            return FittedPrompt(prompt, model.max_new_tokens, dropped)
         if len(prompt) + min(model.max_new_tokens, limit // 2) <= limit:
-            return Fitted(prompt, min(model.max_new_tokens, limit - len(prompt)), dropped)
+            return FittedPrompt(prompt, min(model.max_new_tokens, limit - len(prompt)), dropped)
         later = [i for i, turn in enumerate(turns) if i > dropped and turn["role"] == "user"]
         if later:
             dropped = later[0]
         elif len(prompt) < limit:
-            return Fitted(prompt, limit - len(prompt), dropped)
+            return FittedPrompt(prompt, limit - len(prompt), dropped)
         else:
-            raise DataError(f"the prompt has {len(prompt)} tokens, the model holds {limit} with its answer; shorten it")
+            raise DataError(
+                f"the prompt has {len(prompt)} tokens, the model holds {limit} including its answer; shorten it"
+            )
 
 
 def answer_prompts(model: ChatModel, conversations: Sequence[list[Message]], out: TextIO, notes: TextIO) -> None:
-    """Answer each conversation by itself, with the same seed: only answers on `out`, a blank line between."""
+    """Answer each conversation separately, with the same seed: only answers on `out`, a blank line between."""
     for index, messages in enumerate(conversations):
         if index:
             out.write("\n")
@@ -135,14 +137,14 @@ class _Chat:
         }
 
     def take(self, line: str, *, interactive: bool) -> bool:
-        """Obey a command or answer a question; False when it is time to leave."""
+        """Carry out a command or answer a question; False when it is time to leave."""
         name, _, rest = line.partition(" ")
         if name in ("/quit", "/exit"):
             return False
         if name in self._commands:
             self._commands[name](rest.strip())
         elif name.startswith("/"):
-            self._say(f"{name} is no command; there are {', '.join(self._commands)}, /quit")
+            self._say(f"{name} is not a command; expected one of {', '.join(self._commands)}, /quit")
         elif line:
             self._ask(line, interactive=interactive)
         return True
@@ -163,9 +165,9 @@ class _Chat:
             self._turns = [*turns, {"role": "assistant", "content": text}]
             self._dropped = fitted.dropped
 
-    def _stream(self, fitted: Fitted, *, interactive: bool) -> str | None:
-        """The answer, also when it was stopped; None when it was stopped before its first piece."""
-        # another seed for each answer, or asking again after /reset would always repeat the answer
+    def _stream(self, fitted: FittedPrompt, *, interactive: bool) -> str | None:
+        """Stream the answer and return it, also when it was stopped; None if that was before its first piece."""
+        # another seed for each answer: otherwise asking again after /reset would repeat the answer
         sampling = replace(self._model.sampling, seed=self._model.sampling.seed + self._answers)
         self._answers += 1
         text = ""
@@ -186,11 +188,11 @@ class _Chat:
 
     def _reset(self, _: str = "") -> None:
         self._turns, self._dropped = [], 0
-        self._say("the conversation starts anew")
+        self._say("the conversation starts again")
 
     def _set_system(self, text: str) -> None:
         if self._model.template is None:
-            self._say("there is no system prompt where text is continued as it is")
+            self._say("--raw continues text as it is, without a system prompt")
             return
         if not text:
             self._say(f"system prompt: {self._system}" if self._system else "no system prompt is set")
@@ -202,7 +204,7 @@ class _Chat:
     def _save(self, name: str) -> None:
         path = Path(name).expanduser()
         if not name:
-            self._say("/save wants a file name, such as chat.jsonl")
+            self._say("/save needs a file name, such as chat.jsonl")
         elif not self._turns:
             self._say("there is nothing to save yet")
         elif path.exists():
@@ -220,8 +222,8 @@ class _Chat:
         _note(self._notes, text)
 
 
-def _pieces(model: ChatModel, fitted: Fitted, sampling: Sampling) -> Generator[str, None, None]:
-    new_ids = model.backend.generate(
+def _pieces(model: ChatModel, fitted: FittedPrompt, sampling: Sampling) -> Generator[str, None, None]:
+    new_ids = model.model.generate(
         fitted.prompt, max_new_tokens=fitted.max_new_tokens, stop_ids=model.stop_ids, sampling=sampling
     )
     return stream_text(new_ids, model.tokenizer.decode)

@@ -1,4 +1,4 @@
-"""Prompts and each model's answers go in; a side-by-side view comes out on the console."""
+"""Show the answers of several models to the same prompts side by side."""
 
 from __future__ import annotations
 

@@ -1,19 +1,20 @@
-"""The names of a model and an adapter in, a model that is ready to answer out."""
+"""Load a model, with an adapter on it, so that it is ready to answer."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
-from macft.backends import load_backend
+from macft.backends import load_model
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
-from macft.backends.base import Backend, LoadedModel, ModelSpec, Sampling
+from macft.backends.base import Model, ModelSpec, Sampling
 from macft.data.templates.chat_template import Message, load_template, template_end_ids, template_folder
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
 from macft.inference.answer import answer
 from macft.inference.chat import ChatModel
 from macft.models.locate import resolve_adapter, resolve_model
+from macft.process_group import ONE_PROCESS
 from macft.weights.adapters.formats import read_any_adapter
 from macft.weights.adapters.peft import Adapter, naming_adapter
 from macft.weights.folder import ModelFolder
@@ -31,7 +32,7 @@ def load_chat_model(
     raw: bool,
     sampling: Sampling,
     max_new_tokens: int,
-) -> tuple[ChatModel, LoadedModel]:
+) -> tuple[ChatModel, Model]:
     """Load a base model, with an adapter if one is named, and the template it is prompted with.
 
     The adapter's template comes before the model's own; `template` names another; `raw` uses none.
@@ -43,13 +44,13 @@ def load_chat_model(
     if not raw:
         source = template_folder(base.path, trained.folder if trained is not None else None)
         chat_template = load_template(source, tokenizer.special_map, template)
-    backend, loaded = _load_backend(base, trained, backend_name)
+    loaded = _load_with_adapter(base, trained, backend_name)
     stop_ids = tokenizer.eos_ids
     if chat_template is not None:
         stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)
     length = read_config(base.path).get("max_position_embeddings")
     chat = ChatModel(
-        backend=backend,
+        model=loaded,
         tokenizer=tokenizer,
         template=chat_template,
         stop_ids=stop_ids,
@@ -69,12 +70,11 @@ def compare_answers(
     template: str | None,
     max_new_tokens: int,
 ) -> dict[str, list[str]]:
-    """Greedy answers of the base alone and with each adapter, under the labels to show."""
+    """Answer greedily with only the base and with each adapter; returns answers under the labels to show."""
     base_config = read_config(resolve_model(model).path)
     for folder in adapters:
-        read_any_adapter(
-            resolve_adapter(folder), base_config
-        )  # a problem shows before the base has answered, which takes a while
+        # a problem shows before the base has answered, which takes a while
+        read_any_adapter(resolve_adapter(folder), base_config)
     answers: dict[str, list[str]] = {}
     for adapter in (None, *adapters):
         chat, _ = load_chat_model(
@@ -95,7 +95,7 @@ def compare_answers(
 def _answer(chat: ChatModel, messages: list[Message]) -> str:
     assert chat.template is not None, "loaded with a template"
     pieces = answer(
-        chat.backend,
+        chat.model,
         chat.tokenizer,
         chat.template,
         messages,
@@ -106,13 +106,12 @@ def _answer(chat: ChatModel, messages: list[Message]) -> str:
     return "".join(pieces)
 
 
-def _load_backend(base: ModelFolder, adapter: Adapter | None, name: str) -> tuple[Backend, LoadedModel]:
-    backend = load_backend(name)
+def _load_with_adapter(base: ModelFolder, adapter: Adapter | None, backend: str) -> Model:
     if adapter is None:
-        return backend, backend.load(ModelSpec(folder=base.path, lora=None))
+        return load_model(backend, ModelSpec(folder=base.path, lora=None), None, ONE_PROCESS)
     warn_of_other_base(adapter, base)
     with naming_adapter(adapter, base.name, ConfigError):
-        loaded = backend.load(ModelSpec(folder=base.path, lora=spec_of_adapter(adapter)))
+        model = load_model(backend, ModelSpec(base.path, spec_of_adapter(adapter)), None, ONE_PROCESS)
     with naming_adapter(adapter, base.name, ModelError):
-        backend.set_adapter_state(adapter.state)
-    return backend, loaded
+        model.set_trained_state(adapter.state)
+    return model

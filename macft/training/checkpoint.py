@@ -1,4 +1,4 @@
-"""All that resuming needs, in one folder a step: trained parameters, moments, position; no pickle."""
+"""Write and read checkpoints: trained parameters, optimizer moments and the position in the data, without pickle."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from macft.backends.base import State
 from macft.errors import MacftError
 from macft.files import new_dir, write_json
-from macft.training.early_stopping import Best
+from macft.process_group import ProcessGroup
+from macft.training.early_stopping import BestEvaluation
 from macft.training.log.report import StepRecord
+from macft.weights.adapters.peft import State
 from macft.weights.tensors.safetensors import write_state
 
 MANIFEST = "manifest.json"
@@ -35,7 +36,7 @@ class Progress:
     loss_sum: float = 0.0  # of all step losses so far
     seconds: float = 0.0  # spent in steps
     unlogged: tuple[StepRecord, ...] = ()  # steps whose row of the log is still to come
-    best: Best = field(default_factory=Best)  # the best evaluation so far
+    best: BestEvaluation = field(default_factory=BestEvaluation)  # the best evaluation so far
     stream_digest: str = ""  # of the examples taken from a stream, which `data_hash` cannot know
 
 
@@ -44,16 +45,21 @@ def save_checkpoint(
     progress: Progress,
     optimizer_state: State | None,
     write_model: Callable[[Path], None],
+    group: ProcessGroup,
+    *,
     keep: int | None,
     spared: int | None = None,
 ) -> Path:
     """Write checkpoint-STEP, then delete the oldest beyond `keep`; it counts once its manifest is there.
 
     The checkpoint of step `spared` is never deleted for being old. Checkpoints of later steps are
-    deleted: the run went back before them and is on another course. `write_model` puts the model files
-    into the folder it is given. Without `optimizer_state` the checkpoint cannot be resumed from.
+    deleted: the run was taken back to before them and has diverged from them. `write_model` puts the model
+    files into the folder it is given. Without `optimizer_state` the checkpoint cannot be resumed from. Of several
+    processes only the main one writes.
     """
     path = output_dir / f"checkpoint-{progress.step}"
+    if not group.is_main:
+        return path
     with new_dir(path) as folder:
         write_model(folder)
         if optimizer_state is not None:
@@ -72,20 +78,20 @@ def save_checkpoint(
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint folders, oldest first, whole or not."""
+    """Checkpoint folders, oldest first, complete or not."""
     found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def find_checkpoint(output_dir: Path, expected: bool | str) -> Path:
-    """The checkpoint to resume from: a given path, or the newest whole one in `output_dir`.
+    """The checkpoint to resume from: a given path, or the newest complete one in `output_dir`.
 
     Raises MacftError when there is none, or when the given one is damaged (what is wrong with it).
     """
     if isinstance(expected, str):
         path = Path(expected).expanduser()
         if not path.is_dir():
-            raise MacftError(f"resume_from_checkpoint: {expected} is no folder; give a checkpoint-N folder")
+            raise MacftError(f"resume_from_checkpoint: {expected} is not a directory; pass a checkpoint-N directory")
         if problem := checkpoint_problem(path):
             raise MacftError(f"resume_from_checkpoint: {path}: {problem}")
         return path
@@ -97,7 +103,8 @@ def find_checkpoint(output_dir: Path, expected: bool | str) -> Path:
         problems.append(f"{path.name}: {problem}")
     detail = f" ({'; '.join(problems)})" if problems else ""
     raise MacftError(
-        f"resume_from_checkpoint: {output_dir} holds no checkpoint to go on from{detail}; remove the key to start anew"
+        f"resume_from_checkpoint: {output_dir} holds no checkpoint to resume from{detail}; "
+        "remove the key to start again"
     )
 
 
@@ -106,16 +113,16 @@ def checkpoint_problem(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return f"no {MANIFEST}: it is no checkpoint, or one that was not written to its end"
+        return f"no {MANIFEST}: this is not a checkpoint, or one that was not completely written"
     except ValueError:
         return f"{MANIFEST} is not JSON"
     if not isinstance(manifest, dict):
-        return f"{MANIFEST} is not what was written"
+        return f"{MANIFEST} has changed since it was written"
     for name, expected in manifest.items():
         if not (path / name).is_file():
             return f"{name} is missing"
         if _fingerprint(path / name) != expected:
-            return f"{name} is not what was written"
+            return f"{name} has changed since it was written"
     if OPTIMIZER not in manifest:
         return f"no {OPTIMIZER}: it was written with save_only_model"
     return None
@@ -125,7 +132,7 @@ def read_progress(path: Path) -> Progress:
     """Where the run stood."""
     state = json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
     state["unlogged"] = tuple(StepRecord(**record) for record in state["unlogged"])
-    state["best"] = Best(**state.get("best", {}))
+    state["best"] = BestEvaluation(**state.get("best", {}))
     return Progress(**state)
 
 

@@ -1,4 +1,4 @@
-"""A backend, an objective and held-out batches in; their mean loss and metrics out."""
+"""Compute mean loss and metrics on held-out examples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from macft.backends.base import Backend
+from macft.backends.base import Scores
 from macft.config.settings import Settings
 from macft.data.batches import Plan, StreamPlan, collate
 from macft.data.tokenization.conversations import TokenizedExample
@@ -17,14 +17,14 @@ from macft.objectives.losses import Objective
 from macft.objectives.ops import NumpyOps
 
 
-def evaluate(backend: Backend, objective: Objective, batches: Iterable[NumpyBatch]) -> dict[str, float]:
-    """`eval_loss` and the objective's metrics under `eval_` names: means over all batches by what they train on."""
+def evaluate(model: Scores, objective: Objective, batches: Iterable[NumpyBatch]) -> dict[str, float]:
+    """`eval_loss` and the objective's metrics under `eval_` names: means over all batches, weighted as in training."""
     ops = NumpyOps()
     sums: dict[str, float] = {}
     weight = 0.0
     for batch in batches:
-        batch = objective.complete(batch, backend.logps)
-        loss, metrics = objective(ops, backend.logps(batch, objective.positions(batch)), batch)
+        batch = objective.complete(batch, model.logps)
+        loss, metrics = objective(ops, model.logps(batch, objective.positions(batch)), batch)
         for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
         weight += objective.weight(batch)
@@ -33,13 +33,13 @@ def evaluate(backend: Backend, objective: Objective, batches: Iterable[NumpyBatc
 
 
 def will_evaluate(settings: Settings, plan: Plan | StreamPlan) -> bool:
-    """Whether a run with held-out data comes to an evaluation."""
+    """Whether a run with held-out data ever evaluates on it."""
     each, every = settings.when_to_evaluate, settings.steps_per_evaluation
     return any(plan.is_due(each, every, step) for step in range(1, plan.total_steps + 1))
 
 
 def metric_names(objective: Objective, example: TokenizedExample | TokenizedPair) -> set[str]:
-    """The names that `evaluate` will give, found on one example whose log-probabilities are made up."""
+    """The names that `evaluate` will return, found with made-up log-probabilities of one example."""
     if isinstance(example, TokenizedPair):
         batch = collate([replace(example, reference=Reference(-1.0, -1.0, 1.0))])
     else:

@@ -1,4 +1,4 @@
-"""The last step is done: model files, results, picture and card are written."""
+"""Write the model files, results, picture and model card of a finished run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from macft.backends.base import Backend
+from macft.backends.base import Model
 from macft.config.settings import Settings
 from macft.data.batches import StreamPlan
 from macft.data.tokenization.table import Pairs
@@ -20,7 +20,7 @@ from macft.training.model_files import ModelFiles
 from macft.training.objective import make_objective
 from macft.training.prepare import Prepared
 
-# Settings that say nothing about the adapter.
+# Settings that a reader of the model card has no use for.
 _NOT_SHOWN = frozenset(
     ("model_name_or_path", "dataset", "dataset_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 ) | frozenset(
@@ -31,14 +31,14 @@ _NOT_SHOWN = frozenset(
 def finish(
     settings: Settings,
     prepared: Prepared,
-    backend: Backend,
+    model: Model,
     files: ModelFiles,
     output_dir: Path,
     progress: Progress,
     packages: tuple[str, ...],
 ) -> str:
-    """Write the model, the results, the picture and the card; returns the figures that matter, in a line."""
-    files.write(output_dir, backend.adapter_state())
+    """Write the model, the results, the picture and the card; returns the most important figures in one line."""
+    files.write(output_dir, model.trained_state())
     plan = prepared.plan
     if isinstance(plan, StreamPlan):
         plan.stream.tell()
@@ -49,7 +49,7 @@ def finish(
         examples=_examples_seen(prepared, progress.step),
         steps=progress.step,
         tokens=progress.total_tokens,
-        peak_memory_gb=backend.peak_memory() / 1e9,
+        peak_memory_gb=model.peak_memory() / 1e9,
     )
     merge_results(output_dir, "train", results)
     if settings.plot_loss:
@@ -107,7 +107,7 @@ def _plot(settings: Settings, prepared: Prepared, output_dir: Path) -> None:
 
 
 def _examples_seen(prepared: Prepared, steps: int) -> int:
-    """Examples, packed or not; in a part of an epoch packed rows count as holding the mean. Of a stream: its rows."""
+    """Examples seen, packed or not: in a part of an epoch each packed row counts as the mean. Of a stream: rows."""
     plan = prepared.plan
     if isinstance(plan, StreamPlan):
         return steps * plan.step_size

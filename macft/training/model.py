@@ -1,4 +1,4 @@
-"""Settings in; the folder of the model to train, or of the shape of a new one, and its tokenizer out."""
+"""Find the model to train, or the shape of a new one, with its tokenizer and template."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token")
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """What training starts from."""
 
     base: ModelFolder  # without weights if it starts from scratch
@@ -27,8 +27,8 @@ class Start:
     from_scratch: bool
 
 
-def find_model(settings: Settings) -> Start:
-    """Find model and tokenizer. Raises ConfigError when they do not fit, or what starts from scratch cannot."""
+def resolve_start(settings: Settings) -> StartingPoint:
+    """Find model and tokenizer; raises ConfigError when they do not fit, or when a run cannot start from scratch."""
     from_scratch = settings.train_from_scratch or not has_weights(settings.model_name_or_path)
     if from_scratch:
         _check_from_scratch(settings)
@@ -47,20 +47,20 @@ def find_model(settings: Settings) -> Start:
                 f"tokenizer_name_or_path: {named} has {tokenizer.vocab_size} tokens, the model {base.name} knows "
                 f"{size}; take the model's own tokenizer"
             )
-    return Start(base, tokenizer, folder, from_scratch)
+    return StartingPoint(base, tokenizer, folder, from_scratch)
 
 
 def _check_from_scratch(settings: Settings) -> None:
-    """What the settings alone cannot say of a folder that turns out to hold no weights."""
+    """Check what only shows once a folder turns out to hold no weights."""
     what = f"{settings.model_name_or_path} holds a config.json and no weights, so training starts from scratch"
     if settings.finetuning_type != "full":
-        raise ConfigError(f"{what}, and an adapter on random weights is of no use: set finetuning_type to full")
+        raise ConfigError(f"{what}, and an adapter on random weights is useless: set finetuning_type to full")
     if settings.has_reference:
         raise ConfigError(f"{what}, and stage {settings.stage} needs a model as reference: start with stage pt")
 
 
 def _tokenizer_folder(name: str, hub: str) -> Path:
-    """A folder as it is: it may hold a tokenizer alone; anything else names a model."""
+    """A folder is taken as it is, as it may hold only a tokenizer; anything else names a model."""
     folder = Path(name).expanduser()
     return folder if folder.is_dir() else resolve_model(name, hub).path
 

@@ -1,4 +1,4 @@
-"""What a run leaves for others to load: the adapter or the full model, with tokenizer and template."""
+"""Write and read what a run leaves to be loaded: the adapter or the full model, with tokenizer and template."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from macft.backends.adapters import spec_of_adapter
-from macft.backends.base import LoraSpec, State
+from macft.backends.base import LoraSpec
 from macft.data.templates.chat_template import ChatTemplate
 from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import MacftError, UsageError
 from macft.files import write_bytes, write_json, write_text
-from macft.weights.adapters.peft import WEIGHTS_NAME, Adapter, AdapterConfig, read_adapter, write_adapter
+from macft.weights.adapters.peft import WEIGHTS_NAME, Adapter, AdapterConfig, State, read_adapter, write_adapter
 from macft.weights.adapters.stack import stack_adapters, unstack_adapter
 from macft.weights.folder import ModelFolder, weights_hash
 from macft.weights.model_config import normalize_config, read_config
@@ -28,12 +28,12 @@ TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Everything but the trained numbers that an adapter folder, or a full model's folder, holds."""
+    """What the folder of an adapter, or of a full model, holds besides the trained numbers."""
 
     base: ModelFolder
     lora: LoraSpec | None  # None: full fine-tuning
     target_modules: tuple[str, ...]
-    under: Adapter | None  # the adapter that became part of the base: what is written holds both
+    merged_adapter: Adapter | None  # it became part of the base: what is written holds both
     tokenizer: Tokenizer
     template: ChatTemplate | None  # None: the model has none
 
@@ -53,13 +53,13 @@ class ModelFiles:
         if self.lora is None:
             self._write_full(folder, state, exact)
             return
-        if self.under is not None:
-            under = spec_of_adapter(self.under)
-            state = stack_adapters(self.under.state, under.rank, under.scale, state, self.lora.scale)
+        if self.merged_adapter is not None:
+            merged = spec_of_adapter(self.merged_adapter)
+            state = stack_adapters(self.merged_adapter.state, merged.rank, merged.scale, state, self.lora.scale)
         write_adapter(folder, self._config(self.lora), state, weights_hash(self.base.path))
 
     def _config(self, lora: LoraSpec) -> AdapterConfig:
-        """What adapter_config.json is to say."""
+        """The content of adapter_config.json."""
         config = AdapterConfig(
             base=self.base.name,
             rank=lora.rank,
@@ -69,10 +69,10 @@ class ModelFiles:
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
         )
-        if self.under is None:
+        if self.merged_adapter is None:
             return config
-        rank = self.under.config.rank + lora.rank
-        targets = sorted({*self.target_modules, *self.under.config.target_modules})
+        rank = self.merged_adapter.config.rank + lora.rank
+        targets = sorted({*self.target_modules, *self.merged_adapter.config.target_modules})
         return replace(config, rank=rank, alpha=lora.scale * rank, target_modules=tuple(targets), use_rslora=False)
 
     def _write_full(self, folder: Path, state: State, exact: bool) -> None:
@@ -89,12 +89,12 @@ class ModelFiles:
             write_bytes(folder / generation.name, generation.read_bytes())
 
     def read_state(self, folder: Path) -> State:
-        """The trained parameters that `write` put there; UsageError if they are of another kind of run."""
+        """Read the trained parameters that `write` put there; raises UsageError if another kind of run wrote them."""
         if self.lora is not None and (folder / WEIGHTS_NAME).exists():
             adapter = read_adapter(folder)
             self._check_shape(self._config(self.lora), adapter.config, folder)
-            if self.under is not None:
-                return unstack_adapter(adapter.state, self.under.config.rank, self.target_modules)
+            if self.merged_adapter is not None:
+                return unstack_adapter(adapter.state, self.merged_adapter.config.rank, self.target_modules)
             return adapter.state
         if self.lora is not None or not (folder / FULL_WEIGHTS).exists():
             found, expected = ("full", "lora") if self.lora is not None else ("lora", "full")

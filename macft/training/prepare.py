@@ -1,4 +1,4 @@
-"""Settings in; tokenized data, the plan of steps and the model's folder out, before any engine is loaded."""
+"""Find the model, tokenize the data and plan the steps of a run, before any engine is loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
-from macft.backends.base import LoraSpec, ModelSpec, Under
+from macft.backends.base import LoraSpec, MergedAdapter, ModelSpec
 from macft.config.settings import Settings
 from macft.data.batches import Plan, StreamPlan, collate, lengths_of
 from macft.data.templates.chat_template import ChatTemplate, template_folder
@@ -19,8 +19,9 @@ from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import ConfigError
 from macft.models.locate import resolve_adapter, resolve_model
 from macft.objectives.batch import NumpyBatch
+from macft.process_group import ONE_PROCESS, ProcessGroup
 from macft.training.data import read_data, read_stream, seed
-from macft.training.model import find_model, resolve_template
+from macft.training.model import resolve_start, resolve_template
 from macft.weights.adapters.formats import read_any_adapter
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
@@ -39,12 +40,13 @@ class NamedReference:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a run needs that is not the engine."""
+    """Everything a run needs besides the engine."""
 
+    group: ProcessGroup
     base: ModelFolder
     from_scratch: bool  # `base` has no weights
     start: Adapter | None  # the adapter to go on training
-    under: Adapter | None  # the adapter that becomes part of the base
+    merged_adapter: Adapter | None  # the adapter that becomes part of the base
     reference: NamedReference | None  # None: the policy at its start, or no reference
     tokenizer: Tokenizer
     template: ChatTemplate | None  # None: the model has none, and texts need none
@@ -76,21 +78,22 @@ class Prepared:
         return self.plan.stream.digest if isinstance(self.plan, StreamPlan) else ""
 
 
-def prepare(settings: Settings) -> Prepared:
+def prepare(settings: Settings, group: ProcessGroup = ONE_PROCESS) -> Prepared:
     """Find the model, read and tokenize the data, plan the steps."""
-    found = find_model(settings)
+    found = resolve_start(settings)
     base, tokenizer = found.base, found.tokenizer
-    start, under = _adapters(settings, base)
+    start, merged_adapter = _adapters(settings, base)
     reference = _named_reference(settings, base, tokenizer)
-    loaded = start or under
+    loaded = start or merged_adapter
     source = template_folder(found.tokenizer_folder, loaded.folder if loaded is not None else None)
     template = resolve_template(settings, source, tokenizer)
     train, valid, report, plan, data_hash = _data(settings, tokenizer, template)
     return Prepared(
+        group=group,
         base=base,
         from_scratch=found.from_scratch,
         start=start,
-        under=under,
+        merged_adapter=merged_adapter,
         reference=reference,
         tokenizer=tokenizer,
         template=template,
@@ -207,10 +210,11 @@ def lora_spec(settings: Settings, start: Adapter | None) -> LoraSpec | None:
 
 def model_spec(settings: Settings, prepared: Prepared) -> ModelSpec:
     """How to load the model for this run."""
+    merged = prepared.merged_adapter
     return ModelSpec(
         folder=prepared.base.path,
         lora=lora_spec(settings, prepared.start),
-        under=Under(spec_of_adapter(prepared.under), prepared.under.state) if prepared.under is not None else None,
+        merged_adapter=MergedAdapter(spec_of_adapter(merged), merged.state) if merged is not None else None,
         full=settings.finetuning_type == "full",
         precision=settings.precision,
         quantization_bit=settings.quantization_bit,

@@ -21,9 +21,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from macft.backends import load_backend
+from macft.backends import load_model
 from macft.backends.adapters import spec_of_adapter
-from macft.backends.base import Backend, LoadedModel, ModelSpec, State
+from macft.backends.base import Model, ModelInfo, ModelSpec, Scores
 from macft.config.settings import Settings
 from macft.data.batches import Plan, in_order
 from macft.data.tokenization.feedback import Feedback, TokenizedFeedback
@@ -38,7 +38,7 @@ from macft.progress import tracked
 from macft.text import plural
 from macft.training.evaluate import will_evaluate
 from macft.training.prepare import NamedReference, Prepared, model_spec
-from macft.weights.adapters.peft import Adapter, naming_adapter
+from macft.weights.adapters.peft import Adapter, State, naming_adapter
 from macft.weights.folder import ModelFolder, weights_hash
 from macft.weights.tensors.safetensors import write_state
 
@@ -54,46 +54,46 @@ _FORMAT = 1
 class _Scorer:
     """A loaded model, and a text that names it and everything else that its numbers depend on."""
 
-    backend: Backend
+    model: Scores
     identity: str
 
 
-def policy_references(settings: Settings, prepared: Prepared, backend: Backend, loaded: LoadedModel) -> Prepared:
+def policy_references(settings: Settings, prepared: Prepared, model: Model) -> Prepared:
     """The rows with what the policy says of them now, before its first step."""
     # what is merged, and what is trained in full, is rounded at other places: in 16 bits other numbers
-    form = {"full": settings.finetuning_type == "full", "merged": _name(prepared.under)}
-    identity = _identity(settings, loaded, prepared.base, form | {"adapter": _name(prepared.start)})
-    return _fill(settings, prepared, _Scorer(backend, identity))
+    form = {"full": settings.finetuning_type == "full", "merged": _name(prepared.merged_adapter)}
+    identity = _identity(settings, model.info, prepared.base, form | {"adapter": _name(prepared.start)})
+    return _fill(settings, prepared, _Scorer(model, identity))
 
 
-def named_references(settings: Settings, prepared: Prepared, reference: NamedReference, backend_name: str) -> Prepared:
-    """The rows with what another model says of them; it is loaded, asked and let go."""
+def named_references(settings: Settings, prepared: Prepared, reference: NamedReference) -> Prepared:
+    """The rows with what another model says of them; it is loaded, asked and released."""
     base, adapter = reference.base, reference.adapter
     lora = spec_of_adapter(adapter) if adapter is not None else None
-    spec = replace(model_spec(settings, prepared), folder=base.path, lora=lora, under=None, full=False)
-    backend = load_backend(backend_name)
-    loaded = _load(backend, spec, adapter, base)
+    spec = replace(model_spec(settings, prepared), folder=base.path, lora=lora, merged_adapter=None, full=False)
+    model = _load(settings, prepared, spec, reference)
     form = {"full": False, "merged": None, "adapter": _name(adapter)}
-    filled = _fill(settings, prepared, _Scorer(backend, _identity(settings, loaded, base, form)))
-    del backend
+    filled = _fill(settings, prepared, _Scorer(model, _identity(settings, model.info, base, form)))
+    del model
     gc.collect()
     return filled
 
 
-def _load(backend: Backend, spec: ModelSpec, adapter: Adapter | None, base: ModelFolder) -> LoadedModel:
+def _load(settings: Settings, prepared: Prepared, spec: ModelSpec, reference: NamedReference) -> Model:
+    adapter, name = reference.adapter, reference.base.name
     if adapter is None:
-        return backend.load(spec)
-    with naming_adapter(adapter, base.name, ConfigError):
-        loaded = backend.load(spec)
-    with naming_adapter(adapter, base.name, ModelError):
-        backend.set_adapter_state(adapter.state)
-    return loaded
+        return load_model(settings.backend, spec, None, prepared.group)
+    with naming_adapter(adapter, name, ConfigError):
+        model = load_model(settings.backend, spec, None, prepared.group)
+    with naming_adapter(adapter, name, ModelError):
+        model.set_trained_state(adapter.state)
+    return model
 
 
-def _identity(settings: Settings, loaded: LoadedModel, base: ModelFolder, form: dict[str, object]) -> str:
+def _identity(settings: Settings, info: ModelInfo, base: ModelFolder, form: dict[str, object]) -> str:
     config = hashlib.sha256((base.path / "config.json").read_bytes()).hexdigest()
     parts = {
-        "device": f"{settings.backend} {loaded.device} {loaded.precision}",
+        "device": f"{settings.backend} {info.device} {info.precision}",
         "quantization_bit": settings.quantization_bit,
         "base": [weights_hash(base.path), config],
         **form,
@@ -123,7 +123,7 @@ class _Columns(Generic[RowsT]):
     needed: int
     options: str  # what the numbers depend on besides the rows
     parts: Callable[[Any], tuple[str, list[np.ndarray]]]  # of one row: its lengths as text, its tokens
-    score: Callable[[Backend, NumpyBatch], np.ndarray]  # float64 [rows of the batch, count]
+    score: Callable[[Scores, NumpyBatch], np.ndarray]  # float64 [rows of the batch, count]
 
 
 def _pair_columns(settings: Settings) -> _Columns[Pairs]:
@@ -134,8 +134,8 @@ def _pair_columns(settings: Settings) -> _Columns[Pairs]:
         sides = [pair.chosen.tokens, pair.rejected.tokens]
         return f"{pair.prompt_length} {len(sides[0])} {len(sides[1])} ", sides
 
-    def score(backend: Backend, batch: NumpyBatch) -> np.ndarray:
-        logps = backend.logps(batch, answer_positions(batch, with_prompt=asks_prompts))
+    def score(model: Scores, batch: NumpyBatch) -> np.ndarray:
+        logps = model.logps(batch, answer_positions(batch, with_prompt=asks_prompts))
         columns = np.stack(reference_columns(logps, batch, settings.ld_alpha), axis=1)
         if not asks_prompts:
             columns[:, 2] = math.nan
@@ -152,8 +152,8 @@ def _feedback_columns() -> _Columns[Feedback]:
         prompt = int(row.row.loss_mask.argmax())
         return f"{prompt} {len(sides[0])} {len(sides[1])} ", sides
 
-    def score(backend: Backend, batch: NumpyBatch) -> np.ndarray:
-        scores, _ = answer_scores(NumpyOps(), backend.logps(batch, batch.loss_mask[:, 1:]), batch)
+    def score(model: Scores, batch: NumpyBatch) -> np.ndarray:
+        scores, _ = answer_scores(NumpyOps(), model.logps(batch, batch.loss_mask[:, 1:]), batch)
         return np.stack(np.split(scores, 2), axis=1)
 
     return _Columns("rated answer", 2, 2, "kto", parts, score)
@@ -182,7 +182,7 @@ def _scored(asked: _Columns[RowsT], rows: RowsT, scorer: _Scorer, size: int, wha
     if columns is not None:
         logger.info("reference: %s, already known (%s)", plural(len(rows), f"{what} {asked.noun}"), path)
     else:
-        columns = _compute(asked, rows, scorer.backend, size, what)
+        columns = _compute(asked, rows, scorer.model, size, what)
         _keep(path, columns)
     return columns
 
@@ -215,12 +215,12 @@ def _keep(path: Path, columns: np.ndarray) -> None:
         logger.warning("reference: not kept for later runs: %s: %s", path, error.strerror)
 
 
-def _compute(asked: _Columns[RowsT], rows: RowsT, backend: Backend, size: int, what: str) -> np.ndarray:
+def _compute(asked: _Columns[RowsT], rows: RowsT, model: Scores, size: int, what: str) -> np.ndarray:
     """float64 [rows, count]; raises ModelError for log-probabilities that are not finite."""
     columns = np.full((len(rows), asked.count), math.nan)
     start = time.perf_counter()
     for indices, batch in tracked(in_order(rows, size), math.ceil(len(rows) / size), f"reference, {what}"):
-        columns[indices] = asked.score(backend, batch)
+        columns[indices] = asked.score(model, batch)
     logger.info("reference: %s in %.1f s", plural(len(rows), f"{what} {asked.noun}"), time.perf_counter() - start)
     if not np.isfinite(columns[:, :2]).all():
         raise ModelError("reference: log-probabilities that are not finite; compute in float32 (bf16=false)")

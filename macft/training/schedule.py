@@ -1,4 +1,4 @@
-"""The learning rate of every step, a pure function of the step."""
+"""Compute the learning rate of every step, as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warmup from 0, then a course; the same values as transformers' schedulers with the same options."""
+    """Warmup from 0, then a decay; the same values as transformers' schedulers with the same options."""
 
     kind: str  # a value of `lr_scheduler_type`
     peak: float
@@ -18,13 +18,13 @@ class Schedule:
     options: Mapping[str, float] = field(default_factory=dict)  # of `lr_scheduler_kwargs`
 
     def lr(self, step: int) -> float:
-        """Learning rate of `step`, plural from 0: with a warmup, step 0 has rate 0."""
+        """Learning rate of `step`, counted from 0: with a warmup, step 0 has rate 0."""
         if step < self.warmup_steps:
             return self.peak * step / self.warmup_steps
-        return COURSES[self.kind](self, step)
+        return DECAYS[self.kind](self, step)
 
     def progress(self, step: int) -> float:
-        """How much of the way from the end of the warmup to the last step is gone."""
+        """The share of the way from the end of the warmup to the last step."""
         return (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
 
 
@@ -70,7 +70,7 @@ def _inverse_sqrt(schedule: Schedule, step: int) -> float:
     return schedule.peak / math.sqrt((step + timescale - schedule.warmup_steps) / timescale)
 
 
-COURSES: Mapping[str, Callable[[Schedule, int], float]] = {
+DECAYS: Mapping[str, Callable[[Schedule, int], float]] = {
     "constant": _constant,
     "constant_with_warmup": _constant,
     "linear": _linear,

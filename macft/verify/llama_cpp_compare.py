@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from macft.backends import BACKENDS, is_installed
+from macft.backends import is_installed
 from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.data.tokenization.tokenizer import Tokenizer
+from macft.engines import BACKENDS
 from macft.errors import DataError
 from macft.verify.llama_cpp import LlamaCpp, llama_cpp
 from macft.verify.logits import TEXT, Subject, VerifyError, source_logits

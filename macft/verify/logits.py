@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from macft.backends import BACKENDS, choose_backend, is_installed
+from macft.backends import choose_backend, is_installed, load_logits_module
 from macft.backends.adapters import spec_of_adapter
-from macft.backends.base import Under
+from macft.backends.base import MergedAdapter
 from macft.data.tokenization.tokenizer import load_tokenizer
+from macft.engines import BACKENDS
 from macft.errors import MacftError, MissingPackageError, ModelError
 from macft.weights.adapters.formats import adapter_format
 from macft.weights.adapters.peft import Adapter
@@ -34,7 +33,6 @@ TEXT = (
 _MAX_TOKENS = 160
 _EXACT = 1e-4
 _QUANTIZED_CAP = 1.2
-_NATIVE = {"peft": "torch", "mlx": "mlx"}  # the engine whose library reads an adapter of this format itself
 _ROUNDED = {"float16": 0.01, "bfloat16": 0.05}
 
 
@@ -76,9 +74,11 @@ class Agreement:
 
 def check_engine(source: Path) -> None:
     """MissingPackageError, before any work, when no installed engine could load source and result."""
-    if is_litgpt(source) and not (is_installed("torch") and importlib.util.find_spec("litgpt")):
+    readers = [engine for engine in BACKENDS.values() if engine.reads_litgpt]
+    has_reader = any(is_installed(engine.name) for engine in readers)
+    if is_litgpt(source) and not (has_reader and importlib.util.find_spec("litgpt")):
         raise MissingPackageError(
-            "--verify of a litgpt checkpoint needs torch and litgpt: pip install 'macft[torch]' litgpt, or leave "
+            f"--verify of a litgpt checkpoint needs {readers[0].name} and litgpt: {readers[0].install} litgpt, or leave "
             "--verify out"
         )
     choose_backend("auto")
@@ -172,8 +172,8 @@ def _engines(prefers: str) -> list[str]:
 
 def _native_first(subject: Subject, engines: Sequence[str]) -> list[str]:
     """The engines, first the one whose library reads all adapters itself: our own reading proves little."""
-    natives = {_NATIVE[adapter_format(adapter.folder)] for adapter in subject.adapters}
-    return sorted(engines, key=lambda name: natives != {name})
+    formats = {adapter_format(adapter.folder) for adapter in subject.adapters}
+    return sorted(engines, key=lambda name: formats != {BACKENDS[name].adapter_format})
 
 
 def _tokens(folder: Path) -> list[int]:
@@ -189,27 +189,28 @@ def _tokens(folder: Path) -> list[int]:
 def _logits(subject: Subject, tokens: Sequence[int], engines: Sequence[str]) -> tuple[str, np.ndarray]:
     """(engine, logits) by the first engine that can load the subject."""
     problems = []
-    for engine in ["torch"] if is_litgpt(subject.folder) else engines:
-        module = importlib.import_module(f"macft.backends.{engine}.logits")
+    if is_litgpt(subject.folder):
+        engines = [name for name, engine in BACKENDS.items() if engine.reads_litgpt]
+    for engine in engines:
         gc.collect()  # never two models in memory at the same time
         try:
-            if is_litgpt(subject.folder):
-                return "litgpt", module.litgpt_logits(subject.folder, tokens)
-            return engine, module.logits(subject.folder, _adapters(subject, module), tokens)
+            adapters = _adapters(subject, BACKENDS[engine].adapter_format)
+            found = load_logits_module(engine).logits(subject.folder, adapters, tokens)
+            return "litgpt" if is_litgpt(subject.folder) else engine, found
         except MacftError as error:
             problems.append(error)
     raise ModelError(f"{_name(subject)}: cannot be verified, as no installed engine loads it: {problems[0]}")
 
 
-def _adapters(subject: Subject, module: Any) -> list[Under | Path]:
+def _adapters(subject: Subject, native_format: str) -> list[MergedAdapter | Path]:
     """Adapters as folders where the engine reads them itself, the others as we read them."""
-    found: list[Under | Path] = []
+    found: list[MergedAdapter | Path] = []
     for adapter in subject.adapters:
-        is_native = adapter_format(adapter.folder) == module.NATIVE_FORMAT
-        if is_native and (module.NATIVE_FORMAT == "peft" or len(subject.adapters) == 1):
+        is_native = adapter_format(adapter.folder) == native_format
+        if is_native and (native_format == "peft" or len(subject.adapters) == 1):
             found.append(adapter.folder)
         elif adapter.saved:
             raise ModelError(f"{adapter.folder}: only PEFT loads modules_to_save: pip install 'macft[torch]'")
         else:
-            found.append(Under(spec_of_adapter(adapter), adapter.state))
+            found.append(MergedAdapter(spec_of_adapter(adapter), adapter.state))
     return found

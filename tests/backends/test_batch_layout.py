@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.engines import load_model
 from support.step_numbers import GRADIENT, LORA, Squares, assert_same, load, numbers
 from support.tiny_models import random_pairs
 from support.toy_backend import ENGINES
 
-from macft.backends import load_backend
 from macft.backends.base import ModelSpec
 from macft.backends.batch_layout import lay_out, pad_batch
 from macft.data.batches import collate
@@ -128,10 +128,9 @@ def test_rows_without_pairs_are_never_shared():
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_sliding_window_is_not_shared_and_not_worth_a_word(engine, tiny_model):
-    backend = load_backend(engine)
-    loaded = backend.load(ModelSpec(folder=tiny_model("gemma3_text"), lora=LORA, precision="float32"), GRADIENT)
+    backend = load_model(engine, ModelSpec(folder=tiny_model("gemma3_text"), lora=LORA, precision="float32"), GRADIENT)
     assert not backend._split.shares_prompts
-    assert loaded.notes == ()
+    assert backend.info.notes == ()
     # the check is needed: rows are longer than the window, and sharing would change them
     batch = pairs_of("unequal")
     plain = numbers(backend, batch)
@@ -158,7 +157,7 @@ def test_shapes_are_padded_to_the_multiple(lengths):
     assert batch.tokens.shape[1] % 32 == 1
     for share in (False, True):
         layout = lay_out(batch, answer_positions(batch, with_prompt=True), share=share, multiple=32)
-        widths = [layout.inputs.shape[1], *(a.shape[0] for a in (layout.rows, layout.targets, layout.places))]
+        widths = [layout.inputs.shape[1], *(a.shape[0] for a in (layout.rows, layout.targets, layout.scatter_index))]
         widths += [layout.prompts.shape[1]] if layout.prompts is not None else []
         assert [width % 32 for width in widths] == [0] * len(widths)
         assert layout.valid.sum() == answer_positions(batch, with_prompt=True).sum()
@@ -200,12 +199,12 @@ def test_padded_layouts_change_no_number_on_pytorch_either(tiny_model):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_head_in_chunks_is_the_whole_head(engine, architecture, tiny_model):
     backend, batch = load(engine, tiny_model(architecture)), pairs_of("unequal")
-    assert backend._split.head_is_frozen
+    assert backend._split.lm_head_is_frozen
     assert backend._split._rows_at_once > 1000
     one_chunk = numbers(backend, batch)
     backend._split._rows_at_once = 3
     chunks = numbers(backend, batch)
-    backend._split.head_is_frozen = False  # differentiated by the framework
+    backend._split.lm_head_is_frozen = False  # differentiated by the framework
     whole = numbers(backend, batch)
     assert_same(whole, chunks)
     assert_same(whole, one_chunk)

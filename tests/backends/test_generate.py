@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.engines import load_model
 from support.toy_backend import ENGINES, write_toy_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from macft.backends import load_backend
 from macft.backends.base import ModelSpec, Sampling
 
 pytestmark = pytest.mark.usefixtures("small_threads")
@@ -31,8 +31,7 @@ def one_model(tmp_path_factory) -> Path:
 
 
 def generate(engine: str, folder: Path, prompt: list[int], *, stop=frozenset(), new=NEW, **sampling) -> list[int]:
-    backend = load_backend(engine)
-    backend.load(ModelSpec(folder=folder, lora=None, precision="float32"))
+    backend = load_model(engine, ModelSpec(folder=folder, lora=None, precision="float32"))
     return list(backend.generate(prompt, max_new_tokens=new, stop_ids=frozenset(stop), sampling=Sampling(**sampling)))
 
 
@@ -82,8 +81,7 @@ def test_limits_that_leave_one_token_make_sampling_greedy(engine, limit, one_mod
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_sampling_follows_the_probabilities(engine, one_model):
-    backend = load_backend(engine)
-    backend.load(ModelSpec(folder=one_model, lora=None, precision="float32"))
+    backend = load_model(engine, ModelSpec(folder=one_model, lora=None, precision="float32"))
     model = AutoModelForCausalLM.from_pretrained(one_model, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = torch.softmax(model(torch.tensor([PROMPTS[1]])).logits[0, -1] / 2.0, -1).numpy()

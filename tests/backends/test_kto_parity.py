@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.engines import load_model, train_step
 from support.tiny_models import ARCHITECTURES, random_feedback
 
-from macft.backends.base import Backend, LoraSpec, ModelSpec, OptimizerSpec, State, StepResult
-from macft.backends.mlx.backend import MlxBackend
-from macft.backends.torch.backend import TorchBackend
+from macft.backends.base import LoraSpec, Model, ModelSpec, OptimizerSpec, State, StepResult
 from macft.data.batches import collate
 from macft.data.tokenization.feedback import FeedbackReference, TokenizedFeedback
 from macft.objectives.kto import Kto, answer_scores
@@ -31,16 +30,16 @@ ROWS = random_feedback(24, BATCH, seed=3)
 Curve = tuple[list[StepResult], State]
 
 
-def with_references(backend: Backend, rows: Sequence[TokenizedFeedback]) -> list[TokenizedFeedback]:
+def with_references(model: Model, rows: Sequence[TokenizedFeedback]) -> list[TokenizedFeedback]:
     """The policy at step 0 is the reference."""
     batch = collate(rows)
-    scores, _ = answer_scores(NumpyOps(), backend.logps(batch, batch.loss_mask[:, 1:]), batch)
+    scores, _ = answer_scores(NumpyOps(), model.logps(batch, batch.loss_mask[:, 1:]), batch)
     both = zip(scores[: len(rows)], scores[len(rows) :], strict=True)
     return [replace(row, reference=FeedbackReference(*map(float, two))) for row, two in zip(rows, both, strict=True)]
 
 
 def run(
-    engine: Callable[[], Backend],
+    engine: str,
     folder: Path,
     *,
     objective: Kto = KTO,
@@ -48,17 +47,16 @@ def run(
     full: bool = False,
     change: Callable[[list[TokenizedFeedback]], list[TokenizedFeedback]] = list,
 ) -> Curve:
-    backend = engine()
     lora = None if full else LoraSpec(rank=4, alpha=8)
-    backend.load(ModelSpec(folder=folder, lora=lora, full=full, seed=7, precision="float32"), OPTIMIZER)
-    backend._tokens_at_once = tokens_at_once
-    rows = change(with_references(backend, ROWS))
+    model = load_model(engine, ModelSpec(folder=folder, lora=lora, full=full, seed=7, precision="float32"), OPTIMIZER)
+    model._tokens_at_once = tokens_at_once
+    rows = change(with_references(model, ROWS))
     results = []
     for step in range(STEPS):
         start = step * BATCH % len(rows)
-        batch = objective.complete(collate(rows[start : start + BATCH]), backend.logps)
-        results.append(backend.train_step(objective, [batch], lr=1e-3, step=step))
-    return results, backend.adapter_state()
+        batch = objective.complete(collate(rows[start : start + BATCH]), model.logps)
+        results.append(train_step(model, objective, [batch], lr=1e-3, step=step))
+    return results, model.trained_state()
 
 
 def distance(a: Curve, b: Curve) -> float:
@@ -73,13 +71,13 @@ def distance(a: Curve, b: Curve) -> float:
 
 @pytest.fixture(scope="module")
 def llama_curve(tiny_model) -> Curve:
-    return run(TorchBackend, tiny_model("llama"))
+    return run("torch", tiny_model("llama"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_both_engines_give_one_curve(architecture, tiny_model, llama_curve):
-    theirs = llama_curve if architecture == "llama" else run(TorchBackend, tiny_model(architecture))
-    ours = run(MlxBackend, tiny_model(architecture))
+    theirs = llama_curve if architecture == "llama" else run("torch", tiny_model(architecture))
+    ours = run("mlx", tiny_model(architecture))
     assert distance(theirs, ours) < TOLERANCE
     metrics = [KTO.report(result.metrics) for result in ours[0]]
     assert max(one["kl"] for one in metrics) > 0.05, "the KL term takes no part: the test would be blind"
@@ -87,11 +85,11 @@ def test_both_engines_give_one_curve(architecture, tiny_model, llama_curve):
 
 
 def test_engines_agree_on_full_fine_tuning(tiny_model):
-    curves = [run(engine, tiny_model("qwen2"), full=True) for engine in (TorchBackend, MlxBackend)]
+    curves = [run(engine, tiny_model("qwen2"), full=True) for engine in ("torch", "mlx")]
     assert distance(*curves) < TOLERANCE
 
 
-@pytest.mark.parametrize("engine", [MlxBackend, TorchBackend])
+@pytest.mark.parametrize("engine", ["mlx", "torch"])
 def test_a_step_in_passes_has_the_kl_term_of_the_whole(engine, tiny_model):
     whole, parts = (run(engine, tiny_model("llama"), tokens_at_once=limit) for limit in (None, 60))
     assert distance(whole, parts) < TOLERANCE
@@ -111,4 +109,4 @@ def without_kl(rows: list[TokenizedFeedback]) -> list[TokenizedFeedback]:
     ids=["another beta", "ratings exchanged", "no KL term"],
 )
 def test_the_comparison_notices(wrong, tiny_model, llama_curve):
-    assert distance(llama_curve, run(MlxBackend, tiny_model("llama"), **wrong)) > 10 * TOLERANCE
+    assert distance(llama_curve, run("mlx", tiny_model("llama"), **wrong)) > 10 * TOLERANCE

@@ -7,32 +7,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.engines import load_model, train_step
 from support.paths import CHECKOUT
 from support.tiny_models import ARCHITECTURES, VOCABULARY, random_examples
 
-from macft.backends.base import Backend, LoraSpec, ModelSpec, OptimizerSpec, State
-from macft.backends.mlx.backend import MlxBackend
-from macft.backends.torch.backend import TorchBackend
+from macft.backends.base import LoraSpec, Model, ModelSpec, OptimizerSpec, State
 from macft.data.batches import collate
 from macft.data.tokenization.conversations import TokenizedExample
+from macft.engines import BACKENDS
 from macft.objectives.batch import Batch, NumpyBatch
 from macft.objectives.losses import Sft
 from macft.objectives.ops import NumpyOps
 
 pytestmark = [pytest.mark.mlx, pytest.mark.torch]
 
-ENGINES = {"mlx": MlxBackend, "torch": TorchBackend}
+ENGINES = tuple(BACKENDS)
 LORA = LoraSpec(rank=4, alpha=8)
 # Adam's first moment after one step is (1 - beta1) x gradient: the gradient without asking for it
 BETA1 = 0.9
 NO_CLIPPING = OptimizerSpec(beta1=BETA1, max_grad_norm=0.0)
 
 
-def load(engine: str, folder: Path, lora: LoraSpec = LORA) -> Backend:
+def load(engine: str, folder: Path, lora: LoraSpec = LORA) -> Model:
     """A backend whose adapter has a random B: with B = 0, A has no gradient and half goes untested."""
-    backend: Backend = ENGINES[engine]()
-    backend.load(ModelSpec(folder=folder, lora=lora, precision="float32"), NO_CLIPPING)
-    backend.set_adapter_state(random_adapter(backend.adapter_state()))
+    backend = load_model(engine, ModelSpec(folder=folder, lora=lora, precision="float32"), NO_CLIPPING)
+    backend.set_trained_state(random_adapter(backend.trained_state()))
     return backend
 
 
@@ -45,9 +44,9 @@ def random_adapter(state: State) -> State:
     }
 
 
-def gradients(backend: Backend, batches: list[NumpyBatch]) -> tuple[float, State]:
+def gradients(backend: Model, batches: list[NumpyBatch]) -> tuple[float, State]:
     """Loss and gradients of one step."""
-    result = backend.train_step(Sft(), batches, lr=0.0, step=0)
+    result = train_step(backend, Sft(), batches, lr=0.0, step=0)
     moments = backend.optimizer_state()
     return result.loss, {
         name.removesuffix(".exp_avg"): value / (1 - BETA1)
@@ -104,8 +103,8 @@ def test_first_step_equals_plain_transformers_and_peft(engine, architecture, kin
     folder, lora = tiny_model(architecture), KINDS[kind]
     examples = random_examples(5, seed=1)
     backend = load(engine, folder, lora)
-    targets = sorted({name.split(".")[-3] for name in backend.adapter_state() if "lora_A" in name})
-    wanted_loss, expected = plain_gradients(folder, backend.adapter_state(), examples, lora, targets)
+    targets = sorted({name.split(".")[-3] for name in backend.trained_state() if "lora_A" in name})
+    wanted_loss, expected = plain_gradients(folder, backend.trained_state(), examples, lora, targets)
     loss, found = gradients(backend, [collate(examples[:3]), collate(examples[3:])])
     assert loss == pytest.approx(wanted_loss, rel=2e-6)
     # float32 sums in another order; the largest seen is 3e-5
@@ -140,8 +139,7 @@ def test_logps_are_those_of_the_full_softmax(engine, tiny_model):
 
     folder = tiny_model("qwen3")
     batch = collate(random_examples(4, seed=4))
-    backend: Backend = ENGINES[engine]()
-    backend.load(ModelSpec(folder=folder, lora=None, precision="float32"))
+    backend = load_model(engine, ModelSpec(folder=folder, lora=None, precision="float32"))
     found = backend.logps(batch, Sft().positions(batch))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.from_numpy(batch.tokens).long()
@@ -159,11 +157,10 @@ def test_logps_are_those_of_the_full_softmax(engine, tiny_model):
 def test_the_head_sees_trained_positions_only(engine, tiny_model):
     """The work saved is plural, not timed: rows that reach the output layer."""
     batch = collate(random_examples(4, seed=4))
-    backend: Backend = ENGINES[engine]()
-    backend.load(ModelSpec(folder=tiny_model("qwen2"), lora=LORA, precision="float32"), NO_CLIPPING)
+    backend = load_model(engine, ModelSpec(folder=tiny_model("qwen2"), lora=LORA, precision="float32"), NO_CLIPPING)
     rows: list[int] = []
     count_head_rows(engine, backend, rows)
-    backend.train_step(Sft(), [batch], lr=0.0, step=0)
+    train_step(backend, Sft(), [batch], lr=0.0, step=0)
     assert rows == [int(batch.loss_mask[:, 1:].sum())]
     assert rows[0] < batch.tokens.size / 2
 
@@ -194,8 +191,8 @@ def test_a_model_whose_logits_would_differ_keeps_the_full_path(tiny_model, monke
         return mx.cumsum(original(self, inputs, cache, input_embeddings), axis=1)
 
     monkeypatch.setattr(llama.Model, "__call__", shifted)
-    loaded = MlxBackend().load(ModelSpec(folder=tiny_model("llama"), lora=LORA, precision="float32"), NO_CLIPPING)
-    assert any("every position" in note for note in loaded.notes)
+    loaded = load_model("mlx", ModelSpec(folder=tiny_model("llama"), lora=LORA, precision="float32"), NO_CLIPPING)
+    assert any("every position" in note for note in loaded.info.notes)
 
 
 @pytest.mark.slow
@@ -213,11 +210,10 @@ def test_smollm2_gives_one_curve_on_both_engines_for_10_steps():
     examples, _ = tokenize_examples(rows, tokenizer, template, cutoff_len=256)
     curves = {}
     for engine in ENGINES:
-        backend: Backend = ENGINES[engine]()
         spec = ModelSpec(folder=folder, lora=LoraSpec(rank=8, alpha=16), precision="float32")
-        backend.load(spec, OptimizerSpec(weight_decay=0.1))
+        backend = load_model(engine, spec, OptimizerSpec(weight_decay=0.1))
         results = [
-            backend.train_step(Sft(), [collate(examples[i : i + 2])], lr=2e-4, step=i // 2) for i in range(0, 20, 2)
+            train_step(backend, Sft(), [collate(examples[i : i + 2])], lr=2e-4, step=i // 2) for i in range(0, 20, 2)
         ]
         curves[engine] = np.array([(result.loss, result.grad_norm) for result in results])
     np.testing.assert_allclose(curves["mlx"][:, 0], curves["torch"][:, 0], rtol=1e-5)
@@ -235,7 +231,7 @@ def test_the_compiled_step_equals_the_eager_one(tiny_model):
         backend._compiles = compiles
         backend._multiple = 32 if compiles else 1
         batches = [[collate(examples[i : i + 2]), collate(examples[i + 2 : i + 4])] for i in (0, 4)] * 2
-        results = [backend.train_step(Sft(), pair, lr=1e-3, step=step) for step, pair in enumerate(batches)]
+        results = [train_step(backend, Sft(), pair, lr=1e-3, step=step) for step, pair in enumerate(batches)]
         curves.append([(result.loss, result.grad_norm) for result in results])
         assert len(backend._shapes) == (3 if compiles else 0)
     np.testing.assert_allclose(curves[1], curves[0], rtol=2e-6)

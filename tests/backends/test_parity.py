@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.engines import load_model, train_step
 from support.tiny_models import ARCHITECTURES, ROPE_THETA, random_examples, steps_of, write_mlx_quantized, write_model
 
-from macft.backends.base import Backend, LoraSpec, ModelSpec, OptimizerSpec, State
-from macft.backends.mlx.backend import MlxBackend
-from macft.backends.torch.backend import TorchBackend
+from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec, State
 from macft.objectives.losses import Sft
 
 pytestmark = [pytest.mark.mlx, pytest.mark.torch]
@@ -32,7 +31,7 @@ class Curve:
 
 
 def run(
-    backend: Backend,
+    engine: str,
     folder: Path,
     *,
     optimizer: OptimizerSpec = OPTIMIZER,
@@ -43,17 +42,17 @@ def run(
     **spec,
 ) -> Curve:
     """Train on 12 random rows again and again, some longer than the sliding window; the rate falls."""
-    loaded = backend.load(ModelSpec(folder=folder, lora=lora, seed=7, precision="float32", **spec), optimizer)
-    assert loaded.precision == "float32"
+    backend = load_model(engine, ModelSpec(folder=folder, lora=lora, seed=7, precision="float32", **spec), optimizer)
+    assert backend.info.precision == "float32"
     examples = (random_examples(12, seed=3) * steps)[: steps * 4]
     results = [
-        backend.train_step(Sft(), micro_batches, lr=LR * (1 - step / steps), step=step)
+        train_step(backend, Sft(), micro_batches, lr=LR * (1 - step / steps), step=step)
         for step, micro_batches in enumerate(steps_of(examples, batch_size, accumulation))
     ]
     return Curve(
         np.array([result.loss for result in results]),
         np.array([result.grad_norm for result in results]),
-        backend.adapter_state(),
+        backend.trained_state(),
     )
 
 
@@ -76,7 +75,7 @@ def torch_curve(tiny_model):
 
     def get(architecture: str) -> Curve:
         if architecture not in curves:
-            curves[architecture] = run(TorchBackend(), tiny_model(architecture))
+            curves[architecture] = run("torch", tiny_model(architecture))
         return curves[architecture]
 
     return get
@@ -84,7 +83,7 @@ def torch_curve(tiny_model):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_both_engines_give_one_curve_over_50_steps(architecture, tiny_model, torch_curve):
-    ours = run(MlxBackend(), tiny_model(architecture))
+    ours = run("mlx", tiny_model(architecture))
     losses, norms, adapters = distance(torch_curve(architecture), ours)
     assert losses < TOLERANCE
     assert norms < TOLERANCE
@@ -101,25 +100,25 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_comparison_notices_a_wrong_optimizer(name, tiny_model, torch_curve):
-    wrong = run(MlxBackend(), tiny_model("llama"), optimizer=MUTATIONS[name])
+    wrong = run("mlx", tiny_model("llama"), optimizer=MUTATIONS[name])
     assert max(distance(torch_curve("llama"), wrong)[:2]) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_comparison_notices_a_wrong_rope_base(architecture, tmp_path, torch_curve):
     wrong = write_model(tmp_path, architecture, rope_theta=ROPE_THETA / 12)
-    assert max(distance(torch_curve(architecture), run(MlxBackend(), wrong))[:2]) > 10 * TOLERANCE
+    assert max(distance(torch_curve(architecture), run("mlx", wrong))[:2]) > 10 * TOLERANCE
 
 
 def test_the_comparison_notices_a_wrong_window(tmp_path, torch_curve):
     wrong = write_model(tmp_path, "gemma3_text", sliding_window=64)
-    assert max(distance(torch_curve("gemma3_text"), run(MlxBackend(), wrong))[:2]) > 10 * TOLERANCE
+    assert max(distance(torch_curve("gemma3_text"), run("mlx", wrong))[:2]) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("engine", [MlxBackend, TorchBackend])
+@pytest.mark.parametrize("engine", ["mlx", "torch"])
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_accumulation_does_not_change_the_curve(engine, accumulation, tiny_model, torch_curve):
-    split = run(engine(), tiny_model("llama"), batch_size=4 // accumulation, accumulation=accumulation)
+    split = run(engine, tiny_model("llama"), batch_size=4 // accumulation, accumulation=accumulation)
     losses, norms, adapters = distance(torch_curve("llama"), split)
     assert losses < TOLERANCE
     assert norms < TOLERANCE
@@ -140,7 +139,7 @@ VARIANTS = {
 def test_engines_agree_on_every_kind_of_adapter(name, tiny_model):
     folder, options = tiny_model("qwen2"), VARIANTS[name]
     losses, norms, adapters = distance(
-        run(TorchBackend(), folder, steps=20, **options), run(MlxBackend(), folder, steps=20, **options)
+        run("torch", folder, steps=20, **options), run("mlx", folder, steps=20, **options)
     )
     assert losses < TOLERANCE
     assert norms < TOLERANCE
@@ -149,14 +148,14 @@ def test_engines_agree_on_every_kind_of_adapter(name, tiny_model):
 
 def test_checkpointing_changes_no_number(tiny_model):
     folder = tiny_model("gemma3_text")
-    plain = run(MlxBackend(), folder, steps=8)
-    checkpointed = run(MlxBackend(), folder, steps=8, gradient_checkpointing=True)
+    plain = run("mlx", folder, steps=8)
+    checkpointed = run("mlx", folder, steps=8, gradient_checkpointing=True)
     assert max(distance(plain, checkpointed)) < 1e-6
 
 
 def test_engines_agree_on_full_fine_tuning(tiny_model):
     folder = tiny_model("qwen2")
-    curves = [run(engine(), folder, lora=None, full=True, steps=20) for engine in (TorchBackend, MlxBackend)]
+    curves = [run(engine, folder, lora=None, full=True, steps=20) for engine in ("torch", "mlx")]
     losses, norms, parameters = distance(*curves)
     assert losses < TOLERANCE
     assert norms < 2 * TOLERANCE
@@ -166,7 +165,7 @@ def test_engines_agree_on_full_fine_tuning(tiny_model):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_mlx_quantized_folder_gives_one_curve_on_both_engines(bits, tiny_model, tmp_path):
     write_mlx_quantized(tiny_model("llama"), tmp_path / "q", bits)
-    curves = [run(engine(), tmp_path / "q", steps=20) for engine in (TorchBackend, MlxBackend)]
+    curves = [run(engine, tmp_path / "q", steps=20) for engine in ("torch", "mlx")]
     losses, norms, adapters = distance(*curves)
     assert losses < TOLERANCE
     assert norms < TOLERANCE

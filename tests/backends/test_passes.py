@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.engines import load_model, train_step
 from support.tiny_models import random_examples, random_feedback, random_pairs, write_model
 from support.toy_backend import ENGINES
 
-from macft.backends import load_backend
 from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec
-from macft.backends.batch_layout import passes
+from macft.backends.batch_layout import split_by_tokens
 from macft.backends.torch import backend as torch_backend
 from macft.data.batches import collate
 from macft.data.tokenization.feedback import FeedbackReference
@@ -70,7 +70,7 @@ def real_tokens(tokens: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
 def test_passes_hold_every_row_once_in_order_and_no_more_tokens_than_allowed(name, limit):
     make, objective = BATCHES[name]
     batch = make()
-    parts = passes(batch, limit)
+    parts = split_by_tokens(batch, limit)
     assert len(parts) in {1: (7,), 90: range(2, 7), 10_000: (1,)}[limit] or (name != "rows" and limit == 90)
     sides = 1 if batch.prompt_mask is None else 2
     found = [[], []]
@@ -98,10 +98,11 @@ def test_a_step_in_passes_has_the_loss_metrics_and_gradient_of_the_whole(name, e
     make, objective = BATCHES[name]
     found = []
     for limit in (None, 1, 90):
-        backend = load_backend(engine)
-        backend.load(ModelSpec(folder=tiny_model("llama"), lora=LoraSpec(4, 8), precision="float32"), GRADIENT)
+        backend = load_model(
+            engine, ModelSpec(folder=tiny_model("llama"), lora=LoraSpec(4, 8), precision="float32"), GRADIENT
+        )
         backend._tokens_at_once = limit
-        result = backend.train_step(objective, [make()], lr=0.0, step=0)
+        result = train_step(backend, objective, [make()], lr=0.0, step=0)
         found.append((result, backend.optimizer_state()))
     whole, gradient = found[0]
     for result, moments in found[1:]:
@@ -116,10 +117,9 @@ def gradients(folder, monkeypatch, *, recompute: bool, full: bool = False) -> tu
     with monkeypatch.context() as patch:
         if not recompute:
             patch.setattr(torch_backend, "recompute_elementwise", lambda _model: None)
-        backend = load_backend("torch")
         lora = None if full else LoraSpec(4, 8, dropout=0.2)
-        backend.load(ModelSpec(folder=folder, lora=lora, full=full, precision="float32"), GRADIENT)
-        result = backend.train_step(Preference(), [pairs()], lr=0.0, step=3)
+        backend = load_model("torch", ModelSpec(folder=folder, lora=lora, full=full, precision="float32"), GRADIENT)
+        result = train_step(backend, Preference(), [pairs()], lr=0.0, step=3)
     return result.loss, backend.optimizer_state()
 
 
@@ -139,8 +139,7 @@ def kept_bytes(folder, monkeypatch, *, recompute: bool) -> int:
     with monkeypatch.context() as patch:
         if not recompute:
             patch.setattr(torch_backend, "recompute_elementwise", lambda _model: None)
-        backend = load_backend("torch")
-        backend.load(ModelSpec(folder=folder, lora=LoraSpec(4, 8), precision="float32"), GRADIENT)
+        backend = load_model("torch", ModelSpec(folder=folder, lora=LoraSpec(4, 8), precision="float32"), GRADIENT)
     batch = pairs()
     positions = Preference().positions(batch)
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.engines import load_model, train_step
 from support.tiny_models import ARCHITECTURES, WINDOW, random_pairs
 
-from macft.backends.base import Backend, LoraSpec, ModelSpec, OptimizerSpec, State, StepResult
-from macft.backends.mlx.backend import MlxBackend
-from macft.backends.torch.backend import TorchBackend
+from macft.backends.base import LoraSpec, Model, ModelSpec, OptimizerSpec, State, StepResult
 from macft.config.settings import Settings
 from macft.data.batches import collate
 from macft.data.tokenization.conversations import TokenizedExample
@@ -56,14 +55,14 @@ class Curve:
         return np.array([result.grad_norm for result in self.results])
 
 
-def load(engine: Callable[[], Backend], folder: Path, *, full: bool = False) -> Backend:
-    backend = engine()
+def load(engine: str, folder: Path, *, full: bool = False) -> Model:
     spec = ModelSpec(folder=folder, lora=None if full else LORA, full=full, seed=7, precision="float32")
-    assert backend.load(spec, OPTIMIZER).precision == "float32"
+    backend = load_model(engine, spec, OPTIMIZER)
+    assert backend.info.precision == "float32"
     return backend
 
 
-def with_references(backend: Backend, pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+def with_references(backend: Model, pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
     """The policy at step 0 is the reference."""
     batch = collate(pairs)
     logps = backend.logps(batch, answer_positions(batch, with_prompt=True))
@@ -84,7 +83,7 @@ def micro_batches(pairs: Sequence[TokenizedPair], steps: int, cuts: Sequence[Seq
 
 
 def run(
-    engine: Callable[[], Backend],
+    engine: str,
     folder: Path,
     objective: Preference,
     *,
@@ -98,10 +97,10 @@ def run(
     backend = load(engine, folder, full=full)
     plan = micro_batches(change(with_references(backend, pairs)), steps, cuts)
     results = [
-        backend.train_step(objective, batches, lr=LR * (1 - step / STEPS), step=step)
+        train_step(backend, objective, batches, lr=LR * (1 - step / STEPS), step=step)
         for step, batches in enumerate(plan)
     ]
-    return Curve(results, backend.adapter_state())
+    return Curve(results, backend.trained_state())
 
 
 def distance(a: Curve, b: Curve) -> tuple[float, float, float]:
@@ -124,7 +123,7 @@ def torch_curve(tiny_model):
 
     def get(architecture: str, name: str) -> Curve:
         if (architecture, name) not in curves:
-            curves[architecture, name] = run(TorchBackend, tiny_model(architecture), OBJECTIVES[name])
+            curves[architecture, name] = run("torch", tiny_model(architecture), OBJECTIVES[name])
         return curves[architecture, name]
 
     return get
@@ -134,7 +133,7 @@ def torch_curve(tiny_model):
 def test_both_engines_give_one_curve_of_other_losses(loss, tiny_model):
     """Of their own formulas; the architectures are those of DPO above."""
     theirs, ours = (
-        run(engine, tiny_model("llama"), Preference(loss, beta=0.2), steps=20) for engine in (TorchBackend, MlxBackend)
+        run(engine, tiny_model("llama"), Preference(loss, beta=0.2), steps=20) for engine in ("torch", "mlx")
     )
     assert max(distance(theirs, ours)) < TOLERANCE
     assert ours.losses[0] == pytest.approx(1.0, abs=1e-5)
@@ -151,7 +150,7 @@ def test_both_engines_give_one_curve_of_other_losses(loss, tiny_model):
 )
 def test_both_engines_give_one_curve_over_50_steps(architecture, name, tiny_model, torch_curve):
     """Measured at most: losses 6e-6, norms 5e-6, adapters 6e-5."""
-    theirs, ours = torch_curve(architecture, name), run(MlxBackend, tiny_model(architecture), OBJECTIVES[name])
+    theirs, ours = torch_curve(architecture, name), run("mlx", tiny_model(architecture), OBJECTIVES[name])
     assert max(distance(theirs, ours)) < TOLERANCE
     assert ours.losses[0] == pytest.approx(np.log(2), abs=1e-5)
     assert ours.losses[-10:].mean() < 0.6, "nothing was learned: the test would be blind"
@@ -197,11 +196,11 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_comparison_notices(name, tiny_model, torch_curve):
     right, wrong = MUTATIONS[name]
-    curve = run(MlxBackend, tiny_model("llama"), steps=20, **wrong)
+    curve = run("mlx", tiny_model("llama"), steps=20, **wrong)
     assert max(distance(torch_curve("llama", right), curve)[:2]) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("engine", [MlxBackend, TorchBackend])
+@pytest.mark.parametrize("engine", ["mlx", "torch"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_accumulation_does_not_change_the_curve(engine, name, tiny_model):
     curves = [
@@ -220,7 +219,7 @@ def settings(**keys) -> Settings:
     return Settings(model_name_or_path="model", dataset="data", output_dir="run", pref_beta=0.2, **keys)
 
 
-@pytest.mark.parametrize("engine", [MlxBackend, TorchBackend])
+@pytest.mark.parametrize("engine", ["mlx", "torch"])
 @pytest.mark.parametrize("source", ["reference", "policy", "policy_with_gradient"])
 def test_foodpo_of_scale_0_is_dpo_bit_for_bit(engine, source, tiny_model):
     foodpo = make_objective(settings(stage="foodpo", pref_beta_scale=0.0, foodpo_perplexity=source))
@@ -236,7 +235,7 @@ def test_foodpo_of_scale_0_is_dpo_bit_for_bit(engine, source, tiny_model):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_three_sources_of_the_perplexity_agree_before_the_first_update(architecture, tiny_model):
     results, norms = [], {}
-    for engine in (TorchBackend, MlxBackend):
+    for engine in ("torch", "mlx"):
         for source in ("reference", "policy", "policy_with_gradient"):
             backend = load(engine, tiny_model(architecture))
             batch = collate(with_references(backend, PAIRS))
@@ -244,7 +243,7 @@ def test_three_sources_of_the_perplexity_agree_before_the_first_update(architect
             batch = replace(batch, reference_logps=batch.reference_logps + np.linspace(-3, 3, 48, dtype=np.float32))
             objective = replace(DPO, prompt_beta=PromptBeta(0.5, source))
             evaluated, metrics = objective(NumpyOps(), backend.logps(batch, objective.positions(batch)), batch)
-            result = backend.train_step(objective, [batch], lr=LR, step=0)
+            result = train_step(backend, objective, [batch], lr=LR, step=0)
             assert result.loss == pytest.approx(float(evaluated) / 24, rel=1e-5)
             assert result.metrics == pytest.approx({k: float(v) / 24 for k, v in metrics.items()}, rel=1e-5)
             results.append(result)
@@ -262,7 +261,6 @@ def test_three_sources_of_the_perplexity_agree_before_the_first_update(architect
 def test_engines_agree_on_full_fine_tuning(architecture, name, tiny_model):
     """The head, tied to the embeddings in one of these models, is trained too (measured at most: 5e-6)."""
     curves = [
-        run(engine, tiny_model(architecture), OBJECTIVES[name], steps=10, full=True)
-        for engine in (TorchBackend, MlxBackend)
+        run(engine, tiny_model(architecture), OBJECTIVES[name], steps=10, full=True) for engine in ("torch", "mlx")
     ]
     assert max(distance(*curves)) < TOLERANCE

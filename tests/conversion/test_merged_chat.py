@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.engines import load_model
 from support.tiny_models import write_model
 from support.toy_backend import ENGINES, toy_settings, write_rows, write_toy_model
 from transformers import AutoModelForCausalLM
 
-from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter
-from macft.backends.base import LoraSpec, ModelSpec, Sampling, Under
+from macft.backends.base import LoraSpec, MergedAdapter, ModelSpec, Sampling
 from macft.conversion.merged import export_merged
 from macft.objectives.batch import Batch
 from macft.training.run import train
@@ -28,10 +28,9 @@ PROMPTS = [[5, 9, 3, 7], [11, 2, 8, 6, 4, 10], [20, 21]]
 
 def answers(engine: str, folder: Path, lora: LoraSpec | None = None, state=None) -> list[list[int]]:
     """Greedy continuations of the prompts, 24 tokens each."""
-    backend = load_backend(engine)
-    backend.load(ModelSpec(folder=folder, lora=lora, precision="float32"))
+    backend = load_model(engine, ModelSpec(folder=folder, lora=lora, precision="float32"))
     if state is not None:
-        backend.set_adapter_state(state)
+        backend.set_trained_state(state)
     return [
         list(backend.generate(prompt, max_new_tokens=24, stop_ids=frozenset(), sampling=Sampling()))
         for prompt in PROMPTS
@@ -69,9 +68,8 @@ def test_an_adapter_trained_by_peft_gives_its_logits_on_the_mlx_backend(tmp_path
         table = torch.log_softmax(model(input_ids=tokens).logits[:, :-1], dim=-1)
     expected = table.gather(2, tokens[:, 1:, None])[..., 0].numpy()
     adapter = read_adapter(tmp_path / "adapter")
-    backend = load_backend("mlx")
-    backend.load(ModelSpec(folder=base, lora=spec_of_adapter(adapter), precision="float32"))
-    backend.set_adapter_state(adapter.state)
+    backend = load_model("mlx", ModelSpec(folder=base, lora=spec_of_adapter(adapter), precision="float32"))
+    backend.set_trained_state(adapter.state)
     rows = tokens.numpy().astype(np.int32)
     batch = Batch(rows, np.ones_like(rows, dtype=bool), np.full(4, 20, dtype=np.int32))
     found = backend.logps(batch, np.ones((4, 19), dtype=bool))
@@ -90,11 +88,15 @@ def test_an_engine_that_takes_a_dora_adapter_into_its_base_computes_what_the_ada
     found = []
     for spec in (
         ModelSpec(folder=base, lora=spec_of_adapter(adapter), precision="float32"),
-        ModelSpec(folder=base, lora=None, under=Under(spec_of_adapter(adapter), adapter.state), precision="float32"),
+        ModelSpec(
+            folder=base,
+            lora=None,
+            merged_adapter=MergedAdapter(spec_of_adapter(adapter), adapter.state),
+            precision="float32",
+        ),
     ):
-        backend = load_backend(engine)
-        backend.load(spec)
+        backend = load_model(engine, spec)
         if spec.lora is not None:
-            backend.set_adapter_state(adapter.state)
+            backend.set_trained_state(adapter.state)
         found.append(backend.logps(batch, everywhere))
     assert np.abs(found[0] - found[1]).max() < 2e-5

@@ -26,9 +26,10 @@ from macft.data.tokenization.packing import PackedExample
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, DataError, StoppedError, UsageError
 from macft.training.checkpoint import list_checkpoints
+from macft.training.dry_run import dry_run
 from macft.training.log.report import read_log
 from macft.training.prepare import prepare
-from macft.training.run import dry_run, train
+from macft.training.run import train
 
 pytestmark = pytest.mark.usefixtures("small_threads")
 
@@ -194,7 +195,7 @@ def test_a_run_keeps_no_rows_and_says_how_far_it_came(model, tmp_path, cache, sa
     train(settings)
     assert not (cache.parent / "data").exists()
     assert [row["epoch"] for row in read_log(tmp_path / "run")] == [round(step / 5, 4) for step in range(1, 13)]
-    assert "data: a stream, shuffled 16384 examples at a time; what is lost of it is plural at the end" in said()
+    assert "data: a stream, shuffled 16384 examples at a time; what is lost of it is counted at the end" in said()
     assert "plan: 12 steps, 2 examples a step (2 x 1)" in said()
     assert capfd.readouterr().err.count("the data begin again") == 1
     # a pass that is not over has no length
@@ -299,7 +300,7 @@ def test_a_invalid_row_stops_the_run_where_it_is_met_and_the_mended_file_goes_on
     data.write_text("".join([*lines[:3], lines[0], *lines[4:]]))
     with pytest.raises(UsageError, match="the 40 examples that the checkpoint was trained on are others now"):
         train(resumed.model_copy(update={"max_steps": 25}))
-    with pytest.raises(UsageError, match="written on other data, or with another batch size, seed"):
+    with pytest.raises(UsageError, match="written with other data, or with another batch size, seed"):
         train(resumed.model_copy(update={"buffer_size": 3}))
     assert {path: path.read_bytes() for path in (tmp_path / "two").rglob("*") if path.is_file()} == before
 

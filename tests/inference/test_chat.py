@@ -41,7 +41,7 @@ def test_an_answer_starts_behind_the_generation_prompt_and_ends_at_the_stop_toke
     model = make_model(folder)
     messages = with_system(user_turn("hello 你好"), "be kind")
     pieces = answer(
-        model.backend,
+        model.model,
         model.tokenizer,
         model.template,
         messages,
@@ -50,7 +50,7 @@ def test_an_answer_starts_behind_the_generation_prompt_and_ends_at_the_stop_toke
         stop_ids=model.stop_ids,
     )
     assert "".join(pieces) == "HELLO 你好"
-    assert model.backend.asked == [
+    assert model.model.asked == [
         "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhello 你好<|im_end|>\n<|im_start|>assistant\n"
     ]
 
@@ -65,7 +65,7 @@ def test_the_conversation_is_kept_and_reset_forgets_all_but_the_system_prompt(fo
     start = "<|im_start|>system\nbe kind<|im_end|>\n"
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}"
     first = start + turn.format("one", "")
-    assert model.backend.asked == [
+    assert model.model.asked == [
         first,
         first + "ONE<|im_end|>\n" + turn.format("two", ""),
         start + turn.format("three", ""),
@@ -76,14 +76,14 @@ def test_each_answer_has_its_own_seed_and_a_session_can_be_repeated(folder):
     model = make_model(folder)
     talk(model, "one", "/reset", "one")
     talk(model, "one")
-    assert model.backend.seeds == [7, 8, 7]
+    assert model.model.seeds == [7, 8, 7]
 
 
 def test_system_shows_sets_and_resets(folder):
     model = make_model(folder)
     _, notes = talk(model, "/system", "one", "/system be brief", "/system", "two")
     assert "no system prompt is set\n" in notes and "system prompt: be brief\n" in notes
-    assert model.backend.asked[1].startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\ntwo")
+    assert model.model.asked[1].startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\ntwo")
 
 
 def test_saved_conversations_are_read_back_as_a_dataset(folder, tmp_path):
@@ -113,7 +113,7 @@ def test_save_never_overwrites_and_names_a_folder_it_cannot_write(folder, tmp_pa
 def test_commands_are_never_sent_to_the_model(folder):
     model = make_model(folder)
     out, notes = talk(model, "/sytem x", "/help", "/quit", "never")
-    assert out == "" and model.backend.asked == []
+    assert out == "" and model.model.asked == []
     assert "/sytem is no command; there are /reset, /system, /save, /help, /quit" in notes
     assert "forget the conversation" in notes
 
@@ -134,7 +134,7 @@ def test_a_full_context_loses_its_oldest_turns_and_says_so_once(folder):
     out, notes = talk(model, *letters, system="be kind")
     assert out.splitlines() == [text.upper() for text in letters]
     assert notes.count("no longer fits") == 1
-    last = model.backend.asked[-1]
+    last = model.model.asked[-1]
     assert last.startswith("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\n")
     assert "a" * 20 not in last and "d" * 20 in last
     assert len(model.tokenizer.encode(last).ids) + 25 <= model.context_length
@@ -155,7 +155,7 @@ def test_a_question_longer_than_the_model_is_refused_in_one_line_and_forgotten(f
     out, notes = talk(model, "x1y2" * 40, "one")
     assert out == "ONE\n"
     assert "tokens, the model holds 60 with its answer; shorten it" in notes
-    assert "x1y2" not in model.backend.asked[0]
+    assert "x1y2" not in model.model.asked[0]
 
 
 def test_the_answer_is_shortened_when_only_part_of_it_fits(folder):
@@ -183,7 +183,7 @@ def test_a_template_that_refuses_gives_one_line_and_the_chat_goes_on(tmp_path):
 def test_without_a_template_each_line_is_continued_as_it_is(folder):
     model = make_model(folder, raw=True)
     _, notes = talk(model, "once upon", "a time", "/system be kind")
-    assert model.backend.asked == ["once upon", "a time"]
+    assert model.model.asked == ["once upon", "a time"]
     assert notes == "there is no system prompt where text is continued as it is\n"
 
 
@@ -192,8 +192,8 @@ def test_one_shot_prompts_print_only_answers_each_from_the_same_seed(folder):
     out, notes = io.StringIO(), io.StringIO()
     answer_prompts(model, [user_turn("one"), with_system(user_turn("two"), "be kind")], out, notes)
     assert out.getvalue() == "ONE\n\nTWO\n" and notes.getvalue() == ""
-    assert model.backend.seeds == [7, 7]
-    assert model.backend.asked[1].startswith("<|im_start|>system\nbe kind")
+    assert model.model.seeds == [7, 7]
+    assert model.model.asked[1].startswith("<|im_start|>system\nbe kind")
 
 
 def test_a_long_one_shot_conversation_keeps_its_system_prompt(folder):
@@ -204,8 +204,8 @@ def test_a_long_one_shot_conversation_keeps_its_system_prompt(folder):
     out, notes = io.StringIO(), io.StringIO()
     answer_prompts(model, [[*messages, *user_turn("end")]], out, notes)
     assert out.getvalue() == "END\n" and "left out" in notes.getvalue()
-    assert model.backend.asked[0].startswith("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\n")
-    assert "a" * 20 not in model.backend.asked[0]
+    assert model.model.asked[0].startswith("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\n")
+    assert "a" * 20 not in model.model.asked[0]
 
 
 # a real terminal
@@ -225,7 +225,7 @@ class Slow(Parrot):
                 time.sleep(0.2)
 
 model = make_model(Path(sys.argv[1]))
-model = make_model(Path(sys.argv[1]), backend=Slow(model.tokenizer))
+model = make_model(Path(sys.argv[1]), model=Slow(model.tokenizer))
 chat_loop(model, system=None, source=sys.stdin, out=sys.stdout, notes=sys.stderr)
 print("LEFT WELL")
 """

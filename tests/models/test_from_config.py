@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.engines import load_model
 from support.rows import write_texts
 from support.tiny_models import write_model
 from support.tiny_tokenizer import write_tiny_model
 from support.toy_backend import ENGINES, curve, toy_settings, write_rows
 
-from macft.backends import load_backend
 from macft.backends.base import ModelSpec, OptimizerSpec
-from macft.backends.scratch import initial_value
+from macft.backends.shared import initial_value
 from macft.config.settings import Settings
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
 from macft.models.from_config import has_weights, new_model, shape_problems
-from macft.training.model import find_model
+from macft.training.model import resolve_start
 from macft.training.run import train
 from macft.weights.folder import ModelFolder
 from macft.weights.model_config import read_config
@@ -66,10 +66,8 @@ def pt(shape: Path, data: Path, output: Path, engine: str, **keys: Any) -> Setti
 def test_both_engines_start_from_the_same_numbers(architecture, shapes):
     states = {}
     for engine in ("mlx", "torch"):
-        backend = load_backend(engine)
         spec = ModelSpec(shapes(architecture), None, full=True, precision="float32", from_scratch=True, seed=7)
-        backend.load(spec, OptimizerSpec())
-        states[engine] = backend.adapter_state()
+        states[engine] = load_model(engine, spec, OptimizerSpec()).trained_state()
     assert states["mlx"].keys() == states["torch"].keys()
     for name, value in states["mlx"].items():
         np.testing.assert_array_equal(value, states["torch"][name], err_msg=name)
@@ -77,11 +75,10 @@ def test_both_engines_start_from_the_same_numbers(architecture, shapes):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_matrices_are_normal_norms_one_and_biases_zero(architecture, shapes):
-    backend = load_backend("torch")
-    backend.load(ModelSpec(shapes(architecture), None, full=True, from_scratch=True), OptimizerSpec())
+    backend = load_model("torch", ModelSpec(shapes(architecture), None, full=True, from_scratch=True), OptimizerSpec())
     norm = 0.0 if architecture == "gemma3_text" else 1.0  # Gemma's multiply by 1 + weight
     kinds = set()
-    for name, value in backend.adapter_state().items():
+    for name, value in backend.trained_state().items():
         if value.ndim == 2:
             kinds.add("matrix")
             assert abs(value.std() / 0.05 - 1) < 0.1 and abs(value.mean()) < 0.005, name
@@ -99,7 +96,7 @@ def test_a_seed_and_a_name_decide_the_numbers():
     np.testing.assert_array_equal(one, initial_value(config, 1, "a.weight", (50, 40)))
     for seed, name in ((2, "a.weight"), (1, "b.weight")):
         assert np.abs(one - initial_value(config, seed, name, (50, 40))).max() > 0.01
-    with pytest.raises(ModelError, match=r"nothing is known of how x.experts.gate_up_proj \[4, 8, 8\] of a llama"):
+    with pytest.raises(ModelError, match=r"no first value is known for x.experts.gate_up_proj \[4, 8, 8\] of a llama"):
         initial_value(config, 1, "x.experts.gate_up_proj", (4, 8, 8))
     with pytest.raises(ModelError, match=r"x.A_log \[8\]"):
         initial_value(config, 1, "x.A_log", (8,))
@@ -168,7 +165,7 @@ def test_a_folder_without_weights_starts_from_scratch_by_itself(shapes, tmp_path
 
 def test_weights_that_are_there_are_not_read(model, tmp_path):
     settings = pt(model, write_texts(tmp_path / "t.jsonl"), tmp_path / "run", "torch", max_steps=1)
-    start = find_model(settings)
+    start = resolve_start(settings)
     assert start.from_scratch and not list(start.base.path.glob("*.safetensors"))
     train(settings)
     first = curve(tmp_path / "run")[0][1]

@@ -21,8 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-# pytest says the phase of the test; the others are set by importing PyTorch and what stands on it
-_FREE = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK")
+# pytest says the phase of the test; the others are set by importing the engines and what stands on them
+_FREE = (
+    "PYTEST_CURRENT_TEST",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS",
+)
 _LEVELS = (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

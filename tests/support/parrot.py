@@ -1,4 +1,4 @@
-"""Chat with a backend that repeats the user in capitals."""
+"""Chat with a model that repeats the user in capitals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from macft.inference.chat import ChatModel
 
 
 class Parrot:
-    """A backend that answers with the last user text, upper-cased, and remembers what it was asked."""
+    """A model that answers with the last user text, upper-cased, and remembers what it was asked."""
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -34,7 +34,7 @@ class Parrot:
 def make_model(folder: Path, *, raw: bool = False, **changes) -> ChatModel:
     tokenizer = load_tokenizer(folder)
     values = {
-        "backend": Parrot(tokenizer),
+        "model": Parrot(tokenizer),
         "tokenizer": tokenizer,
         "template": None if raw else load_template(folder, tokenizer.special_map),
         "stop_ids": tokenizer.eos_ids,

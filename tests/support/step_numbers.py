@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from macft.backends import load_backend
-from macft.backends.base import Backend, LoraSpec, ModelSpec, OptimizerSpec, State
+from macft.backends.base import LoraSpec, Model, ModelSpec, OptimizerSpec, State
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.ops import NumpyOps
 from macft.objectives.preference import answer_positions
+from support.engines import load_model, train_step
 
 LORA = LoraSpec(rank=4, alpha=8)
 # Without clipping and with beta1 = 0 the first moment is the gradient.
@@ -38,17 +38,16 @@ class Squares:
         return ops.sum(logps * logps), {}
 
 
-def load(engine: str, folder: Path, *, lora: LoraSpec | None = LORA, **spec) -> Backend:
+def load(engine: str, folder: Path, *, lora: LoraSpec | None = LORA, **spec) -> Model:
     """A model whose adapter is not at its start, where half of all gradients are 0."""
-    backend = load_backend(engine)
-    is_trained = lora is not None or "full" in spec
-    backend.load(ModelSpec(folder=folder, lora=lora, precision="float32", **spec), GRADIENT if is_trained else None)
+    optimizer = GRADIENT if lora is not None or "full" in spec else None
+    model = load_model(engine, ModelSpec(folder=folder, lora=lora, precision="float32", **spec), optimizer)
     if lora is not None:
         rng = np.random.default_rng(8)
-        state = backend.adapter_state()
+        state = model.trained_state()
         noise = {name: rng.normal(size=state[name].shape, scale=0.1) for name in sorted(state)}
-        backend.set_adapter_state({name: (value + noise[name]).astype(np.float32) for name, value in state.items()})
-    return backend
+        model.set_trained_state({name: (value + noise[name]).astype(np.float32) for name, value in state.items()})
+    return model
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,11 @@ class Numbers:
     gradient: State
 
 
-def numbers(backend: Backend, batch: NumpyBatch, objective: Squares = Squares()) -> Numbers:
+def numbers(model: Model, batch: NumpyBatch, objective: Squares = Squares()) -> Numbers:
     """Log-probabilities, and loss and gradient of a step that changes nothing."""
-    logps = backend.logps(batch, objective.positions(batch))
-    result = backend.train_step(objective, [batch], lr=0.0, step=0)
-    state = backend.optimizer_state()
+    logps = model.logps(batch, objective.positions(batch))
+    result = train_step(model, objective, [batch], lr=0.0, step=0)
+    state = model.optimizer_state()
     gradient = {name: value for name, value in state.items() if name.endswith(".exp_avg")}
     assert float(objective(NumpyOps(), logps, batch)[0]) == pytest.approx(result.loss, rel=TOLERANCE)
     return Numbers(logps, result.loss, gradient)

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from macft.backends import load_backend
+from macft.backends import load_model
 from macft.config.settings import Settings
+from macft.engines import BACKENDS
 from macft.training import run
 from macft.training.log.report import read_log
 from support.tiny_models import write_model
 from support.tiny_tokenizer import write_tiny_model
 
-ENGINES = [pytest.param("mlx", marks=pytest.mark.mlx), pytest.param("torch", marks=pytest.mark.torch)]
+ENGINES = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in BACKENDS]
 
 _WORDS = ("the", "quick", "brown", "fox", "lazy dog", "hello", "one", "two", "three", "four", "Paris", "capital")
 
@@ -101,21 +102,21 @@ def curve(output_dir: Path) -> list[tuple[int, float, float, float]]:
 
 
 class _StopsAt:
-    """A backend during whose step of this number (from 0) the user presses Ctrl-C."""
+    """A model during whose step of this number (from 0) the user presses Ctrl-C."""
 
-    def __init__(self, backend: Any, step: int):
-        self._backend = backend
+    def __init__(self, model: Any, step: int):
+        self._model = model
         self._step = step
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
+        return getattr(self._model, name)
 
     def train_step(self, *arguments: Any, step: int, **keys: Any) -> Any:
         if step == self._step:
             raise KeyboardInterrupt
-        return self._backend.train_step(*arguments, step=step, **keys)
+        return self._model.train_step(*arguments, step=step, **keys)
 
 
 def press_ctrl_c_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Interrupt the next runs after `step` optimizer steps."""
-    monkeypatch.setattr(run, "load_backend", lambda name: _StopsAt(load_backend(name), step))
+    monkeypatch.setattr(run, "load_model", lambda *arguments: _StopsAt(load_model(*arguments), step))

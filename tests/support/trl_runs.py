@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from macft.backends import load_backend
-from macft.backends.base import Backend, LoraSpec, ModelSpec, OptimizerSpec, State
+from macft.backends.base import LoraSpec, Model, ModelSpec, OptimizerSpec, State
 from macft.data.batches import collate
 from macft.objectives.losses import Objective
 from macft.weights.adapters.peft import AdapterConfig, write_adapter
+from support.engines import load_model, train_step
 from support.tiny_models import VOCABULARY
 
 STEPS = 10
@@ -65,29 +65,27 @@ def prepare(
     lr: float,
 ) -> Job:
     """A job from a fresh adapter (B is 0), or from one that already changes the model."""
-    backend = load_backend("torch")
-    loaded = backend.load(ModelSpec(folder=folder, lora=lora, precision="float32", seed=3))
+    model = load_model("torch", ModelSpec(folder=folder, lora=lora, precision="float32", seed=3))
     rng = np.random.default_rng(5)
     state = {
         name: value if "lora_A" in name or fresh else rng.normal(0, 0.01, value.shape).astype(np.float32)
-        for name, value in sorted(backend.adapter_state().items())
+        for name, value in sorted(model.trained_state().items())
     }
-    return Job(folder, lora, rows, ids, batch_size, lr, state, loaded.target_modules)
+    return Job(folder, lora, rows, ids, batch_size, lr, state, model.info.target_modules)
 
 
-def run_macft(engine: str, job: Job, objective: Objective, score: Callable[[Backend, list[Any]], list[Any]]) -> Run:
+def run_macft(engine: str, job: Job, objective: Objective, score: Callable[[Model, list[Any]], list[Any]]) -> Run:
     """References of all batches before training, by `score`, then the steps."""
-    backend: Backend = load_backend(engine)
-    backend.load(ModelSpec(folder=job.folder, lora=job.lora, precision="float32"), OPTIMIZER)
-    backend.set_adapter_state(job.state)
+    model = load_model(engine, ModelSpec(folder=job.folder, lora=job.lora, precision="float32"), OPTIMIZER)
+    model.set_trained_state(job.state)
     batches = [job.rows[i : i + job.batch_size] for i in range(0, len(job.rows), job.batch_size)]
     curves: dict[str, list[float]] = {}
-    for step, rows in enumerate([score(backend, rows) for rows in batches]):
-        batch = objective.complete(collate(rows), backend.logps)
-        result = backend.train_step(objective, [batch], lr=job.lr, step=step)
+    for step, rows in enumerate([score(model, rows) for rows in batches]):
+        batch = objective.complete(collate(rows), model.logps)
+        result = train_step(model, objective, [batch], lr=job.lr, step=step)
         for name, value in {"loss": result.loss, **objective.report(result.metrics)}.items():
             curves.setdefault(name, []).append(value)
-    return Run({name: np.array(values) for name, values in curves.items()}, backend.adapter_state())
+    return Run({name: np.array(values) for name, values in curves.items()}, model.trained_state())
 
 
 def run_trl(

@@ -168,13 +168,13 @@ def test_an_occupied_output_folder(folder):
     (folder / "out").mkdir()
     (folder / "out" / "trainer_log.jsonl").write_text("{}\n")
     assert refused(folder, code=2) == (
-        "output_dir: out already holds a run; set resume_from_checkpoint=true to go on with it, "
-        "overwrite_output_dir=true to start anew, or another output_dir"
+        "output_dir: out already holds a run; set resume_from_checkpoint=true to continue it, "
+        "overwrite_output_dir=true to start again, or another output_dir"
     )
 
 
 def test_a_file_in_the_place_of_the_output_folder(folder):
-    assert refused(folder, "output_dir=chat.jsonl", code=2) == "output_dir: chat.jsonl is a file; give a folder"
+    assert refused(folder, "output_dir=chat.jsonl", code=2) == "output_dir: chat.jsonl is a file; give a directory"
 
 
 @pytest.mark.parametrize(

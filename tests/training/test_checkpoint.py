@@ -170,9 +170,9 @@ def test_all_damaged_is_one_error_that_names_each(run_dir):
 
 
 def test_resuming_where_nothing_is_says_so(tmp_path):
-    with pytest.raises(MacftError, match="holds no checkpoint to go on from; remove the key to start anew"):
+    with pytest.raises(MacftError, match="holds no checkpoint to resume from; remove the key to start again"):
         find_checkpoint(tmp_path, True)
-    with pytest.raises(MacftError, match="nowhere is no folder; give a checkpoint-N folder"):
+    with pytest.raises(MacftError, match="nowhere is not a directory; pass a checkpoint-N directory"):
         find_checkpoint(tmp_path, str(tmp_path / "nowhere"))
 
 
@@ -184,7 +184,7 @@ def test_a_path_goes_back_and_later_checkpoints_give_way(model, data, finished, 
     message = interrupted(settings, monkeypatch, 6)
     # the newest kept checkpoint is the one just written, though 8 and 10 were there
     assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint-4", "checkpoint-6"]
-    assert message.endswith(f"resume_from_checkpoint=true goes on from {run_dir / 'checkpoint-6'}")
+    assert message.endswith(f"resume_from_checkpoint=true continues from {run_dir / 'checkpoint-6'}")
     assert [row[0] for row in curve(run_dir)] == [1, 2, 3, 4, 5, 6]
     resume(settings)
     assert same(weights(finished), weights(run_dir))
@@ -201,7 +201,7 @@ def test_other_data_or_another_order_cannot_be_resumed(model, data, run_dir, tmp
         {"per_device_train_batch_size": 4},
         {"train_on_prompt": True},
     ):
-        with pytest.raises(UsageError, match="written on other data"):
+        with pytest.raises(UsageError, match="written with other data"):
             resume(settings, **changed)
     assert (run_dir / "trainer_log.jsonl").read_bytes() == before
 

@@ -130,7 +130,7 @@ def test_settings_that_do_not_go_together(overrides, problem, folder, model):
 def test_a_metric_that_no_evaluation_has(folder):
     message = refused(folder, "val_size=2", "early_stopping_steps=1", "metric_for_best_model=margins", code=2)
     assert message.startswith(
-        "metric_for_best_model: found eval_margins, expected one of those that this run's evaluation has: eval_logps/"
+        "metric_for_best_model: found eval_margins, expected one of the metrics of this run's evaluation: eval_logps/"
     )
 
 
@@ -174,7 +174,7 @@ def test_an_adapter_of_another_model(backend, how, folder, adapter):
     message = refused(folder, *arguments)
     assert message.startswith(f"{adapter}: made for {adapter.parents[1]}")
     assert f", on {other}: the adapter does not fit this model: base_model.model.model.layers.0." in message
-    assert "has shape [4, 64], the model wants [4, 32]" in message and "\n" not in message
+    assert "has shape [4, 64], the model expects [4, 32]" in message and "\n" not in message
 
 
 def test_a_start_that_is_not_its_own_reference(folder):

@@ -190,7 +190,7 @@ def test_a_metric_that_no_evaluation_has_is_an_error_before_the_model_is_loaded(
     name = keys["metric_for_best_model"]
     found = name if name.startswith("eval_") else f"eval_{name}"
     assert str(error.value) == (
-        f"metric_for_best_model: found {found}, expected one of those that this run's evaluation has: {known}"
+        f"metric_for_best_model: found {found}, expected one of the metrics of this run's evaluation: {known}"
     )
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache" / "reference").exists()
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from support.pair_oracle import scores
 from support.toy_backend import ENGINES, curve, toy_settings, write_toy_model
 
-from macft.backends import load_backend
+from macft.backends import load_model
 from macft.training import reference, run
 from macft.training.prepare import prepare
 from macft.training.run import train
@@ -30,39 +30,39 @@ def data(pair_data) -> Path:
 
 
 class _Watched:
-    """A backend that writes down what it is asked for."""
+    """A model that records what it is asked for."""
 
-    def __init__(self, backend: Any, calls: list[str], models: list[weakref.ref]):
-        self._backend = backend
+    def __init__(self, model: Any, calls: list[str]):
+        self._inner = model
         self._calls = calls
-        self._models = models
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def load(self, *arguments: Any) -> Any:
-        gc.collect()
-        self._calls.append(f"load beside {sum(model() is not None for model in self._models)}")
-        loaded = self._backend.load(*arguments)
-        self._models.append(weakref.ref(self._backend._model))
-        return loaded
+        return getattr(self._inner, name)
 
     def logps(self, *arguments: Any) -> np.ndarray:
         self._calls.append("logps")
-        return self._backend.logps(*arguments)
+        return self._inner.logps(*arguments)
 
     def train_step(self, *arguments: Any, **keys: Any) -> Any:
         self._calls.append("step")
-        return self._backend.train_step(*arguments, **keys)
+        return self._inner.train_step(*arguments, **keys)
 
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """What the backends of the test's runs are asked for, in order."""
+    """What the engines of the test's runs are asked for, in order."""
     found: list[str] = []
     models: list[weakref.ref] = []
+
+    def load(*arguments: Any) -> _Watched:
+        gc.collect()
+        found.append(f"load beside {sum(model() is not None for model in models)}")
+        loaded: Any = load_model(*arguments)
+        models.append(weakref.ref(loaded._model))
+        return _Watched(loaded, found)
+
     for module in (run, reference):
-        monkeypatch.setattr(module, "load_backend", lambda name: _Watched(load_backend(name), found, models))
+        monkeypatch.setattr(module, "load_model", load)
     return found
 
 

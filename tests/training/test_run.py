@@ -23,9 +23,10 @@ from macft.config.load import load_settings
 from macft.data.batches import collate
 from macft.errors import MacftError, MissingPackageError, StoppedError, UsageError
 from macft.training.checkpoint import list_checkpoints
+from macft.training.dry_run import dry_run
 from macft.training.log.report import read_log
 from macft.training.prepare import prepare
-from macft.training.run import dry_run, train
+from macft.training.run import train
 from macft.weights.adapters.peft import read_adapter
 
 pytestmark = pytest.mark.usefixtures("small_threads")
@@ -351,11 +352,11 @@ def test_ctrl_c_says_where_the_run_stands(model, data, tmp_path, monkeypatch):
     press_ctrl_c_in_step(monkeypatch, 3)
     with pytest.raises(StoppedError) as stopped:
         train(toy_settings(model, data, tmp_path / "none", "mlx"))
-    expected = f"stopped after step 3 of 12; {tmp_path / 'none'} holds no checkpoint to go on from"
+    expected = f"stopped after step 3 of 12; {tmp_path / 'none'} holds no checkpoint to resume from"
     assert str(stopped.value).startswith(expected) and "overwrite_output_dir=true" in str(stopped.value)
     with pytest.raises(StoppedError) as stopped:
         train(toy_settings(model, data, tmp_path / "two", "mlx", save_strategy="steps", save_steps=2))
-    assert str(stopped.value).startswith("stopped after step 3 of 12; resume_from_checkpoint=true goes on from")
+    assert str(stopped.value).startswith("stopped after step 3 of 12; resume_from_checkpoint=true continues from")
     assert str(stopped.value).endswith("checkpoint-2")
     assert len(curve(tmp_path / "two")) == 3
 
@@ -379,7 +380,7 @@ def test_ctrl_c_in_a_terminal_ends_with_code_130_and_no_traceback(model, data, t
         assert child.wait(timeout=60) == 130
         assert child.stdout.read() == ""
     assert "Traceback" not in "".join(lines)
-    assert lines[-1].startswith("stopped after step ") and "resume_from_checkpoint=true goes on from" in lines[-1]
+    assert lines[-1].startswith("stopped after step ") and "resume_from_checkpoint=true continues from" in lines[-1]
     assert not list((tmp_path / "out").glob(".*"))
 
 
@@ -403,5 +404,5 @@ def test_overwriting_a_full_run_with_lora_leaves_no_model_config_behind(model, d
 def test_a_folder_that_cannot_be_made_is_refused_before_the_data_is_read(model, tmp_path):
     (tmp_path / "file").write_text("")
     settings = toy_settings(model, tmp_path / "absent.jsonl", tmp_path / "file" / "run", "torch")
-    with pytest.raises(UsageError, match=r"output_dir: .* cannot be written here; give another folder"):
+    with pytest.raises(UsageError, match=r"output_dir: .* cannot be written; give another directory"):
         train(settings)

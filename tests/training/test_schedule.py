@@ -10,8 +10,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from macft.config.settings import SCHEDULE_OPTIONS, Settings
-from macft.training.schedule import COURSES as COURSES_OF_SCHEDULE
-from macft.training.schedule import Schedule, warmup_steps
+from macft.training.schedule import DECAYS, Schedule, warmup_steps
 
 TOTAL = 23
 
@@ -66,7 +65,7 @@ def test_every_rate_of_a_course_with_options_equals_transformers(kind, options, 
 @pytest.mark.parametrize(("kind", "options"), [("cosine", {}), *COURSES])
 def test_every_course_and_option_can_be_set(kind, options):
     assert set(options) <= SCHEDULE_OPTIONS[kind]
-    assert set(COURSES_OF_SCHEDULE) == set(get_args(Settings.model_fields["lr_scheduler_type"].annotation))
+    assert set(DECAYS) == set(get_args(Settings.model_fields["lr_scheduler_type"].annotation))
 
 
 @pytest.mark.torch

@@ -23,7 +23,7 @@ from support.trl_runs import (
     words,
 )
 
-from macft.backends.base import Backend, LoraSpec
+from macft.backends.base import LoraSpec, Model
 from macft.data.batches import collate, row_length
 from macft.data.formats.dataset import read_pairs
 from macft.data.templates.chat_template import load_template
@@ -62,9 +62,9 @@ LOSSES = {
 def run(engine: str, job: Job, objective: Preference) -> Run:
     """macft's run, whose reference is the adapter that it starts from."""
 
-    def score(backend: Backend, pairs: list[TokenizedPair]) -> list[TokenizedPair]:
+    def score(model: Model, pairs: list[TokenizedPair]) -> list[TokenizedPair]:
         batch = collate(pairs)
-        logps = backend.logps(batch, answer_positions(batch, with_prompt=True))
+        logps = model.logps(batch, answer_positions(batch, with_prompt=True))
         columns = zip(*reference_columns(logps, batch, objective.ld_alpha), strict=True)
         return [replace(pair, reference=Reference(*values)) for pair, values in zip(pairs, columns, strict=True)]
 

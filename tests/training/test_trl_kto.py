@@ -20,7 +20,7 @@ from support.trl_runs import (
     words,
 )
 
-from macft.backends.base import Backend, LoraSpec
+from macft.backends.base import LoraSpec, Model
 from macft.data.batches import collate
 from macft.data.tokenization.feedback import FeedbackReference, TokenizedFeedback
 from macft.objectives.kto import Kto, answer_scores
@@ -53,9 +53,9 @@ CASES = {
 def run(engine: str, job: Job, objective: Kto) -> Run:
     """macft's run, whose reference is the adapter that it starts from."""
 
-    def score(backend: Backend, rows: list[TokenizedFeedback]) -> list[TokenizedFeedback]:
+    def score(model: Model, rows: list[TokenizedFeedback]) -> list[TokenizedFeedback]:
         batch = collate(rows)
-        scores, _ = answer_scores(NumpyOps(), backend.logps(batch, batch.loss_mask[:, 1:]), batch)
+        scores, _ = answer_scores(NumpyOps(), model.logps(batch, batch.loss_mask[:, 1:]), batch)
         both = zip(scores[: len(rows)], scores[len(rows) :], strict=True)
         return [replace(row, reference=FeedbackReference(*two)) for row, two in zip(rows, both, strict=True)]
 

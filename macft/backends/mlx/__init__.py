@@ -1,4 +1,4 @@
-"""The MLX backend. Importing any part of it first loads the BLAS that MLX shall use."""
+"""Train on MLX; importing any part of this package first loads the BLAS that MLX is to use."""
 
 from macft.backends.mlx.blas import preload
 

@@ -1,4 +1,4 @@
-"""Linux only: puts a fast OpenBLAS in front of the reference BLAS of the MLX wheel, before MLX is imported."""
+"""Put a fast OpenBLAS in front of the reference BLAS of the MLX wheel on Linux, before MLX is imported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ sys.exit(0 if all(value == 2.0 * n for value in c) else 1)
 
 @cache
 def preload() -> str:
-    """Load the best BLAS there is with global symbols; returns what MLX will multiply with."""
+    """Load the best available BLAS with global symbols; returns what MLX will multiply with."""
     if sys.platform != "linux":
         return "Metal and Accelerate" if sys.platform == "darwin" else "the BLAS of the MLX wheel"
     if "mlx.core" in sys.modules:
@@ -49,7 +49,7 @@ def preload() -> str:
                 ctypes.CDLL(str(library))
             ctypes.CDLL(str(libraries[-1]), mode=ctypes.RTLD_GLOBAL)
             return f"OpenBLAS ({name})"
-    logger.warning("MLX has only its reference BLAS here, about 100 times slower; to mend: %s", INSTALL)
+    logger.warning("MLX has only its reference BLAS here, about 100 times slower than OpenBLAS; to get it: %s", INSTALL)
     return "reference BLAS"
 
 
@@ -130,7 +130,7 @@ def _fortran_runtime() -> list[Path]:
 
 
 def _works(libraries: list[Path]) -> bool:
-    """Whether a small product comes out right in a child process; a yes is remembered."""
+    """Whether a small product comes out right in a child process; success is remembered."""
     key = " ".join(f"{library} {library.stat().st_mtime_ns if library.exists() else ''}" for library in libraries)
     cpu = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].split(b"flags")[-1][:2000]
     mark = cache_dir() / "blas" / hashlib.blake2b(key.encode() + cpu, digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""A prompt in, token ids out, through mlx-lm's cache, pipelining and samplers."""
+"""Generate tokens with mlx-lm's cache, pipelining and samplers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def generate(
     stop_ids: frozenset[int],
     sampling: Sampling,
 ) -> Iterator[int]:
-    """New token ids one by one, without the stop token."""
+    """Yield new token ids one by one, without the stop token."""
     mx.random.seed(sampling.seed)
     sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p)
     penalty = sampling.repetition_penalty

@@ -1,33 +1,31 @@
-"""A model folder, adapters and token ids in; the logits that MLX computes of them in float32 out."""
+"""Compute logits of a model with adapters, as mlx-lm itself reads them, to verify a conversion with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.utils import load_adapters
 
-from macft.backends.base import ModelSpec, Under
+from macft.backends.base import MergedAdapter, ModelSpec
 from macft.backends.mlx import lora
 from macft.backends.mlx.model import load
+from macft.backends.mlx.step import whole_logits
 from macft.errors import ModelError
 
-NATIVE_FORMAT = "mlx"
 
-
-def logits(folder: Path, adapters: Sequence[Under | Path], tokens: Sequence[int]) -> np.ndarray:
-    """float32 [T, V]; an adapter given as a folder, the only one then, is read and attached by mlx-lm itself."""
+def logits(folder: Path, adapters: Sequence[MergedAdapter | Path], tokens: Sequence[int]) -> np.ndarray:
+    """See `LogitsModule.logits`; mlx-lm attaches only one adapter, so one given as a folder must be the only one."""
     model = load(ModelSpec(folder, lora=None, precision="float32", max_length=len(tokens))).model
     for adapter in adapters:
-        if isinstance(adapter, Under):
+        if isinstance(adapter, MergedAdapter):
             lora.merge(model, adapter)
         else:
             model = _with_adapter(model, adapter)
     model.eval()
-    return np.array(model(mx.array([list(tokens)]))[0].astype(mx.float32))
+    return whole_logits(model, tokens)
 
 
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:

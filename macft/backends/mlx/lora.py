@@ -1,4 +1,4 @@
-"""Turns linear layers of an MLX model into layers with a LoRA adapter, in PEFT's layout and names."""
+"""Attach LoRA adapters to the linear layers of an MLX model, in PEFT's layout and names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from macft.backends.base import PEFT_PREFIX, LoraSpec, State, Under, initial_lora_a, select_targets
-from macft.errors import ConfigError, ModelError
+from macft.backends.base import LoraSpec, MergedAdapter
+from macft.backends.shared import check_state_fits, initial_lora_a, select_targets
+from macft.errors import ModelError
+from macft.weights.adapters.peft import State
+from macft.weights.adapters.shapes import PREFIX
 
 MAGNITUDE = "lora_magnitude_vector"
 _SUFFIXES = {"lora_A": ".weight", "lora_B": ".weight", MAGNITUDE: ""}
@@ -19,12 +22,13 @@ _SUFFIXES = {"lora_A": ".weight", "lora_B": ".weight", MAGNITUDE: ""}
 
 @dataclass
 class Dropout:
-    """Keys for the dropout masks of one micro-batch; None switches dropout off.
+    """The rate of dropout, and keys for the masks of one micro-batch; None switches it off.
 
     Keys are handed in rather than drawn, so that a layer that is computed again in the
     backward pass drops the same elements.
     """
 
+    rate: float = 0.0
     keys: mx.array | None = None
 
 
@@ -40,7 +44,6 @@ class LoraLinear(nn.Module):
         if spec.use_dora:
             self.lora_magnitude_vector = mx.linalg.norm(dense_weight(base).astype(mx.float32), axis=1)
         self._scale = spec.scale
-        self._rate = spec.dropout
         self._dropout = dropout
         self._index = index
 
@@ -61,10 +64,11 @@ class LoraLinear(nn.Module):
         return result if bias is None else result + bias
 
     def _drop(self, x: mx.array) -> mx.array:
-        if self._rate == 0.0 or self._dropout.keys is None:
+        rate, keys = self._dropout.rate, self._dropout.keys
+        if rate == 0.0 or keys is None:
             return x
-        keep = mx.random.bernoulli(1.0 - self._rate, x.shape, key=self._dropout.keys[self._index])
-        return mx.where(keep, x / (1.0 - self._rate), 0.0).astype(x.dtype)
+        keep = mx.random.bernoulli(1.0 - rate, x.shape, key=keys[self._index])
+        return mx.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 def dense_weight(linear: nn.Module) -> mx.array:
@@ -96,21 +100,15 @@ def attach(model: nn.Module, spec: LoraSpec, seed: int) -> tuple[list[str], Drop
         if isinstance(module, (nn.Linear, nn.QuantizedLinear)) and ".layers." in f".{name}."
     ]
     linears.sort(key=_natural_order)
-    try:
-        targets = select_targets(linears, spec.target)
-    except KeyError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name in linears})
-        raise ConfigError(
-            f"lora_target {error.args[0]!r} matches no linear layer; this model has {', '.join(names)}"
-        ) from None
+    targets = select_targets(linears, spec.target)
     model.freeze()
-    dropout = Dropout()
+    dropout = Dropout(spec.dropout)
     modules = dict(model.named_modules())
     layers = []
     for index, name in enumerate(targets):
         layer = LoraLinear(modules[name], _width(modules[name]), spec, dropout, index)
         layer.base.freeze()
-        canonical = f"{PEFT_PREFIX}{name}.lora_A.weight"
+        canonical = f"{PREFIX}{name}.lora_A.weight"
         rank, in_features = layer.lora_A.shape
         layer.lora_A = mx.array(initial_lora_a(seed, canonical, rank, in_features))
         layers.append((name, layer))
@@ -118,17 +116,19 @@ def attach(model: nn.Module, spec: LoraSpec, seed: int) -> tuple[list[str], Drop
     return targets, dropout
 
 
-def merge(model: nn.Module, under: Under) -> None:
+def merge(model: nn.Module, adapter: MergedAdapter) -> None:
     """Add an adapter to the weights of its targets; raises ConfigError or ModelError if it does not fit."""
-    attach(model, under.lora, seed=0)
-    set_trainable_state(model, under.state)
+    attach(model, adapter.lora, seed=0)
+    set_trainable_state(model, adapter.state)
     merged = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             if isinstance(module.base, nn.QuantizedLinear):
-                raise ModelError("a quantized base cannot take an adapter in: merge it first, with macft export merged")
+                raise ModelError(
+                    "an adapter cannot become part of a quantized base: merge it first, with macft export merged"
+                )
             weight = module.base.weight
-            updated = weight.astype(mx.float32) + under.lora.scale * (module.lora_B @ module.lora_A)
+            updated = weight.astype(mx.float32) + adapter.lora.scale * (module.lora_B @ module.lora_A)
             if MAGNITUDE in module:
                 updated = (module.lora_magnitude_vector / mx.linalg.norm(updated, axis=1))[:, None] * updated
             module.base.weight = updated.astype(weight.dtype)
@@ -141,7 +141,7 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def dropout_keys(seed: int, count: int) -> mx.array:
-    """One key a layer, for one micro-batch."""
+    """One key per layer, for one micro-batch."""
     return mx.random.split(mx.random.key(seed), count)
 
 
@@ -149,28 +149,13 @@ def canonical_name(path: str) -> str:
     """PEFT's name of a trainable parameter; a full model's parameters keep their own names."""
     last = path.rpartition(".")[2]
     if last in _SUFFIXES:
-        return f"{PEFT_PREFIX}{path}{_SUFFIXES[last]}"
+        return f"{PREFIX}{path}{_SUFFIXES[last]}"
     return path
 
 
-def trainable_state(model: nn.Module) -> State:
-    """Trainable parameters as float32 numpy arrays under their canonical names."""
-    parameters = tree_flatten(model.trainable_parameters())
-    return {canonical_name(path): np.array(value.astype(mx.float32)) for path, value in parameters}
-
-
 def set_trainable_state(model: nn.Module, state: State) -> None:
-    """Put arrays under canonical names back; raises ModelError naming all that do not fit."""
-    have = {canonical_name(path): (path, value.shape) for path, value in tree_flatten(model.trainable_parameters())}
-    problems = [f"missing {name}" for name in have if name not in state]
-    problems += [f"unknown {name}" for name in state if name not in have]
-    problems += [
-        f"{name} has shape {list(state[name].shape)}, the model wants {list(shape)}"
-        for name, (_, shape) in have.items()
-        if name in state and tuple(state[name].shape) != tuple(shape)
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ModelError(f"the adapter does not fit this model: {'; '.join(problems[:3])}{more}")
-    values = [(path, mx.array(state[name].astype(np.float32))) for name, (path, _) in have.items()]
+    """Replace the trainable parameters by arrays under canonical names; raises ModelError if they do not fit."""
+    parameters = {path: value.shape for path, value in tree_flatten(model.trainable_parameters())}
+    check_state_fits(state, {canonical_name(path): shape for path, shape in parameters.items()})
+    values = [(path, mx.array(state[canonical_name(path)].astype(np.float32))) for path in parameters]
     model.update(tree_unflatten(values))

@@ -1,4 +1,4 @@
-"""Loads an mlx-lm model from a folder, in the precision of this device."""
+"""Load an mlx-lm model from a folder, in the precision of this device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mlx_lm.utils import load_model as load_mlx_lm_model
 
 from macft.backends.base import ModelSpec
 from macft.backends.batch_layout import rope_problem
-from macft.backends.mlx.split import TRUNKS
-from macft.backends.scratch import initial_value
+from macft.backends.mlx.split import BACKBONES
+from macft.backends.shared import initial_value
 from macft.errors import ModelError
 from macft.weights.model_config import check_text_model, check_window, normalize_config, read_config
 from macft.weights.quantization.affine import LOAD_GROUP_SIZE
@@ -27,7 +27,7 @@ def on_gpu() -> bool:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedMlxModel:
     """An mlx-lm model, its compute type, and what the user should be told."""
 
     model: nn.Module
@@ -36,7 +36,7 @@ class Loaded:
     rope_problem: str | None  # why rows cannot hold several examples
 
 
-def load(spec: ModelSpec) -> Loaded:
+def load(spec: ModelSpec) -> LoadedMlxModel:
     """Load a folder in HF or MLX layout, quantized or not, in the precision of this device."""
     config = normalize_config(read_config(spec.folder))
     check_text_model(config)
@@ -59,7 +59,7 @@ def load(spec: ModelSpec) -> Loaded:
     model.update(tree_map(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x, model.parameters()))
     model.train()
     mx.eval(model.parameters())
-    return Loaded(model, dtype, notes, rope_problem(config, spec.max_length))
+    return LoadedMlxModel(model, dtype, notes, rope_problem(config, spec.max_length))
 
 
 def _start(model: nn.Module, config: dict[str, Any], seed: int) -> None:
@@ -99,7 +99,7 @@ def _dequantize(model: nn.Module) -> bool:
     for name, module in list(model.named_modules()):
         if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             if hasattr(module, "scales"):
-                raise ModelError(f"{name}: quantized experts cannot be dequantized; use an unquantized model on CPU")
+                raise ModelError(f"{name}: quantized experts cannot be dequantized; use an unquantized model on a CPU")
             continue
         found = True
         weight = mx.dequantize(
@@ -152,14 +152,14 @@ class CheckpointedLayer:
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Wrap every block of the trunk in a `CheckpointedLayer`; the parameter tree stays."""
+    """Wrap every block of the backbone in a `CheckpointedLayer`; the parameter tree stays."""
     owner = getattr(model, "language_model", model)
-    for name in TRUNKS:
-        trunk = owner.get(name)
-        if isinstance(trunk, nn.Module) and isinstance(trunk.get("layers"), list):
-            object.__setattr__(trunk, "layers", [CheckpointedLayer(layer) for layer in trunk["layers"]])
+    for name in BACKBONES:
+        backbone = owner.get(name)
+        if isinstance(backbone, nn.Module) and isinstance(backbone.get("layers"), list):
+            object.__setattr__(backbone, "layers", [CheckpointedLayer(layer) for layer in backbone["layers"]])
             return
-    raise ModelError("gradient checkpointing: this architecture keeps its blocks where macft does not look")
+    raise ModelError("gradient_checkpointing: the blocks of this architecture were not found; remove the key")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Array functions on MLX: those of `macft.objectives.ops`, and reductions that stay exact on its CPU build."""
+"""Implement the array functions of `macft.objectives.ops` on MLX, with reductions that stay exact on its CPU build."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROW_BLOCK = 32
 
 
 class MlxOps:
-    """One line a name."""
+    """One line per name."""
 
     def sum(self, x: mx.array) -> mx.array:
         """Sum over all elements."""

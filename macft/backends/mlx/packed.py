@@ -1,4 +1,4 @@
-"""Positions of packed rows in; masks and rotations that keep the examples of a row apart, for mlx-lm models, out."""
+"""Keep the examples of a packed row apart in mlx-lm models, by masks and by rotations that restart."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-class Packed:
-    """A cache for packed rows, the same for every layer: it keeps nothing, but says where and what to attend to.
+class PackedCache:
+    """A cache for packed rows, the same for every layer: it keeps nothing, but gives the positions and the mask.
 
     `positions` is int32 [R, L]; each 0 begins an example. As `offset` it reaches the layers' rotary modules.
     """
@@ -23,10 +23,10 @@ class Packed:
     def make_mask(self, *_args: Any, window_size: int | None = None, **_kwargs: Any) -> mx.array:
         """bool [R, 1, L, L]: the same example, not later, and no more than a window before."""
         if window_size not in self._masks:
-            places = mx.arange(self._segments.shape[1])
-            mask = places[:, None] >= places
+            columns = mx.arange(self._segments.shape[1])
+            mask = columns[:, None] >= columns
             if window_size is not None:
-                mask = mask & (places[:, None] < places + window_size)
+                mask = mask & (columns[:, None] < columns + window_size)
             same = self._segments[:, :, None] == self._segments[:, None, :]
             self._masks[window_size] = (same & mask)[:, None]
         return self._masks[window_size]
@@ -37,17 +37,17 @@ class Packed:
 
 
 class RestartingRope:
-    """Stands in for a rotary module: where it is given a position for every token, it rotates each token alone."""
+    """Stands in for a rotary module: given a position for every token, it rotates each token by itself."""
 
     def __init__(self, rope: nn.Module):
         self.rope = rope
 
     def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
-        """x: [R, H, L, D]; offset: int, or one a row, or [R, L]."""
+        """x: [R, H, L, D]; offset: int, or one per row, or [R, L]."""
         if not isinstance(offset, mx.array) or offset.ndim < 2:
             return self.rope(x, offset=offset)
         rows, heads, length, width = x.shape
-        # the rotation takes one offset a row: every token becomes a row of its own
+        # the rotation takes one offset per row: every token becomes a row of its own
         tokens = x.transpose(0, 2, 1, 3).reshape(rows * length, heads, 1, width)
         rotated = self.rope(tokens, offset=offset.reshape(-1))
         return rotated.reshape(rows, length, heads, width).transpose(0, 2, 1, 3)
@@ -57,7 +57,7 @@ class RestartingRope:
 
 
 def restarting_rope(model: nn.Module) -> Callable[[], None]:
-    """Put a `RestartingRope` before every rotary module of a model; returns what takes them away again."""
+    """Put a `RestartingRope` before every rotary module of a model; returns a function that removes them."""
     owners = [
         (module, name)
         for _, module in model.named_modules()

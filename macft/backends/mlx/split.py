@@ -1,4 +1,4 @@
-"""Splits an mlx-lm model into trunk and head, so that the head computes only the rows that are asked for."""
+"""Split an mlx-lm model into backbone and LM head, so that the head computes only the requested rows."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from macft.backends.batch_layout import Layout, probe, probe_packed, probe_pairs
+from macft.backends.batch_layout import BatchLayout
 from macft.backends.mlx.ops import cross_entropy
-from macft.backends.mlx.packed import Packed, restarting_rope
+from macft.backends.mlx.packed import PackedCache, restarting_rope
+from macft.backends.probes import probe_packed, probe_pairs, probe_rows
+from macft.backends.shared import LOGITS_AT_ONCE
 
-TRUNKS = ("model", "transformer", "backbone")
-# The head computes so many logits at a time: 32 MB in float32.
-LOGITS_AT_ONCE = 1 << 23
+# What model files call their backbone.
+BACKBONES = ("model", "transformer", "backbone")
+
+Columns = dict[str, mx.array]
 
 
-class Trunk:
-    """Stands in for a model's trunk; while `hidden` is set, it returns that instead of computing.
+class Backbone:
+    """Stands in for a model's backbone; while `hidden` is set, it returns that instead of computing.
 
     The model file's own head then runs on [1, K, D]: soft caps, scaling and tied embeddings stay its business.
     """
 
-    def __init__(self, trunk: nn.Module):
-        self.trunk = trunk
+    def __init__(self, module: nn.Module):
+        self.module = module
         self.hidden: mx.array | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        return self.trunk(*args, **kwargs) if self.hidden is None else self.hidden
+        return self.module(*args, **kwargs) if self.hidden is None else self.hidden
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.trunk, name)
+        return getattr(self.module, name)
 
 
 class _Record:
@@ -69,26 +72,26 @@ class _Prefix:
 
 
 class SplitModel:
-    """A model in two halves: `hidden` runs the trunk over a layout, `head` turns hidden rows into logits.
+    """A model in two halves: `hidden` runs the backbone over a layout, `lm_head` turns hidden rows into logits.
 
-    A model whose trunk was not found (`trunk` None) computes all logits in `hidden`, and `head` passes them on.
+    A model whose backbone was not found (`backbone` None) computes all logits in `hidden`; `lm_head` passes them on.
     """
 
-    def __init__(self, model: nn.Module, trunk: Trunk | None, head_is_frozen: bool):
+    def __init__(self, model: nn.Module, backbone: Backbone | None, lm_head_is_frozen: bool):
         self.model = model
-        self.trunk = trunk
-        self.head_is_frozen = head_is_frozen
+        self.backbone = backbone
+        self.lm_head_is_frozen = lm_head_is_frozen
         self.shares_prompts = False
         self.packs = False
         self._rows_at_once = max(1, LOGITS_AT_ONCE // model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
 
-    def hidden(self, layout: dict[str, mx.array]) -> mx.array:
-        """[K, D] (or [K, V] logits): what the model makes at `rows` of a layout's columns."""
-        run: Callable[..., mx.array] = self.model if self.trunk is None else self.trunk
+    def hidden(self, layout: Columns) -> mx.array:
+        """[K, D] (or [K, V] logits): the outputs at `rows` of a layout's columns."""
+        run: Callable[..., mx.array] = self.model if self.backbone is None else self.backbone
         inputs, rows = layout["inputs"], layout["rows"]
         if "prompts" not in layout:
             if "positions" in layout:
-                output = run(inputs, cache=[Packed(layout["positions"])] * len(self.model.layers))
+                output = run(inputs, cache=[PackedCache(layout["positions"])] * len(self.model.layers))
             else:
                 output = run(inputs)
             return output.reshape(-1, output.shape[-1])[rows]
@@ -99,25 +102,25 @@ class SplitModel:
         width = output.shape[-1]
         return mx.concatenate([prompt_output.reshape(-1, width), output.reshape(-1, width)])[rows]
 
-    def head(self, hidden: mx.array) -> mx.array:
+    def lm_head(self, hidden: mx.array) -> mx.array:
         """[K, D] -> logits [K, V]."""
-        if self.trunk is None:
+        if self.backbone is None:
             return hidden
-        self.trunk.hidden = hidden[None]
+        self.backbone.hidden = hidden[None]
         try:
             return self.model(mx.zeros((1, hidden.shape[0]), dtype=mx.int32))[0]
         finally:
-            self.trunk.hidden = None
+            self.backbone.hidden = None
 
-    def logps(self, layout: dict[str, mx.array], *, with_gradient: bool) -> mx.array:
+    def logps(self, layout: Columns, *, with_gradient: bool) -> mx.array:
         """float32 [K]: log p(target) at every row of a layout, times its validity.
 
         A frozen head is differentiated chunk by chunk in the forward pass, d logp / d hidden [K, D], so
-        that the logits of no two chunks are there at the same time, and none of them in the backward pass.
+        that the logits of only one chunk are in memory at a time, and none of them in the backward pass.
         """
         hidden, targets = self.hidden(layout), mx.stop_gradient(layout["targets"])
-        if with_gradient and (self.trunk is None or not self.head_is_frozen):
-            return -cross_entropy(self.head(hidden), targets) * layout["valid"]
+        if with_gradient and (self.backbone is None or not self.lm_head_is_frozen):
+            return -cross_entropy(self.lm_head(hidden), targets) * layout["valid"]
         constant = mx.stop_gradient(hidden)
         values, slopes = [], []
         for start in range(0, hidden.shape[0], self._rows_at_once):
@@ -125,7 +128,7 @@ class SplitModel:
             part, expected = constant[chunk], targets[chunk]
 
             def score(rows: mx.array, expected: mx.array = expected) -> mx.array:
-                return -cross_entropy(self.head(rows), expected)
+                return -cross_entropy(self.lm_head(rows), expected)
 
             if with_gradient:
                 [value], [slope] = mx.vjp(score, [part], [mx.ones(part.shape[0])])
@@ -140,26 +143,28 @@ class SplitModel:
         return logps * layout["valid"]
 
 
-def split(model: nn.Module, *, head_is_frozen: bool, may_share: bool, may_pack: bool, tolerance: float) -> SplitModel:
-    """Split a model; each half, the sharing of prompts, and packing, is used only if it changes no logit."""
-    found = _split(model, head_is_frozen=head_is_frozen, may_share=may_share, tolerance=tolerance)
+def split(
+    model: nn.Module, *, lm_head_is_frozen: bool, may_share: bool, may_pack: bool, tolerance: float
+) -> SplitModel:
+    """Split a model; the halves, shared prompts and packing are each used only if they change no logit."""
+    found = _split(model, lm_head_is_frozen=lm_head_is_frozen, may_share=may_share, tolerance=tolerance)
     found.packs = may_pack and _can_pack(found, tolerance)
     return found
 
 
-def _split(model: nn.Module, *, head_is_frozen: bool, may_share: bool, tolerance: float) -> SplitModel:
-    whole = SplitModel(model, None, head_is_frozen)
+def _split(model: nn.Module, *, lm_head_is_frozen: bool, may_share: bool, tolerance: float) -> SplitModel:
+    whole = SplitModel(model, None, lm_head_is_frozen)
     owner = getattr(model, "language_model", model)
-    name = next((name for name in TRUNKS if isinstance(owner.get(name), nn.Module)), None)
+    name = next((name for name in BACKBONES if isinstance(owner.get(name), nn.Module)), None)
     if name is None:
         return whole
-    trunk = Trunk(owner[name])
+    backbone = Backbone(owner[name])
     # An instance attribute shadows the module's entry for reading; the parameter tree stays.
-    object.__setattr__(owner, name, trunk)
-    halves = SplitModel(model, trunk, head_is_frozen)
+    object.__setattr__(owner, name, backbone)
+    halves = SplitModel(model, backbone, lm_head_is_frozen)
     try:
-        plain = _columns(probe())
-        is_same = _close(halves.head(halves.hidden(plain)), whole.head(whole.hidden(plain)), tolerance)
+        plain = _columns(probe_rows())
+        is_same = _close(halves.lm_head(halves.hidden(plain)), whole.lm_head(whole.hidden(plain)), tolerance)
     except Exception:  # whatever a foreign model file does not expect
         is_same = False
     if not is_same:
@@ -175,18 +180,18 @@ def _can_share(halves: SplitModel, whole: SplitModel, tolerance: float) -> bool:
         return False
     shared, plain = probe_pairs()
     try:
-        return _close(halves.head(halves.hidden(_columns(shared))), whole.hidden(_columns(plain)), tolerance)
+        return _close(halves.lm_head(halves.hidden(_columns(shared))), whole.hidden(_columns(plain)), tolerance)
     except Exception:  # as above
         return False
 
 
 def _can_pack(model: SplitModel, tolerance: float) -> bool:
-    """Whether examples of one row get the logits that each has alone; the rotary modules then stay able to restart."""
+    """Whether examples in one row get the logits of rows of their own; the rotary modules then stay able to restart."""
     packed, plain = (_columns(layout) for layout in probe_packed())
-    expected = model.head(model.hidden(plain))
+    expected = model.lm_head(model.hidden(plain))
     restore = restarting_rope(model.model)
     try:
-        is_same = _close(model.head(model.hidden(packed)), expected, tolerance)
+        is_same = _close(model.lm_head(model.hidden(packed)), expected, tolerance)
     except Exception:  # as above
         is_same = False
     if not is_same:
@@ -194,7 +199,7 @@ def _can_pack(model: SplitModel, tolerance: float) -> bool:
     return is_same
 
 
-def _columns(layout: Layout) -> dict[str, mx.array]:
+def _columns(layout: BatchLayout) -> Columns:
     return {name: mx.array(value) for name, value in layout.columns.items()}
 
 

@@ -1,39 +1,43 @@
-"""Numpy batches in, an updated MLX model out: log-probabilities, gradients, clipping and AdamW."""
+"""Compute log-probabilities, gradients and AdamW steps of an MLX model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
-from macft.backends.base import OptimizerSpec, is_decayed
+from macft.backends.base import OptimizerSpec
 from macft.backends.mlx.lora import MAGNITUDE, Dropout
 from macft.backends.mlx.ops import MlxOps, exact_sum
-from macft.backends.mlx.split import SplitModel
+from macft.backends.mlx.split import Columns, SplitModel
+from macft.backends.shared import is_decayed
 from macft.objectives.batch import Batch
 from macft.objectives.losses import Objective
 
 Parameters = dict[str, mx.array]  # path in the model -> float32 value
-
-
 GradientStep = Callable[..., tuple[mx.array, dict[str, mx.array], Parameters]]
-Columns = dict[str, mx.array]
 
 
 def token_logps(split: SplitModel, columns: Columns, shape: tuple[int, int], *, with_gradient: bool) -> mx.array:
-    """float32 `shape` [rows, T-1]: log-probabilities at a layout's places, 0 elsewhere."""
+    """float32 `shape` [rows, T-1]: log-probabilities at a layout's positions, 0 elsewhere."""
     logps = split.logps(columns, with_gradient=with_gradient)
-    return mx.zeros(shape[0] * shape[1]).at[columns["places"]].add(logps).reshape(shape)
+    return mx.zeros(shape[0] * shape[1]).at[columns["scatter_index"]].add(logps).reshape(shape)
+
+
+def whole_logits(model: nn.Module, tokens: Sequence[int]) -> np.ndarray:
+    """float32 [T, V]: the logits after each token."""
+    return np.array(model(mx.array([list(tokens)]))[0].astype(mx.float32))
 
 
 def gradient_step(split: SplitModel, dropout: Dropout | None, objective: Objective, dtype: mx.Dtype) -> GradientStep:
-    """A pure function (parameters, batch, layout, dropout keys, 1 / total weight) -> loss, metrics, gradients.
+    """Make a pure function (parameters, batch, layout, dropout keys, 1 / total weight) -> loss, metrics, gradients.
 
-    It holds no state, so that it can be compiled: parameters come in as float32 and are cast to
-    the compute type on the way into the model. Batch and layout are their columns by name.
+    It has no state, so that it can be compiled: parameters come in as float32 and are cast to
+    the compute type on the way into the model. Batch and layout are given as their columns by name.
     """
     ops = MlxOps()
 
@@ -58,12 +62,17 @@ def gradient_step(split: SplitModel, dropout: Dropout | None, objective: Objecti
 
 
 def cast(parameters: Parameters, dtype: mx.Dtype) -> Parameters:
-    """Parameters in the compute type; DoRA magnitudes stay float32, whose ratio to a norm must be 1 at the start."""
+    """Cast parameters to the compute type, but not DoRA magnitudes, whose ratio to a norm must be 1 at the start."""
     return {path: value if path.endswith(MAGNITUDE) else value.astype(dtype) for path, value in parameters.items()}
 
 
+def trainable_parameters(model: nn.Module) -> Parameters:
+    """The trainable parameters in float32."""
+    return {path: value.astype(mx.float32) for path, value in tree_flatten(model.trainable_parameters())}
+
+
 def place(model: nn.Module, parameters: Parameters) -> None:
-    """Put values into the model under their paths."""
+    """Put values into the model at their paths."""
     model.update(tree_unflatten(list(parameters.items())))
 
 
@@ -82,11 +91,10 @@ class AdamW:
     def __init__(self, spec: OptimizerSpec):
         self.spec = spec
         self.steps = 0
-        self.exp_avg: Parameters = {}
-        self.exp_avg_sq: Parameters = {}
+        self.moments: dict[str, Parameters] = {"exp_avg": {}, "exp_avg_sq": {}}
 
     def update(self, parameters: Parameters, gradients: Parameters, lr: float) -> Parameters:
-        """The parameters after one step.
+        """Return the parameters after one step.
 
         m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
         p = p (1 - lr wd) - lr / (1-b1^t) * m / (sqrt(v / (1-b2^t)) + eps)   (arXiv 1711.05101)
@@ -95,13 +103,14 @@ class AdamW:
         spec = self.spec
         rate = lr / (1 - spec.beta1**self.steps)
         root = (1 - spec.beta2**self.steps) ** 0.5
+        exp_avg, exp_avg_sq = self.moments["exp_avg"], self.moments["exp_avg_sq"]
         updated = {}
         for path, value in parameters.items():
             g = gradients[path]
             zero = mx.zeros_like(g)
-            m = spec.beta1 * self.exp_avg.get(path, zero) + (1 - spec.beta1) * g
-            v = spec.beta2 * self.exp_avg_sq.get(path, zero) + (1 - spec.beta2) * mx.square(g)
-            self.exp_avg[path], self.exp_avg_sq[path] = m, v
+            m = spec.beta1 * exp_avg.get(path, zero) + (1 - spec.beta1) * g
+            v = spec.beta2 * exp_avg_sq.get(path, zero) + (1 - spec.beta2) * mx.square(g)
+            exp_avg[path], exp_avg_sq[path] = m, v
             decay = 1 - lr * spec.weight_decay if is_decayed(value.shape) else 1.0
             updated[path] = value * decay - rate * m / (mx.sqrt(v) / root + spec.epsilon)
         return updated

@@ -1,1 +1,1 @@
-"""The PyTorch backend: CUDA, then Apple's MPS, then the CPU."""
+"""Train on PyTorch: on CUDA, else on Apple's MPS, else on the CPU."""

@@ -1,115 +1,118 @@
-"""The PyTorch backend: one optimizer step, log-probabilities, generation and state behind the protocol."""
+"""Train, score and generate with transformers models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import numpy as np
 import torch
 
-from macft.backends.base import (
-    LoadedModel,
-    ModelSpec,
-    OptimizerSpec,
-    Sampling,
-    State,
-    StepResult,
-    dropout_seed,
-)
-from macft.backends.batch_layout import CPU_TOKENS_AT_ONCE, lay_out, packing_note, passes
+from macft.backends.base import ModelInfo, ModelSpec, OptimizerSpec, Sampling, StepResult
+from macft.backends.batch_layout import lay_out
+from macft.backends.shared import CPU_TOKENS_AT_ONCE, dropout_seed, load_notes, step_parts
 from macft.backends.torch import generate as generation
 from macft.backends.torch import lora
 from macft.backends.torch import model as models
 from macft.backends.torch.ops import TorchOps
 from macft.backends.torch.recompute import recompute_elementwise
-from macft.backends.torch.split import split
-from macft.backends.torch.step import clip, make_optimizer, token_logps
+from macft.backends.torch.split import SplitModel, split
+from macft.backends.torch.step import autocast, clip, make_optimizer, token_logps, whole_logits
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Objective
+from macft.process_group import ProcessGroup
 from macft.system import peak_process_memory
+from macft.weights.adapters.peft import State
 
 
-class TorchBackend:
-    """Trains and generates with transformers models, on CUDA, MPS or the CPU."""
+def load(spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) -> TorchModel:
+    """See `EngineModule.load`."""
+    loaded = models.load(spec)
+    inner = loaded.model
+    if spec.merged_adapter is not None:
+        inner = lora.merge(inner, spec.merged_adapter)
+    model = inner
+    targets: list[str] = []
+    if spec.lora is None:
+        inner.requires_grad_(spec.full)
+    else:
+        model, targets = lora.attach(inner, spec.lora, spec.seed)
+    model.eval()
+    with autocast(loaded.device, loaded.dtype):
+        halves = split(
+            inner,
+            loaded.device,
+            lm_head_is_frozen=not spec.full,
+            may_share=not spec.gradient_checkpointing,
+            may_pack=spec.packing and loaded.rope_problem is None,
+        )
+    notes = load_notes(spec, has_lm_head=halves.splits, packs=halves.packs, rope_problem=loaded.rope_problem)
+    if spec.gradient_checkpointing:
+        models.checkpoint_layers(inner)
+    elif optimizer is not None and loaded.device.type == "cpu" and loaded.dtype == torch.float32:
+        # under autocast the second time would not cast as the first did
+        recompute_elementwise(inner)
+    trainable, total = models.count_parameters(model)
+    info = ModelInfo(
+        device=loaded.device.type.upper(),
+        precision=str(loaded.dtype).removeprefix("torch."),
+        trainable_parameters=trainable,
+        total_parameters=total,
+        target_modules=tuple(targets),
+        notes=(*loaded.notes, *notes),
+    )
+    has_dropout = spec.lora is not None and spec.lora.dropout > 0
+    return TorchModel(info, model, halves, loaded.dtype, optimizer, spec.seed if has_dropout else None, group)
 
-    rank = 0
-    world_size = 1
 
-    def load(self, model: ModelSpec, optimizer: OptimizerSpec | None = None) -> LoadedModel:
-        """See `Backend.load`."""
-        loaded = models.load(model)
-        if model.under is not None:
-            loaded = replace(loaded, model=lora.merge(loaded.model, model.under))
-        self._device, self._dtype = loaded.device, loaded.dtype
-        self._seed = model.seed
+class TorchModel:
+    """A model on CUDA, MPS or the CPU: `macft.backends.base.Model`, whose docstrings hold for its methods."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        model: torch.nn.Module,
+        halves: SplitModel,
+        dtype: torch.dtype,
+        optimizer: OptimizerSpec | None,
+        dropout_seed: int | None,
+        group: ProcessGroup,
+    ):
+        self.info = info
+        self._model = model
+        self._split = halves
+        self._device = halves.device
+        self._dtype = dtype
+        self._dropout_seed = dropout_seed
+        self._group = group
         self._tokens_at_once = CPU_TOKENS_AT_ONCE if self._device.type == "cpu" else None
         self._ops = TorchOps()
-        targets: list[str] = []
-        if model.lora is None:
-            loaded.model.requires_grad_(model.full)
-            self._model = loaded.model
-        else:
-            self._model, targets = lora.attach(loaded.model, model.lora, model.seed)
-        self._drops = model.lora is not None and model.lora.dropout > 0
-        self._model.eval()
-        with self._autocast():
-            self._split = split(
-                loaded.model,
-                self._device,
-                head_is_frozen=not model.full,
-                may_share=not model.gradient_checkpointing,
-                may_pack=model.packing and loaded.rope_problem is None,
-            )
-        notes = list(loaded.notes)
-        if not self._split.splits:
-            notes.append("this architecture hides its head: logits are computed at every position")
-        if model.packing and not self._split.packs:
-            notes.append(packing_note(loaded.rope_problem))
-        if model.gradient_checkpointing:
-            models.checkpoint_layers(loaded.model)
-        elif optimizer is not None and self._device.type == "cpu" and self._dtype == torch.float32:
-            # under autocast the second time would not cast as the first did
-            recompute_elementwise(loaded.model)
-        self._trained = lora.trainable_parameters(self._model)
-        self._optimizer_spec = optimizer or OptimizerSpec()
-        self._optimizer = (
-            make_optimizer(list(self._trained.values()), self._optimizer_spec) if optimizer is not None else None
-        )
-        trainable, total = models.count_parameters(self._model)
-        return LoadedModel(
-            device=self._device.type.upper(),
-            precision=str(self._dtype).removeprefix("torch."),
-            trainable_parameters=trainable,
-            total_parameters=total,
-            target_modules=tuple(targets),
-            notes=tuple(notes),
-        )
+        self._trained = lora.trainable_parameters(model)
+        self._max_grad_norm = optimizer.max_grad_norm if optimizer is not None else 0.0
+        self._trainer = make_optimizer(list(self._trained.values()), optimizer) if optimizer is not None else None
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        assert self._trainer is not None, "load() was called without an optimizer"
+        return self._trainer
 
     def train_step(
-        self, objective: Objective, micro_batches: Sequence[NumpyBatch], *, lr: float, step: int
+        self, objective: Objective, micro_batches: Sequence[NumpyBatch], *, weight: float, lr: float, step: int
     ) -> StepResult:
-        """See `Backend.train_step`."""
-        assert self._optimizer is not None, "load() was called without an optimizer"
         self._model.train()
-        total_weight = sum(objective.weight(batch) for batch in micro_batches)
         loss = 0.0
         metrics: dict[str, float] = {}
-        packs = self._split.packs
-        parts = (part for batch in micro_batches for part in passes(batch, self._tokens_at_once, packs=packs))
-        for index, batch in enumerate(parts):
-            if self._drops:
-                torch.manual_seed(dropout_seed(self._seed, step, index, self.rank))
-            with self._autocast():
+        for index, batch in step_parts(micro_batches, self._tokens_at_once, packs=self._split.packs):
+            if self._dropout_seed is not None:
+                torch.manual_seed(dropout_seed(self._dropout_seed, step, index, self._group.rank))
+            with autocast(self._device, self._dtype):
                 logps = self._logps(batch, objective.positions(batch))
             value, more = objective(self._ops, logps, batch.map(self._to_device))
-            value = value / total_weight
+            value = value / weight
             value.backward()
             loss += value.item()
             for name, amount in more.items():
-                metrics[name] = metrics.get(name, 0.0) + amount.item() / total_weight
-        norm = clip(list(self._trained.values()), self._optimizer_spec.max_grad_norm)
+                metrics[name] = metrics.get(name, 0.0) + amount.item() / weight
+        norm = clip(list(self._trained.values()), self._max_grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
@@ -123,24 +126,21 @@ class TorchBackend:
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self._dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
-
     @torch.no_grad()
     def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
-        """See `Backend.logps`."""
-        assert batch.segment_ids is None or self._split.packs, "this model takes examples one a row"
+        assert batch.segment_ids is None or self._split.packs, "this model takes one example per row"
         self._model.eval()
-        with self._autocast():
+        with autocast(self._device, self._dtype):
             return self._logps(batch, positions).cpu().numpy()
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        with autocast(self._device, self._dtype):
+            return whole_logits(self._model.eval(), self._device, tokens)
 
     def generate(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
     ) -> Iterator[int]:
-        """See `Backend.generate`."""
-        with self._autocast():
+        with autocast(self._device, self._dtype):
             yield from generation.generate(
                 self._model,
                 prompt,
@@ -150,17 +150,13 @@ class TorchBackend:
                 sampling=sampling,
             )
 
-    def adapter_state(self) -> State:
-        """See `Backend.adapter_state`."""
+    def trained_state(self) -> State:
         return lora.trainable_state(self._model)
 
-    def set_adapter_state(self, state: State) -> None:
-        """See `Backend.set_adapter_state`."""
+    def set_trained_state(self, state: State) -> None:
         lora.set_trainable_state(self._model, state)
 
     def optimizer_state(self) -> State:
-        """See `Backend.optimizer_state`."""
-        assert self._optimizer is not None, "load() was called without an optimizer"
         state = {}
         for name, parameter in self._trained.items():
             moments = self._optimizer.state.get(parameter, {})
@@ -170,8 +166,6 @@ class TorchBackend:
         return state
 
     def set_optimizer_state(self, state: State, step: int) -> None:
-        """See `Backend.set_optimizer_state`."""
-        assert self._optimizer is not None, "load() was called without an optimizer"
         for name, parameter in self._trained.items():
             self._optimizer.state[parameter] = {
                 "step": torch.tensor(float(step)),
@@ -182,7 +176,6 @@ class TorchBackend:
             }
 
     def peak_memory(self) -> int:
-        """See `Backend.peak_memory`."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated())
         if self._device.type == "mps":

@@ -1,4 +1,4 @@
-"""A prompt in, token ids out, with a key-value cache and transformers' samplers."""
+"""Generate tokens with a key-value cache and transformers' samplers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def generate(
     stop_ids: frozenset[int],
     sampling: Sampling,
 ) -> Iterator[int]:
-    """New token ids one by one, without the stop token."""
+    """Yield new token ids one by one, without the stop token."""
     random = torch.Generator(device="cpu").manual_seed(sampling.seed)
     processors = _processors(sampling)
     model.eval()

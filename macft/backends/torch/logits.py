@@ -1,4 +1,4 @@
-"""A model folder, adapters and token ids in; the logits that PyTorch computes of them in float32 out."""
+"""Compute logits of a model with adapters, as PEFT or litgpt itself reads them, to verify a conversion with."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ import torch
 import yaml
 from peft import PeftModel
 
-from macft.backends.base import ModelSpec, Under
+from macft.backends.base import MergedAdapter, ModelSpec
 from macft.backends.torch import lora
 from macft.backends.torch.model import load
+from macft.backends.torch.step import whole_logits
 from macft.errors import MissingPackageError, ModelError
+from macft.weights.layouts.litgpt import is_litgpt
 from macft.weights.tensors.torch_pickle import open_torch_file
 
-NATIVE_FORMAT = "peft"
 
-
-def logits(folder: Path, adapters: Sequence[Under | Path], tokens: Sequence[int]) -> np.ndarray:
-    """float32 [T, V]; an adapter given as a folder is read and attached by PEFT itself, the last one unmerged."""
+def logits(folder: Path, adapters: Sequence[MergedAdapter | Path], tokens: Sequence[int]) -> np.ndarray:
+    """See `LogitsModule.logits`; of adapters given as folders PEFT merges all but the last."""
+    if is_litgpt(folder):
+        return _litgpt_logits(folder, tokens)
     loaded = load(ModelSpec(folder, lora=None, precision="float32"))
     model = loaded.model
     for index, adapter in enumerate(adapters):
-        if isinstance(adapter, Under):
+        if isinstance(adapter, MergedAdapter):
             model = lora.merge(model, adapter)
         else:
             model = _with_adapter(model, adapter)
             if index < len(adapters) - 1:
                 model = model.merge_and_unload()
-    return _compute(model.eval(), loaded.device, tokens)
+    return whole_logits(model.eval(), loaded.device, tokens)
 
 
-def litgpt_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
-    """float32 [T, V] of a litgpt checkpoint, by litgpt's own model; MissingPackageError without litgpt."""
+def _litgpt_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
+    """float32 [T, V] of a litgpt checkpoint, by litgpt's own model; raises MissingPackageError without litgpt."""
     try:
         litgpt = importlib.import_module("litgpt")
     except ImportError:
@@ -46,7 +48,7 @@ def litgpt_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
     model = litgpt.GPT(litgpt.Config(**settings))
     state = {t.name: torch.from_numpy(t.read().astype(np.float32)) for t in open_torch_file(folder / "lit_model.pth")}
     model.load_state_dict(state)
-    return _compute(model.float().eval(), torch.device("cpu"), tokens)
+    return whole_logits(model.float().eval(), torch.device("cpu"), tokens)
 
 
 def _with_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
@@ -54,10 +56,3 @@ def _with_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         return PeftModel.from_pretrained(model, str(folder))
     except Exception as error:  # any problem of a foreign loader
         raise ModelError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())[:160]}") from error
-
-
-def _compute(model: torch.nn.Module, device: torch.device, tokens: Sequence[int]) -> np.ndarray:
-    with torch.inference_mode():
-        output = model(torch.tensor([list(tokens)], device=device))
-    found = output if isinstance(output, torch.Tensor) else output.logits
-    return found[0].float().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Attaches a PEFT adapter to a transformers model, and reads and writes it under canonical names."""
+"""Attach a PEFT adapter to a transformers model, and read and write it under canonical names."""
 
 from __future__ import annotations
 
@@ -8,31 +8,22 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 
-from macft.backends.base import PEFT_PREFIX, LoraSpec, State, Under, initial_lora_a, select_targets
-from macft.errors import ConfigError, ModelError
+from macft.backends.base import LoraSpec, MergedAdapter
+from macft.backends.shared import check_state_fits, initial_lora_a, select_targets
+from macft.weights.adapters.peft import State
+from macft.weights.adapters.shapes import PREFIX
 
 _ADAPTER = ".default"
 
 
 def attach(model: torch.nn.Module, spec: LoraSpec, seed: int) -> tuple[torch.nn.Module, list[str]]:
-    """The model with an adapter on every target, A drawn as every backend draws it; and the targets."""
+    """Put an adapter on every target, A drawn as every engine draws it; returns the model and the targets."""
     linears = [
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and ".layers." in f".{name}."
     ]
-    try:
-        targets = select_targets(linears, spec.target)
-    except KeyError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name in linears})
-        raise ConfigError(
-            f"lora_target {error.args[0]!r} matches no linear layer; this model has {', '.join(names)}"
-        ) from None
-    if not targets:
-        raise ModelError(
-            f"the torch backend finds no linear layers in the blocks of this {model.config.model_type} model; "
-            "set finetuning_type to full, or take another model"
-        )
+    targets = select_targets(linears, spec.target)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
@@ -54,23 +45,23 @@ def attach(model: torch.nn.Module, spec: LoraSpec, seed: int) -> tuple[torch.nn.
     return model, targets
 
 
-def merge(model: torch.nn.Module, under: Under) -> torch.nn.Module:
-    """The model with an adapter added to its weights; raises ConfigError or ModelError if it does not fit."""
-    wrapped, _ = attach(model, under.lora, seed=0)
-    set_trainable_state(wrapped, under.state)
+def merge(model: torch.nn.Module, adapter: MergedAdapter) -> torch.nn.Module:
+    """Add an adapter to the weights of its targets; raises ConfigError or ModelError if it does not fit."""
+    wrapped, _ = attach(model, adapter.lora, seed=0)
+    set_trainable_state(wrapped, adapter.state)
     return wrapped.merge_and_unload()
 
 
 def canonical_name(name: str) -> str:
     """The name PEFT saves a parameter under; a full model's parameters keep their own names."""
-    if not name.startswith(PEFT_PREFIX):
+    if not name.startswith(PREFIX):
         return name
     name = name.replace(_ADAPTER, "")
     return name.removesuffix(".weight") if ".lora_magnitude_vector" in name else name
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Canonical name -> parameter, of all that are trained."""
+    """Canonical name -> parameter, for all that are trained."""
     return {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -85,18 +76,9 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def set_trainable_state(model: torch.nn.Module, state: State) -> None:
-    """Put arrays under canonical names back; raises ModelError naming all that do not fit."""
-    have = trainable_parameters(model)
-    problems = [f"missing {name}" for name in have if name not in state]
-    problems += [f"unknown {name}" for name in state if name not in have]
-    problems += [
-        f"{name} has shape {list(state[name].shape)}, the model wants {list(parameter.shape)}"
-        for name, parameter in have.items()
-        if name in state and tuple(state[name].shape) != tuple(parameter.shape)
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ModelError(f"the adapter does not fit this model: {'; '.join(problems[:3])}{more}")
+    """Replace the trainable parameters by arrays under canonical names; raises ModelError if they do not fit."""
+    parameters = trainable_parameters(model)
+    check_state_fits(state, {name: parameter.shape for name, parameter in parameters.items()})
     with torch.no_grad():
-        for name, parameter in have.items():
+        for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(state[name], dtype=np.float32)))

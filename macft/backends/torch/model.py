@@ -1,4 +1,4 @@
-"""Loads a transformers model from a folder, in the precision of this device."""
+"""Load a transformers model from a folder, in the precision of this device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from macft.backends.base import ModelSpec
 from macft.backends.batch_layout import rope_problem
-from macft.backends.scratch import initial_value
+from macft.backends.shared import initial_value
 from macft.errors import MacftError, MissingPackageError, ModelError
 from macft.weights.layouts.mlx import LAYOUTS, as_hf
 from macft.weights.model_config import check_text_model, read_config
@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedTorchModel:
     """A transformers model on its device, its compute type, and what the user should be told."""
 
     model: torch.nn.Module
@@ -47,7 +47,7 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
-def load(spec: ModelSpec) -> Loaded:
+def load(spec: ModelSpec) -> LoadedTorchModel:
     """Load a folder in HF or MLX layout, quantized or not, in the precision of this device."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -69,7 +69,7 @@ def load(spec: ModelSpec) -> Loaded:
     model.config.use_cache = False
     is_placed = spec.quantization_bit is not None and device.type == "cuda"
     problem = rope_problem(read_config(spec.folder), spec.max_length)
-    return Loaded(model if is_placed else model.to(device), device, dtype, notes, problem)
+    return LoadedTorchModel(model if is_placed else model.to(device), device, dtype, notes, problem)
 
 
 def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, notes: list[str]) -> torch.nn.Module:
@@ -107,13 +107,13 @@ def _started(config: dict[str, Any], seed: int, dtype: torch.dtype) -> torch.nn.
 
 
 def _pretrained(spec: ModelSpec, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
-    """from_pretrained, which fills tensors that are not in the files with random numbers; here they are an error."""
+    """Load a model as its files say; tensors that they lack, which transformers would draw at random, are an error."""
     model, info = AutoModelForCausalLM.from_pretrained(
         spec.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     if invalid := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise ModelError(
-            f"{spec.folder}: {len(invalid)} tensors that the torch backend wants of this {model.config.model_type} "
+            f"{spec.folder}: {len(invalid)} tensors that the torch backend expects in this {model.config.model_type} "
             f"model are missing or of another shape, {invalid[0]} first; download it again, or correct config.json"
         )
     return model
@@ -132,7 +132,7 @@ def _dequantized(folder: Path) -> tuple[dict[str, Any], list[LazyTensor]]:
 
 
 def _roundtripped(folder: Path, bits: int) -> tuple[dict[str, Any], list[LazyTensor]]:
-    """(config, tensors) of a folder, matrices as MLX's quantizing at load would leave them."""
+    """(config, tensors) of a folder, matrices rounded as MLX rounds them when it quantizes at load."""
     source = open_model(folder)
     return source.config, [_rounded(tensor, bits) for tensor in source.tensors]
 
@@ -151,7 +151,7 @@ def _rounded(tensor: LazyTensor, bits: int) -> LazyTensor:
 def _from_tensors(
     folder: Path, config: dict[str, Any], tensors: list[LazyTensor], dtype: torch.dtype
 ) -> torch.nn.Module:
-    """A model with these values; raises ModelError when they are not all that it wants."""
+    """A model with these values; raises ModelError unless they are exactly those that it needs."""
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
     # a copy: arrays may be read-only views of the file

@@ -1,4 +1,4 @@
-"""The array functions of `macft.objectives.ops`, on PyTorch."""
+"""Implement the array functions of `macft.objectives.ops` on PyTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 class TorchOps:
-    """One line a name."""
+    """One line per name."""
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over all elements."""

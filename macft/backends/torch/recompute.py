@@ -1,4 +1,4 @@
-"""Decoder layers in; the same layers, which keep their large matrix products alone for the backward pass, out."""
+"""Let decoder layers keep only their large matrix products for the backward pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def recompute_elementwise(model: torch.nn.Module) -> None:
     """Let every block compute norms, rotations, activations and LoRA products again in the backward pass.
 
     Every operation passes through Python, so this is for a CPU, where operations take far longer than that. A model
-    whose decoder has no list of blocks stays as it is.
+    whose decoder has no list of blocks is left as it is.
     """
     contexts = partial(create_selective_checkpoint_contexts, _policy)
     lists = [child for child in model.get_decoder().children() if isinstance(child, torch.nn.ModuleList)]

@@ -1,4 +1,4 @@
-"""Splits a transformers model into trunk and head, so that the head computes only the rows that are asked for."""
+"""Split a transformers model into backbone and LM head, so that the head computes only the requested rows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from macft.backends.batch_layout import Layout, probe, probe_packed, probe_pairs
-
-# The head computes so many logits at a time: 32 MB in float32.
-LOGITS_AT_ONCE = 1 << 23
+from macft.backends.batch_layout import BatchLayout
+from macft.backends.probes import probe_packed, probe_pairs, probe_rows
+from macft.backends.shared import LOGITS_AT_ONCE
 
 Columns = dict[str, torch.Tensor]
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Record(DynamicCache):
-    """A cache for the prompts: keeps the keys and values that each layer made, also when it computes them again."""
+    """A cache for the prompts: keeps the keys and values of each layer, also when it computes them again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,26 +55,26 @@ def _after(prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
 
 class SplitModel:
-    """A model in two halves: `hidden` runs the trunk over a layout, `head` turns hidden rows into logits.
+    """A model in two halves: `hidden` runs the backbone over a layout, `lm_head` turns hidden rows into logits.
 
-    A model whose trunk cannot stand alone (`splits` False) computes all logits in `hidden`, and `head` passes them on.
+    A model that cannot be split (`splits` False) computes all logits in `hidden`; `lm_head` passes them on.
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device, *, splits: bool, head_is_frozen: bool):
+    def __init__(self, model: torch.nn.Module, device: torch.device, *, splits: bool, lm_head_is_frozen: bool):
         self.model = model
         self.device = device
         self.splits = splits
-        self.head_is_frozen = head_is_frozen
+        self.lm_head_is_frozen = lm_head_is_frozen
         self.shares_prompts = False
         self.packs = False
         self._rows_at_once = max(1, LOGITS_AT_ONCE // int(model.config.vocab_size))
 
-    def columns(self, layout: Layout) -> Columns:
+    def columns(self, layout: BatchLayout) -> Columns:
         """A layout on this device."""
         return {name: torch.from_numpy(value).to(self.device) for name, value in layout.columns.items()}
 
     def hidden(self, layout: Columns) -> torch.Tensor:
-        """[K, D] (or [K, V] logits): what the model makes at `rows` of a layout's columns."""
+        """[K, D] (or [K, V] logits): the outputs at `rows` of a layout's columns."""
         inputs, rows = layout["inputs"], layout["rows"]
         # Padding is on the right and attention is causal, so no mask is needed. Where positions start
         # again, transformers takes another example to begin, and makes the masks, windows included.
@@ -83,14 +82,14 @@ class SplitModel:
         if not self.splits:
             logits = self.model(input_ids=inputs, **packed).logits
             return logits.reshape(-1, logits.shape[-1])[rows]
-        trunk = self.model.get_decoder()
+        backbone = self.model.get_decoder()
         if "prompts" not in layout:
-            output = trunk(input_ids=inputs, **packed).last_hidden_state
+            output = backbone(input_ids=inputs, **packed).last_hidden_state
             return output.reshape(-1, output.shape[-1])[rows]
         record = _Record()
-        first = trunk(input_ids=layout["prompts"], past_key_values=record, use_cache=True)
+        first = backbone(input_ids=layout["prompts"], past_key_values=record, use_cache=True)
         offsets, length = layout["offsets"], inputs.shape[1]
-        second = trunk(
+        second = backbone(
             input_ids=inputs,
             past_key_values=_Prefix(record.made),
             position_ids=offsets[:, None] + torch.arange(length, device=self.device),
@@ -101,29 +100,29 @@ class SplitModel:
         flat = [output.last_hidden_state.reshape(-1, width) for output in (first, second)]
         return torch.cat(flat)[rows]
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[K, D] -> float32 logits [K, V]."""
         if not self.splits:
             return hidden.float()
         dummy = torch.zeros((1, hidden.shape[0]), dtype=torch.long, device=self.device)
-        with _instead_of_trunk(self.model.get_decoder(), hidden[None]):
+        with _instead_of_backbone(self.model.get_decoder(), hidden[None]):
             return self.model(input_ids=dummy).logits[0].float()
 
     def logps(self, layout: Columns) -> torch.Tensor:
         """float32 [K]: log p(target) at every row of a layout, times its validity.
 
         A frozen head is differentiated chunk by chunk in the forward pass, d logp / d hidden [K, D], so
-        that the logits of no two chunks are there at the same time, and none of them in the backward pass.
+        that the logits of only one chunk are in memory at a time, and none of them in the backward pass.
         """
         with_gradient = torch.is_grad_enabled()
         hidden, targets = self.hidden(layout), layout["targets"].long()
-        if with_gradient and not (self.splits and self.head_is_frozen):
-            return -F.cross_entropy(self.head(hidden), targets, reduction="none") * layout["valid"]
+        if with_gradient and not (self.splits and self.lm_head_is_frozen):
+            return -F.cross_entropy(self.lm_head(hidden), targets, reduction="none") * layout["valid"]
         values, slopes = [], []
         for start in range(0, len(hidden), self._rows_at_once):
             chunk = slice(start, start + self._rows_at_once)
             part = hidden.detach()[chunk].requires_grad_(with_gradient)
-            value = -F.cross_entropy(self.head(part), targets[chunk], reduction="none")
+            value = -F.cross_entropy(self.lm_head(part), targets[chunk], reduction="none")
             if with_gradient:
                 slopes.append(torch.autograd.grad(value.sum(), part)[0])
             values.append(value.detach())
@@ -135,33 +134,33 @@ class SplitModel:
 
 
 @contextmanager
-def _instead_of_trunk(trunk: torch.nn.Module, hidden: torch.Tensor) -> Iterator[None]:
-    """Within the block the trunk does not compute: it returns `hidden` [1, K, D]."""
+def _instead_of_backbone(backbone: torch.nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    """Let the backbone return `hidden` [1, K, D] within the block, instead of computing."""
     # The mixture-of-experts kind has every field that a model may look for.
     output = MoeModelOutputWithPast(last_hidden_state=hidden)
     # another library may have put a forward of its own on this very module
-    before = trunk.__dict__.get("forward")
-    trunk.forward = lambda *_args, **_kwargs: output
+    before = backbone.__dict__.get("forward")
+    backbone.forward = lambda *_args, **_kwargs: output
     try:
         yield
     finally:
         if before is None:
-            del trunk.forward
+            del backbone.forward
         else:
-            trunk.forward = before
+            backbone.forward = before
 
 
 @torch.no_grad()
 def split(
-    model: torch.nn.Module, device: torch.device, *, head_is_frozen: bool, may_share: bool, may_pack: bool
+    model: torch.nn.Module, device: torch.device, *, lm_head_is_frozen: bool, may_share: bool, may_pack: bool
 ) -> SplitModel:
-    """Split a model; each half, the sharing of prompts, and packing, is used only if it changes no logit."""
+    """Split a model; the halves, shared prompts and packing are each used only if they change no logit."""
     tolerance = 1e-4 if device.type == "cpu" else 2e-2
-    whole = SplitModel(model, device, splits=False, head_is_frozen=head_is_frozen)
-    halves = SplitModel(model, device, splits=True, head_is_frozen=head_is_frozen)
-    plain = halves.columns(probe())
+    whole = SplitModel(model, device, splits=False, lm_head_is_frozen=lm_head_is_frozen)
+    halves = SplitModel(model, device, splits=True, lm_head_is_frozen=lm_head_is_frozen)
+    plain = halves.columns(probe_rows())
     try:
-        is_same = _close(halves.head(halves.hidden(plain)), whole.hidden(plain), tolerance)
+        is_same = _close(halves.lm_head(halves.hidden(plain)), whole.hidden(plain), tolerance)
     except Exception:  # whatever a foreign model file does not expect
         is_same = False
     found = halves if is_same else whole
@@ -177,16 +176,16 @@ def _can_share(halves: SplitModel, whole: SplitModel, tolerance: float) -> bool:
         return False
     shared, plain = (halves.columns(layout) for layout in probe_pairs())
     try:
-        return _close(halves.head(halves.hidden(shared)), whole.hidden(plain), tolerance)
+        return _close(halves.lm_head(halves.hidden(shared)), whole.hidden(plain), tolerance)
     except Exception:  # as above
         return False
 
 
 def _can_pack(model: SplitModel, tolerance: float) -> bool:
-    """Whether examples of one row get the logits that each has alone."""
+    """Whether examples in one row get the logits of rows of their own."""
     packed, plain = (model.columns(layout) for layout in probe_packed())
     try:
-        return _close(model.head(model.hidden(packed)), model.head(model.hidden(plain)), tolerance)
+        return _close(model.lm_head(model.hidden(packed)), model.lm_head(model.hidden(plain)), tolerance)
     except Exception:  # as above
         return False
 

@@ -1,23 +1,41 @@
-"""Batches in, log-probabilities out, and the optimizer over the trainable parameters."""
+"""Compute log-probabilities of a PyTorch model, and make the optimizer of its trainable parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
 import torch
 
-from macft.backends.base import OptimizerSpec, is_decayed
-from macft.backends.batch_layout import Layout
+from macft.backends.base import OptimizerSpec
+from macft.backends.batch_layout import BatchLayout
+from macft.backends.shared import is_decayed
 from macft.backends.torch.split import SplitModel
 
 
-def token_logps(split: SplitModel, layout: Layout, shape: tuple[int, ...]) -> torch.Tensor:
-    """float32 `shape` [rows, T-1]: log-probabilities at a layout's places, 0 elsewhere."""
+def token_logps(split: SplitModel, layout: BatchLayout, shape: tuple[int, ...]) -> torch.Tensor:
+    """float32 `shape` [rows, T-1]: log-probabilities at a layout's positions, 0 elsewhere."""
     columns = split.columns(layout)
     dense = torch.zeros(shape[0] * shape[1], dtype=torch.float32, device=split.device)
-    return dense.index_add(0, columns["places"], split.logps(columns)).reshape(shape)
+    return dense.index_add(0, columns["scatter_index"], split.logps(columns)).reshape(shape)
+
+
+def whole_logits(model: torch.nn.Module, device: torch.device, tokens: Sequence[int]) -> np.ndarray:
+    """float32 [T, V]: the logits after each token."""
+    with torch.inference_mode():
+        output = model(torch.tensor([list(tokens)], device=device))
+    found = output if isinstance(output, torch.Tensor) else output.logits
+    return found[0].float().cpu().numpy()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Compute in `dtype` within the block, whatever the parameters are kept in."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], spec: OptimizerSpec) -> torch.optim.AdamW:
-    """AdamW over two groups: matrices decay, vectors do not."""
+    """Make an AdamW of two groups: matrices decay, vectors do not."""
     groups = [
         {"params": [p for p in parameters if is_decayed(p.shape)], "weight_decay": spec.weight_decay},
         {"params": [p for p in parameters if not is_decayed(p.shape)], "weight_decay": 0.0},

@@ -1,4 +1,4 @@
-"""Settings, tokenized rows and logged numbers of a run in; one-line warnings for a person out."""
+"""Warn in one line of settings, data and curves that suggest a run is going wrong."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from macft.config.settings import Settings
 from macft.data.tokenization.table import Rows, fingerprints
 
-# Peak learning rates that preference training was seen to bear, by finetuning_type.
+# Peak learning rates that preference training was seen to tolerate, by finetuning_type.
 _RATES = {"lora": (1e-7, 1e-4), "full": (1e-8, 5e-6)}
 
 # Steps that a trend is read from; one step can hold a single pair.
 _WINDOW = 20
-# A fall of the chosen answers that matters: in rewards (5 nats an answer at pref_beta 0.1) ...
+# A fall of the chosen answers that matters: in rewards (5 nats per answer at pref_beta 0.1) ...
 _REWARD_FALL = 0.5
-# ... or, where nothing is subtracted from the log-probabilities, in nats a token.
+# ... or, where nothing is subtracted from the log-probabilities, in nats per token.
 _LOGP_FALL = 0.25
 # The least training margin, and the least gap to the evaluation's, that say anything.
 _MARGIN_GAP = 0.2
@@ -25,7 +25,7 @@ _STEPS_FOR_MARGIN = 5
 
 
 def learning_rate_alarm(settings: Settings) -> str | None:
-    """A peak learning rate that preference training does not bear: LoRA [1e-7, 1e-4], full [1e-8, 5e-6]."""
+    """A peak learning rate that preference training does not tolerate: outside LoRA [1e-7, 1e-4], full [1e-8, 5e-6]."""
     if not settings.is_preference:
         return None
     rate, (low, high) = settings.learning_rate, _RATES[settings.finetuning_type]
@@ -80,14 +80,14 @@ def overlap_alarm(train: Rows, valid: Rows) -> str | None:
 
 
 def _repeated(train: np.ndarray, valid: np.ndarray) -> int:
-    """How many of `valid`, commonly the fewer, are in `train`, which need not be sorted."""
+    """How many of `valid`, usually the smaller one, are in `train`, which need not be sorted."""
     known = np.unique(valid)
     at = np.minimum(np.searchsorted(known, train), len(known) - 1)
     return int(np.isin(valid, known[at[known[at] == train]]).sum())
 
 
 class CurveAlarms:
-    """Watches the curves of a preference run; every alarm is given once in the life of the object.
+    """Watches the curves of a preference run; every alarm is raised once in the life of the object.
 
     Chosen answers become less likely: over the last 20 steps `rewards/chosen` is below -0.5 on
     average and still falling while `rewards/margins` rises (later half of the steps against the
@@ -107,7 +107,7 @@ class CurveAlarms:
         self._said: set[str] = set()
 
     def step(self, values: Mapping[str, float]) -> list[str]:
-        """Take in the metrics of a training step; returns the alarms that it sets off."""
+        """Record the metrics of a training step; returns the alarms that they set off."""
         if self._key not in values or "rewards/margins" not in values:
             return []
         self._chosen.append(values[self._key])
@@ -128,7 +128,7 @@ class CurveAlarms:
         )
 
     def evaluation(self, values: Mapping[str, float]) -> list[str]:
-        """Take in the metrics of an evaluation (`eval_...`); returns the alarms that it sets off."""
+        """Record the metrics of an evaluation (`eval_...`); returns the alarms that they set off."""
         held_out = values.get("eval_rewards/margins")
         if held_out is None or len(self._margins) < _STEPS_FOR_MARGIN:
             return []
@@ -153,7 +153,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _rise(values: Sequence[float]) -> float:
-    """By how much the later half lies above the earlier one."""
+    """By how much the mean of the later half lies above that of the earlier half."""
     ordered = list(values)
     middle = len(ordered) // 2
     return _mean(ordered[middle:]) - _mean(ordered[:middle])

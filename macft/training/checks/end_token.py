@@ -1,4 +1,4 @@
-"""A chat template, a tokenizer and a model folder in; a warning out if the model never learned how an answer ends."""
+"""Warn when a model never learned the token with which its chat template ends answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SAME = 0.1
 
 
 def untrained_end_token_alarm(template: ChatTemplate, tokenizer: Tokenizer, folder: Path) -> str | None:
-    """For a run that leaves the embeddings as they are (LoRA): does the template end answers with an unknown token?
+    """Whether, in a run that leaves the embeddings as they are (LoRA), the template ends answers with an unknown token.
 
     Suspect is an end token that neither config.json nor generation_config.json nor the tokenizer
     names as an end. Its row of output weights then decides: silence if other special or unused
@@ -83,12 +83,12 @@ class _OutputRows:
 
     @staticmethod
     def find(folder: Path) -> _OutputRows | None:
-        """The matrix of the folder; None if there is none in floating point."""
+        """Find the matrix in a folder; None if it has none in floating point."""
         found: dict[str, _OutputRows] = {}
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(path, framework="numpy") as file:
-                    for name in file.keys():  # noqa: SIM118 (it is no dict)
+                    for name in file.keys():  # noqa: SIM118 (this is not a dict)
                         expected = next((end for end in _OUTPUT_NAMES if name == end or name.endswith(f".{end}")), None)
                         if expected is None:
                             continue

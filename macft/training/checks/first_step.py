@@ -1,4 +1,4 @@
-"""The first step of a run whose reference is its own policy: it must start at the zero-margin loss."""
+"""Check that a run whose reference is its own policy starts at the loss of margin 0."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REWARD_ROOM = 10
 
 
 def check_start(objective: Objective, result: StepResult, precision: str) -> None:
-    """Raise MacftError unless the loss, without its SFT part, is that of rewards 0 (sigmoid: ln 2), and they are 0.
+    """Raise MacftError unless rewards are 0 and the loss, without its SFT part, is that of rewards 0 (sigmoid: ln 2).
 
     Anything else means that policy and reference are not the same model, or score other tokens.
     """

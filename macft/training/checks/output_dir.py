@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be written, and how an older run is cleared away."""
+"""Check that a run may write to its folder, and clear an older run out of it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from macft.training.prepare import Prepared
 def check_output_dir(settings: Settings, output_dir: Path) -> None:
     """Raise UsageError unless the run may write here: a folder, writable, without another run."""
     if output_dir.exists() and not output_dir.is_dir():
-        raise UsageError(f"output_dir: {output_dir} is a file; give a folder")
+        raise UsageError(f"output_dir: {output_dir} is a file; give a directory")
     _check_writable(output_dir)
     if settings.resume_from_checkpoint is not False or settings.overwrite_output_dir:
         return
     if _is_occupied(output_dir):
         raise UsageError(
-            f"output_dir: {output_dir} already holds a run; set resume_from_checkpoint=true to go on with it, "
-            "overwrite_output_dir=true to start anew, or another output_dir"
+            f"output_dir: {output_dir} already holds a run; set resume_from_checkpoint=true to continue it, "
+            "overwrite_output_dir=true to start again, or another output_dir"
         )
 
 
 def _check_writable(output_dir: Path) -> None:
-    """Make the folder and take it away again: some file systems refuse what their permissions allow."""
+    """Make the folder and remove it again: some file systems refuse what their permissions allow."""
     absent = [path for path in (output_dir, *output_dir.absolute().parents) if not path.exists()]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -41,13 +41,13 @@ def _check_writable(output_dir: Path) -> None:
         with suppress(OSError):
             path.rmdir()
     if not is_writable:
-        raise UsageError(f"output_dir: {output_dir} cannot be written here; give another folder")
+        raise UsageError(f"output_dir: {output_dir} cannot be written; give another directory")
 
 
 def check_base_is_safe(prepared: Prepared, output_dir: Path) -> None:
     """Raise UsageError if the run would overwrite its own base."""
     if output_dir.resolve() == prepared.base.path.resolve():
-        raise UsageError(f"output_dir: {output_dir} is the folder of the base model; give another folder")
+        raise UsageError(f"output_dir: {output_dir} is the folder of the base model; give another directory")
 
 
 def clear_output_dir(output_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The logged metrics and the pairs' strengths of a run go in; PNG pictures beside the log come out."""
+"""Draw the logged metrics of a run, and the betas of its pairs, into PNG pictures beside the log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TEXT = "#374151"
 
 @dataclass(frozen=True)
 class _Picture:
-    """Metrics that share one picture; `zero` draws the line that they should leave."""
+    """Metrics that share one picture; `zero` draws a line at 0, which they should leave."""
 
     name: str
     title: str
@@ -75,8 +75,8 @@ def plot_metrics(output_dir: Path) -> list[Path]:
 def plot_distribution(output_dir: Path, betas: np.ndarray, log_perplexities: np.ndarray, note: str) -> Path:
     """Draw how beta and the prompt's perplexity spread over the pairs into foodpo_distribution.png.
 
-    `betas` and `log_perplexities` are float [pairs]; pairs whose perplexity is nan are left out and plural. `note`,
-    which stands above both, says whose perplexities they are.
+    `betas` and `log_perplexities` are float [pairs]; pairs whose perplexity is nan are left out and counted.
+    `note`, which stands above both, says whose perplexities they are.
     """
     figure, draw = _figure(width=10)
     figure.suptitle(note, color=_TEXT, fontsize=11)
@@ -174,7 +174,7 @@ def _histogram(axes: Any, values: np.ndarray, title: str, name: str, color: str,
 
 
 def _scale_by_factors(axes: Any, values: np.ndarray) -> None:
-    """A logarithmic axis with plain numbers on it: 1, 2, 5, 10, and powers of ten alone over a wide range."""
+    """A logarithmic axis with plain numbers on it: 1, 2, 5, 10, or only powers of ten over a wide range."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
@@ -185,7 +185,7 @@ def _scale_by_factors(axes: Any, values: np.ndarray) -> None:
 
 
 def _edges(values: np.ndarray, *, is_log: bool) -> np.ndarray:
-    """Edges of up to 40 bins; values that are all alike lie in the middle one of five."""
+    """Edges of up to 40 bins; values that are all the same lie in the middle one of five."""
     low, high = float(values.min()), float(values.max())
     bins = int(np.clip(2 * np.sqrt(len(values)), 5, 40))
     if high - low <= 1e-6 * abs(high):

@@ -1,4 +1,4 @@
-"""Training steps go in; a progress display on standard error and rows of trainer_log.jsonl come out."""
+"""Show the progress of training on standard error, and write the rows of trainer_log.jsonl."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Column
 
 from macft.errors import MacftError
 from macft.files import write_text
+from macft.process_group import ONE_PROCESS, ProcessGroup
 from macft.training.log.trackers import Reporter
 
 LOG_NAME = "trainer_log.jsonl"
@@ -24,9 +25,9 @@ LOG_NAME = "trainer_log.jsonl"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step as the loop saw it; `step` counts from 1, memory is in 10^9 bytes.
+    """One optimizer step; `step` counts from 1, memory is in 10^9 bytes.
 
-    `tokens` are the tokens the model read in this step, padding not plural; `extra` are the
+    `tokens` are the tokens the model read in this step, without padding; `extra` are the
     objective's own metrics, logged as their mean over the steps since the last row.
     """
 
@@ -44,9 +45,9 @@ class StepRecord:
 class Report:
     """What the training loop shows and logs; a row's loss is the mean of the step losses since the last row.
 
-    Opening it cuts the log back to `start_step` (0: begins it anew). `start_tokens` is what the
-    run had read before it was resumed, `unlogged` the steps since its last row. Use as a context
-    manager, or call `close`.
+    Opening it cuts the log back to `start_step` (0: starts a new one). `start_tokens` is what the
+    run had read before it was resumed, `unlogged` the steps since its last row. Of several
+    processes only the main one shows and writes. Use as a context manager, or call `close`.
     """
 
     def __init__(
@@ -57,15 +58,17 @@ class Report:
         start_tokens: int = 0,
         reporters: Sequence[Reporter] = (),
         unlogged: Sequence[StepRecord] = (),
+        group: ProcessGroup = ONE_PROCESS,
     ) -> None:
         self.total_tokens = start_tokens
         self._total_steps = total_steps
         self._start_step = start_step
-        self._reporters = reporters
+        self._is_main = group.is_main
+        self._reporters = reporters if group.is_main else ()
         self._since_log: list[StepRecord] = list(unlogged)
         self._started = time.perf_counter()
-        self._file = _open_log(output_dir, start_step)
-        self._bar = _Bar(total_steps, start_step) if _stderr_is_terminal() else None
+        self._file = _open_log(output_dir, start_step) if group.is_main else None
+        self._bar = _Bar(total_steps, start_step) if group.is_main and _stderr_is_terminal() else None
 
     def __enter__(self) -> Report:
         return self
@@ -112,16 +115,16 @@ class Report:
         self.message("  ".join([_step_label(step, self._total_steps), *shown]))
 
     def message(self, text: str) -> None:
-        """Show a line of text; it goes above the progress bar."""
+        """Show a line of text, above the progress bar."""
         if self._bar:
             self._bar.message(text)
-        else:
+        elif self._is_main:
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
 
     def close(self) -> None:
         """Take down the progress bar, then close the log and the reporters; a second call does nothing."""
-        if self._file.closed:
+        if self._file is None or self._file.closed:
             return
         if self._bar:
             self._bar.close()
@@ -144,6 +147,8 @@ class Report:
         return _clock(elapsed / done * (self._total_steps - step)) if done > 0 else "?"
 
     def _write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        if self._file is None:
+            return
         row: dict[str, Any] = {"current_steps": step, "total_steps": self._total_steps}
         row.update({key: value for key, value in values.items() if value is not None})
         row["epoch"] = round(epoch, 4)
@@ -157,7 +162,7 @@ class Report:
 
 
 class _Bar:
-    """The progress bar, redrawn by the steps themselves: no thread runs beside the training."""
+    """The progress bar, redrawn by the steps themselves: no thread runs beside training."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
         text = "{task.fields[%s]}"
@@ -229,7 +234,7 @@ def read_log(output_dir: Path) -> list[dict[str, Any]]:
 
 def _open_log(output_dir: Path, start_step: int) -> TextIO:
     path = output_dir / LOG_NAME
-    # a new run reads nothing, so a damaged older log cannot stop it
+    # a new run does not read an older log, so a damaged one cannot stop it
     rows = read_log(output_dir) if start_step else []
     kept = [row for row in rows if row["current_steps"] <= start_step]
     write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -277,7 +282,7 @@ def _values_text(values: Mapping[str, float], left: str, *, aligned: bool = Fals
 def _reward_parts(values: Mapping[str, float], prefix: str = "") -> list[str]:
     """Accuracy and margin of a preference run; none in other runs."""
     shown = {"acc": ("rewards/accuracies", "4.2f"), "margin": ("rewards/margins", "+5.2f")}
-    # rounded first, and 0 added, so that what is nearly 0 has no minus sign
+    # rounded first, and 0 added, so that a value near 0 has no minus sign
     return [
         f"{prefix}{name} {round(values[prefix + key], 2) + 0.0:{form}}"
         for name, (key, form) in shown.items()

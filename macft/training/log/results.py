@@ -1,4 +1,4 @@
-"""Plain figures of a finished run go in; result files and the adapter's model card come out."""
+"""Write the result files of a run and the model card of its adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def train_results(
     """The content of train_results.json, under LLaMA-Factory's names.
 
     `train_loss` is the mean of the step losses; `examples`, `steps` and `tokens` are what these
-    `seconds` went through, all epochs plural; memory is in 10^9 bytes.
+    `seconds` went through in all epochs; memory is in 10^9 bytes.
     """
     results = {
         "epoch": epoch,

@@ -1,10 +1,10 @@
-"""What a person should know before the first step: data, plan, model."""
+"""Log what a person should know before the first step: data, plan, model."""
 
 from __future__ import annotations
 
 import logging
 
-from macft.backends.base import LoadedModel
+from macft.backends.base import ModelInfo
 from macft.config.settings import Settings
 from macft.data.batches import StreamPlan
 from macft.data.tokenization.packing import PackedRows
@@ -18,8 +18,8 @@ from macft.weights.model_config import read_config
 logger = logging.getLogger("macft")
 
 
-def tell_data(settings: Settings, prepared: Prepared) -> None:
-    """What is trained on, and in how many steps."""
+def log_data(settings: Settings, prepared: Prepared) -> None:
+    """Log what is trained on and in how many steps, and warn of what looks wrong."""
     report, plan = prepared.report, prepared.plan
     if prepared.from_scratch:
         config = read_config(prepared.base.path)
@@ -32,7 +32,7 @@ def tell_data(settings: Settings, prepared: Prepared) -> None:
     held_out = plural(len(prepared.valid), "row" if settings.stage == "pt" else noun)
     held_out = f"; {held_out} held out" if prepared.valid else ""
     if isinstance(plan, StreamPlan):
-        _tell_stream(plan, row, held_out)
+        _log_stream(plan, row, held_out)
     else:
         share = 100 * report.trained_tokens / max(1, report.tokens)
         logger.info(
@@ -60,10 +60,10 @@ def tell_data(settings: Settings, prepared: Prepared) -> None:
             logger.warning(alarm)
 
 
-def _tell_stream(plan: StreamPlan, row: str, held_out: str) -> None:
+def _log_stream(plan: StreamPlan, row: str, held_out: str) -> None:
     size = plan.stream.buffer_size
     order = f"shuffled {plural(size, row)} at a time" if size > 1 else "in the order of the files"
-    logger.info("data: a stream, %s; what is lost of it is plural at the end%s", order, held_out)
+    logger.info("data: a stream, %s; what is lost of it is counted at the end%s", order, held_out)
     logger.info(
         "plan: %s, %s a step (%d x %d)",
         *(plural(plan.total_steps, "step"), plural(plan.step_size, row), plan.batch_size, plan.accumulation),
@@ -114,14 +114,14 @@ def _end_token_alarm(settings: Settings, prepared: Prepared) -> str | None:
     return untrained_end_token_alarm(prepared.template, prepared.tokenizer, prepared.base.path)
 
 
-def tell_model(settings: Settings, backend_name: str, loaded: LoadedModel) -> None:
-    """Which model, where, how much of it is trained, and what fell back."""
-    share = 100 * loaded.trainable_parameters / loaded.total_parameters
+def log_model(settings: Settings, info: ModelInfo) -> None:
+    """Log which model is trained where, how much of it, and warn of fallbacks."""
+    share = 100 * info.trainable_parameters / info.total_parameters
     logger.info(
         "model: %s on %s (%s, %s), %s: %s of %s parameters trained (%.2f %%)",
         settings.model_name_or_path,
-        *(backend_name, loaded.device, loaded.precision, settings.finetuning_type),
-        *(f"{loaded.trainable_parameters:,}", f"{loaded.total_parameters:,}", share),
+        *(settings.backend, info.device, info.precision, settings.finetuning_type),
+        *(f"{info.trainable_parameters:,}", f"{info.total_parameters:,}", share),
     )
-    for note in loaded.notes:
+    for note in info.notes:
         logger.warning(note)

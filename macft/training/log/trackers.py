@@ -1,4 +1,4 @@
-"""The names in `report_to` go in; open reporters, to which the training report hands its rows, come out."""
+"""Open the experiment trackers that `report_to` names; the training report hands them its rows."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _open(name: str, package: str, output_dir: Path, run_name: str, settings: Ma
             return _Wandb(output_dir, run_name, settings)
         return _SwanLab(output_dir, run_name, settings)
     except Exception as error:  # the trackers raise their own kinds: no login, no network, bad settings
-        raise MacftError(f"report_to: {name} could not start: {error}; mend it or take it out") from error
+        raise MacftError(f"report_to: {name} could not start: {error}; fix it or remove it") from error
 
 
 class _TensorBoard:
@@ -120,7 +120,7 @@ def _installed_package(tracker: str) -> str:
             return package
     package = TRACKERS[tracker][0]
     raise MissingPackageError(
-        f"report_to: {tracker} is asked for, but {package} is not installed; run: pip install {package}"
+        f"report_to: {tracker} needs {package}, which is not installed; run: pip install {package}"
     )
 
 

@@ -254,7 +254,7 @@ def test_an_adapter_folder_renders_the_same_in_transformers(tmp_path: Path, mode
         base=ModelFolder("base", model),
         lora=LoraSpec(rank=2, alpha=4.0),
         target_modules=("q_proj",),
-        under=None,
+        merged_adapter=None,
         tokenizer=tokenizer,
         template=template,
     )

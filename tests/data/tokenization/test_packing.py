@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.engines import load_model, train_step
 from support.step_numbers import GRADIENT, LORA, Numbers, Squares, assert_same, load
 from support.tiny_models import WINDOW, random_examples
 from support.toy_backend import ENGINES, curve, toy_settings, write_rows
 
-from macft.backends import load_backend
-from macft.backends.base import Backend, ModelSpec
-from macft.backends.batch_layout import lay_out, pad_batch, passes, rope_problem
+from macft.backends.base import Model, ModelSpec
+from macft.backends.batch_layout import lay_out, pad_batch, rope_problem, split_by_tokens
 from macft.data.batches import Row, collate, row_length, unpack
 from macft.data.tokenization.packing import PackedExample, PackedRows, best_fit, chain, pack
 from macft.data.tokenization.table import TokenizedExample
@@ -115,16 +115,16 @@ def test_an_example_alone_in_its_row_needs_no_mask():
 # The same numbers
 
 
-def packed_and_single(backend: Backend, rows: tuple[PackedExample, ...] = ROWS) -> tuple[Numbers, Numbers]:
+def packed_and_single(backend: Model, rows: tuple[PackedExample, ...] = ROWS) -> tuple[Numbers, Numbers]:
     """Numbers of a step on packed rows, and of the same step on the examples one a row, in the same order."""
     packed, single = collate(rows), collate([part for row in rows for part in row.parts])
     return _numbers(backend, packed), _numbers(backend, single)
 
 
-def _numbers(backend: Backend, batch: NumpyBatch) -> Numbers:
+def _numbers(backend: Model, batch: NumpyBatch) -> Numbers:
     objective = Targets()
     logps = backend.logps(batch, objective.positions(batch))
-    result = backend.train_step(objective, [batch], lr=0.0, step=0)
+    result = train_step(backend, objective, [batch], lr=0.0, step=0)
     gradient = {name: value for name, value in backend.optimizer_state().items() if name.endswith(".exp_avg")}
     return Numbers(logps[objective.positions(batch)], result.loss, gradient)
 
@@ -220,10 +220,10 @@ def test_a_packed_step_is_the_step_of_its_examples(engine, tiny_model):
     assert single_parts == pytest.approx(single, rel=1e-5)
 
 
-def train(backend: Backend, rows: list[Row], tokens_at_once: int | None) -> list[float]:
+def train(backend: Model, rows: list[Row], tokens_at_once: int | None) -> list[float]:
     backend._tokens_at_once = tokens_at_once
     batches = [collate(rows[: len(rows) // 2]), collate(rows[len(rows) // 2 :])]
-    result = backend.train_step(Sft(), batches, lr=0.0, step=0)
+    result = train_step(backend, Sft(), batches, lr=0.0, step=0)
     return [result.loss, result.grad_norm]
 
 
@@ -299,7 +299,7 @@ def test_a_packed_run_goes_on_to_the_bit(model, tmp_path):
     resumed = toy_settings(model, data, tmp_path / "resumed", "torch", **keys, resume_from_checkpoint=True)
     train_run(resumed)
     assert curve(tmp_path / "resumed") == curve(tmp_path / "whole")
-    with pytest.raises(UsageError, match="written on other data"):
+    with pytest.raises(UsageError, match="written with other data"):
         train_run(resumed.model_copy(update={"packing": False}))
 
 
@@ -315,12 +315,12 @@ def test_a_model_that_mixes_the_examples_of_a_row_trains_on_them_one_a_row(engin
 
 def test_one_a_row_needs_no_larger_parts_than_packed():
     batch = collate(ROWS)
-    parts = passes(batch, None, packs=False)
+    parts = split_by_tokens(batch, None, packs=False)
     assert max(part.tokens.size for part in parts) <= batch.tokens.size
     assert sum(int(part.lengths.sum()) for part in parts) == int(batch.lengths.sum())
     assert sum(Sft().weight(part) for part in parts) == Sft().weight(batch)
     assert all(part.segment_ids is None for part in parts)
-    small = passes(batch, 50, packs=False)
+    small = split_by_tokens(batch, 50, packs=False)
     assert max(part.tokens.size for part in small) <= 50
     assert sum(len(part.tokens) for part in small) == len(EXAMPLES)
 
@@ -328,20 +328,21 @@ def test_one_a_row_needs_no_larger_parts_than_packed():
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_recurrent_model_says_that_it_does_not_pack(engine, tmp_path):
     folder = write_mamba(tmp_path / "mamba")
-    backend = load_backend(engine)
     spec = ModelSpec(folder, None, full=True, precision="float32", packing=True)
-    loaded = backend.load(spec, GRADIENT)
+    backend = load_model(engine, spec, GRADIENT)
     assert not backend._split.packs
     assert [
-        note for note in loaded.notes if note.startswith("packing is off: in this architecture examples of one row")
+        note
+        for note in backend.info.notes
+        if note.startswith("packing is off: in this architecture the examples of one")
     ]
     single = collate([part for row in ROWS for part in row.parts])
-    expected = backend.train_step(Sft(), [single], lr=0.0, step=0)
-    ours = backend.train_step(Sft(), [collate(ROWS)], lr=0.0, step=0)
+    expected = train_step(backend, Sft(), [single], lr=0.0, step=0)
+    ours = train_step(backend, Sft(), [collate(ROWS)], lr=0.0, step=0)
     assert ours.loss == pytest.approx(expected.loss, rel=1e-5)
     # asked for nothing, it says nothing
-    quiet = load_backend(engine).load(replace(spec, packing=False), GRADIENT)
-    assert not [note for note in quiet.notes if "packing" in note]
+    quiet = load_model(engine, replace(spec, packing=False), GRADIENT)
+    assert not [note for note in quiet.info.notes if "packing" in note]
 
 
 def write_mamba(folder: Path) -> Path:
@@ -360,14 +361,14 @@ def write_mamba(folder: Path) -> Path:
 def test_a_rotary_embedding_that_changes_with_the_longest_row_is_not_packed(tiny_model, tmp_path):
     folder = with_rope(tiny_model("llama"), tmp_path / "dynamic", "dynamic")
     spec = ModelSpec(folder, LORA, precision="float32", packing=True, max_length=40)
-    loaded = load_backend("torch").load(spec, GRADIENT)
-    said = [note for note in loaded.notes if "packing" in note]
+    loaded = load_model("torch", spec, GRADIENT)
+    said = [note for note in loaded.info.notes if "packing" in note]
     assert said == [
         "packing is off: its dynamic rotary embedding changes for all rows of a pass once one is longer than 16; "
         "the steps are the same, with every example in a row of its own"
     ]
     # short examples never reach the change
-    assert not load_backend("torch").load(replace(spec, max_length=16), GRADIENT).notes
+    assert not load_model("torch", replace(spec, max_length=16), GRADIENT).info.notes
 
 
 def test_rope_types_that_look_at_the_longest_row_are_known():

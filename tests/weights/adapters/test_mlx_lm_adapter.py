@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
+from support.engines import load_model
 from support.tiny_adapters import mlx_adapter_logits, peft_logits, save_mlx, save_peft
 from support.tiny_layouts import PROMPT
 from support.tiny_models import write_model
 from support.toy_backend import ENGINES, toy_settings, write_rows, write_toy_model
 
-from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import ModelSpec
 from macft.conversion.adapter import convert_adapter
@@ -50,9 +50,8 @@ def adapter(model, tmp_path) -> Path:
 def our_logps(engine: str, base: Path, folder: Path) -> np.ndarray:
     """[T-1] of the prompt by one of our backends."""
     adapter = read_any_adapter(folder, read_config(base))
-    backend = load_backend(engine)
-    backend.load(ModelSpec(folder=base, lora=spec_of_adapter(adapter), precision="float32"))
-    backend.set_adapter_state(adapter.state)
+    backend = load_model(engine, ModelSpec(folder=base, lora=spec_of_adapter(adapter), precision="float32"))
+    backend.set_trained_state(adapter.state)
     batch = collate([TokenizedExample(np.int32(PROMPT), np.arange(len(PROMPT)) > 0)])
     return backend.logps(batch, Sft().positions(batch))[0]
 

@@ -16,10 +16,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.engines import load_model
 from support.toy_backend import ENGINES, curve, toy_settings, write_toy_model
 from transformers import AutoModelForCausalLM
 
-from macft.backends import load_backend
 from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import LoraSpec, ModelSpec
 from macft.data.batches import collate
@@ -67,9 +67,8 @@ def peft_logps(model: torch.nn.Module) -> np.ndarray:
 
 def our_logps(engine: str, base: Path, folder: Path) -> np.ndarray:
     adapter = read_adapter(folder)
-    backend = load_backend(engine)
-    backend.load(ModelSpec(folder=base, lora=spec_of_adapter(adapter), precision="float32"))
-    backend.set_adapter_state(adapter.state)
+    backend = load_model(engine, ModelSpec(folder=base, lora=spec_of_adapter(adapter), precision="float32"))
+    backend.set_trained_state(adapter.state)
     return backend.logps(batch(), Sft().positions(batch()))
 
 
@@ -300,7 +299,7 @@ def test_an_adapter_of_another_base_warns_or_does_not_fit(engine, model, trained
     with pytest.raises(ModelError) as error:
         load_for_chat(wide, trained, engine)
     assert str(trained) in str(error.value) and "\n" not in str(error.value)
-    assert "shape [4, 128], the model wants [4, 192]" in str(error.value)
+    assert "shape [4, 128], the model expects [4, 192]" in str(error.value)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -349,9 +348,7 @@ def test_the_template_of_the_adapter_is_the_one_trained_with(model, data, traine
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_fresh_adapter_changes_nothing(engine, model):
-    backend = load_backend(engine)
-    backend.load(ModelSpec(folder=model, lora=None, precision="float32"))
+    backend = load_model(engine, ModelSpec(folder=model, lora=None, precision="float32"))
     plain = backend.logps(batch(), Sft().positions(batch()))
-    backend = load_backend(engine)
-    backend.load(ModelSpec(folder=model, lora=LoraSpec(rank=4, alpha=8), precision="float32"))
+    backend = load_model(engine, ModelSpec(folder=model, lora=LoraSpec(rank=4, alpha=8), precision="float32"))
     assert np.array_equal(backend.logps(batch(), Sft().positions(batch())), plain)

@@ -1,0 +1,47 @@
+"""Make the small batches on which a model is tried at load, before a faster way to compute it is used."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from macft.backends.batch_layout import BatchLayout, plain_layout, shared_layout
+from macft.data.batches import unpack
+from macft.objectives.batch import Batch
+
+
+def probe_rows() -> BatchLayout:
+    """A few positions of two rows."""
+    tokens = np.arange(18, dtype=np.int32).reshape(2, 9) % 7
+    batch = Batch(tokens, np.ones_like(tokens, dtype=bool), np.array([9, 9], dtype=np.int32))
+    positions = np.zeros((2, 8), dtype=bool)
+    positions[0, [1, 6]] = positions[1, [0, 7]] = True
+    return plain_layout(batch, positions, 1)
+
+
+def probe_pairs() -> tuple[BatchLayout, BatchLayout]:
+    """The same positions of two pairs, with their prompts shared and without."""
+    starts, lengths = np.array([6, 3, 6, 3]), np.array([9, 8, 8, 5], dtype=np.int32)
+    columns = np.arange(9)
+    tokens = (np.arange(36, dtype=np.int32).reshape(4, 9) * 5) % 7
+    tokens[2:] = np.where(columns < starts[2:, None], tokens[:2], tokens[2:])
+    loss_mask = (columns >= starts[:, None]) & (columns < lengths[:, None])
+    batch = Batch(tokens, loss_mask, lengths, prompt_mask=np.zeros_like(loss_mask))
+    positions = loss_mask[:, 1:].copy()
+    positions[0, 2] = True
+    shared = shared_layout(batch, positions, 1)
+    assert shared is not None
+    return shared, plain_layout(batch, positions, 1)
+
+
+def probe_packed() -> tuple[BatchLayout, BatchLayout]:
+    """The same positions of five examples, in two packed rows and one a row."""
+    lengths = np.array([[5, 1, 7], [4, 8, 0]])
+    tokens = (np.arange(28, dtype=np.int32).reshape(2, 14) * 5) % 7
+    segment_ids = np.zeros_like(tokens)
+    for row, counts in enumerate(lengths):
+        segment_ids[row, : counts.sum()] = np.repeat(np.arange(1, 4), counts)
+    begins = np.diff(segment_ids, axis=1, prepend=0) != 0
+    rows = lengths.sum(axis=1).astype(np.int32)
+    packed = Batch(tokens, (segment_ids > 0) & ~begins, rows, segment_ids=segment_ids)
+    single = unpack(packed)
+    return plain_layout(packed, packed.loss_mask[:, 1:], 1), plain_layout(single, single.loss_mask[:, 1:], 1)
