@@ -50,18 +50,21 @@ class Result:
 
 def read_job(path: Path, steps: int, batch_size: int) -> Job:
     """The first pairs of a file, from its start again when they do not suffice."""
-    from macft.data.formats.dataset import read_pairs
+    from macft.data.cache.cache import tokenized
+    from macft.data.formats.dataset import Request
+    from macft.data.kinds import DPO
+    from macft.data.sources.resolve import resolve_sources
     from macft.data.templates.chat_template import load_template
-    from macft.data.tokenization.pairs import tokenize_pairs
+    from macft.data.tokenization.encoding import Encoding
     from macft.data.tokenization.tokenizer import load_tokenizer
     from macft.models.locate import resolve_model
 
     folder = resolve_model("smollm2-135m").path
     tokenizer = load_tokenizer(folder)
-    template = load_template(folder, tokenizer.special_map)
+    encoding = Encoding(tokenizer, load_template(folder, tokenizer.special_map), CUTOFF)
     count = steps * batch_size
-    examples = read_pairs(str(path), "data", count)
-    pairs, _ = tokenize_pairs(examples, tokenizer, template, cutoff_len=CUTOFF)
+    request = Request(DPO, resolve_sources(str(path), "data"), count)
+    pairs, _ = DPO.take(tokenized(request, encoding)[0], encoding)
     return Job(folder, [pairs[i % len(pairs)] for i in range(count)], steps, batch_size)
 
 
@@ -92,7 +95,7 @@ def run_macft(job: Job, engine: str) -> Result:
 def with_reference(model, pairs: Sequence, batch_size: int) -> list:
     """The pairs with what the policy says of them now."""
     from macft.data.batches import in_order
-    from macft.data.tokenization.pairs import Reference
+    from macft.data.tokenization.table import Reference
     from macft.objectives.preference import answer_positions, reference_columns
 
     filled = list(pairs)

@@ -53,13 +53,17 @@ def write_rows(path: Path, rows: int) -> None:
 
 def run_macft(rows: Path, template: Path, model: Path, cores: int) -> tuple[int, int]:
     """Tokenizes, or finds what an earlier process has left."""
-    from macft.data.cache.cache import Request, tokenized
+    from macft.data.cache.cache import tokenized
+    from macft.data.formats.dataset import Request
+    from macft.data.kinds import SFT
+    from macft.data.sources.resolve import resolve_sources
     from macft.data.templates.chat_template import load_template
+    from macft.data.tokenization.encoding import Encoding
     from macft.data.tokenization.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    rendered_by = load_template(model, tokenizer.special_map, str(template))
-    table = tokenized(Request("sft", str(rows), ".", CUTOFF), tokenizer, rendered_by, workers=cores)
+    encoding = Encoding(tokenizer, load_template(model, tokenizer.special_map, str(template)), CUTOFF)
+    table, _ = tokenized(Request(SFT, resolve_sources(str(rows), ".")), encoding, workers=cores)
     return len(table.tokens), int(table.columns["trained"].sum())
 
 

@@ -23,18 +23,21 @@ RANK, ALPHA, LR = 8, 16, 1e-4
 
 def rows(count: int) -> tuple[Path, list]:
     """The model's folder, and tokenized rows of the quickstart data."""
-    from macft.data.formats.dataset import read_examples
+    from macft.data.cache.cache import tokenized
+    from macft.data.formats.dataset import Request
+    from macft.data.kinds import SFT
+    from macft.data.sources.resolve import resolve_sources
     from macft.data.templates.chat_template import load_template
-    from macft.data.tokenization.conversations import tokenize_examples
+    from macft.data.tokenization.encoding import Encoding
     from macft.data.tokenization.tokenizer import load_tokenizer
     from macft.models.locate import resolve_model
 
     folder = resolve_model("smollm2-135m").path
     tokenizer = load_tokenizer(folder)
-    template = load_template(folder, tokenizer.special_map)
-    examples = read_examples(str(ROOT / "data" / "quickstart.jsonl"), "data", None)
-    tokenized, _ = tokenize_examples(examples, tokenizer, template, cutoff_len=256)
-    return folder, (tokenized * 9)[:count]
+    encoding = Encoding(tokenizer, load_template(folder, tokenizer.special_map), cutoff_len=256)
+    request = Request(SFT, resolve_sources(str(ROOT / "data" / "quickstart.jsonl"), "data"))
+    examples, _ = SFT.take(tokenized(request, encoding)[0], encoding)
+    return folder, (list(examples) * 9)[:count]
 
 
 def run_macft(engine: str, steps: int, batch_size: int) -> tuple[float, int]:

@@ -50,6 +50,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 from support.commands import CHECKOUT
+from support.data_rows import fit_examples, read_examples, tokenize_examples
 from support.paths import TESTS
 from support.rows import write_lines
 from support.tiny_tokenizer import CHATML, write_tiny_model
@@ -57,12 +58,10 @@ from support.toy_backend import toy_settings, write_pairs, write_rows
 
 from macft.config.load import load_settings
 from macft.config.settings import Settings
-from macft.data.formats.dataset import read_examples
 from macft.data.templates.chat_template import load_template, template_end_ids
-from macft.data.tokenization.conversations import fit_examples, tokenize_examples
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ModelError
-from macft.inspection.dataset import look_at
+from macft.inspection.dataset import inspect
 from macft.training.run import train
 
 pytestmark = pytest.mark.usefixtures("small_threads")
@@ -105,9 +104,11 @@ def test_p1_a_tokenizer_in_another_folder_is_named_by_a_key(model: Path, tmp_pat
     (bare / "config.json").write_bytes((model / "config.json").read_bytes())
     path = write_lines(tmp_path / "d.jsonl", {"instruction": "hello", "output": "you"})
     with pytest.raises(ModelError, match=r"no tokenizer; looked for tokenizer.json, vocab.json with merges.txt"):
-        look_at(str(path), (), str(bare))
-    look = look_at(str(path), (f"tokenizer_name_or_path={model}",), str(bare))
-    assert look.tokenizer.vocabulary == load_tokenizer(model).vocabulary and look.template is not None
+        inspect(str(path), (), str(bare))
+    found = inspect(str(path), (f"tokenizer_name_or_path={model}",), str(bare))
+    assert (
+        found.encoding.tokenizer.vocabulary == load_tokenizer(model).vocabulary and found.encoding.template is not None
+    )
 
 
 def test_p2_and_p3_keys_for_a_mac_are_taken_and_the_device_is_found(
@@ -235,7 +236,9 @@ def test_p53_a_typed_backslash_stays_two_characters_and_special_tokens_in_text_a
     rows, report = tokenize_examples(read_examples(str(path), "", None), tokenizer, template, cutoff_len=999)
     assert tokenizer.decode(rows[0].tokens.tolist(), skip_special=False).count("\\n") == 1
     assert report.special_in_content == 1
-    assert f"special tokens in their text, which stay special (first: <|im_end|> in {path}:1)" in caplog.text
+    assert f"special tokens in their text, which stay special (first: <|im_end|> in {path}:1)" in "".join(
+        report.warnings
+    )
 
 
 def test_p57_the_ends_of_all_files_are_ends(tmp_path: Path) -> None:

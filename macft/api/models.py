@@ -16,6 +16,7 @@ from macft.data.batches import collate
 from macft.data.formats.conversations import Example
 from macft.data.templates.chat_template import Message
 from macft.data.tokenization.conversations import fit_examples
+from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.table import TokenizedExample
 from macft.errors import DataError
 from macft.files import StrPath
@@ -96,7 +97,7 @@ class LanguageModel:
             return text, list(encoded.ends), TokenizedExample(tokens, np.arange(len(tokens)) > 0)
         if template is None:
             raise DataError("messages need a chat template, and the model was loaded with raw=True; pass a text")
-        [fitted] = fit_examples([Example(tuple(text), "messages")], tokenizer, template, cutoff_len=sys.maxsize)
+        [fitted] = fit_examples([Example(tuple(text), "messages")], Encoding(tokenizer, template, sys.maxsize))
         return fitted.rendered.text, list(fitted.encoded.ends), fitted.row
 
 

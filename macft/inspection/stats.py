@@ -1,4 +1,4 @@
-"""The rows of a data set in; how long they are and what `cutoff_len` takes of them, in figures and bars, out."""
+"""Measure how long the rows of a data set are and what `cutoff_len` takes of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from macft.data.cache.workers import Encoder, Row
-from macft.data.formats import conversations as formats
-from macft.data.formats.pairs import PairExample
+from macft.data.cache.workers import Encoder
+from macft.data.formats.reader import DataRow
+from macft.data.kinds import Kind
 from macft.data.tokenization.table import ANSWER_CUT, EMPTIED, SHORTENED, Table
 from macft.errors import DataError
 from macft.files import write_bytes
@@ -31,11 +31,10 @@ _UNCUT = 2**31 - 1
 _LONGEST = 5
 _BARS = 14
 _BAR_WIDTH = 40
-_NOUNS = {"sft": "row", "pt": "text", "pairs": "pair"}
 
 
 @dataclass
-class Cut:
+class CutCounts:
     """What one `cutoff_len` does to the rows; tokens of a pair are those of both its sides."""
 
     cutoff_len: int
@@ -52,7 +51,7 @@ class Cut:
 class Stats:
     """`lengths` int64: tokens of each row that can be trained on, of a pair those of its longer side."""
 
-    noun: str
+    kind: Kind
     rows: int = 0
     untrained: int = 0  # nothing in them to train on, whatever the cutoff_len
     tokens: int = 0
@@ -64,31 +63,37 @@ class Stats:
     turns: Counter[int] = field(default_factory=Counter)  # answers in a row -> rows
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     longest: list[tuple[int, str]] = field(default_factory=list)  # (tokens, file:line)
-    cuts: list[Cut] = field(default_factory=list)
+    cuts: list[CutCounts] = field(default_factory=list)
+
+    @property
+    def noun(self) -> str:
+        """What a row is called."""
+        return self.kind.row_noun
 
 
 def measure(
-    rows: Iterable[Row],
+    rows: Iterable[DataRow],
     encoder: Encoder,
     cutoffs: Sequence[int],
     *,
     packing: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Stats:
-    """Tokenize all rows, whole and at each of `cutoffs`, in memory that grows with their number alone.
+    """Tokenize all rows, whole and at each of `cutoffs`, in memory that grows only with their number.
 
     `packing` is for texts; `advance` is told how many more rows are done. Raises DataError as reading and rendering
     do, or when there is no row at all.
     """
-    stats = Stats(_NOUNS[encoder.kind], cuts=[Cut(cutoff_len) for cutoff_len in cutoffs])
-    whole = replace(encoder, cutoff_len=_UNCUT)
-    shorter = [replace(encoder, cutoff_len=cutoff_len) for cutoff_len in cutoffs]
+    stats = Stats(encoder.kind, cuts=[CutCounts(cutoff_len) for cutoff_len in cutoffs])
+    whole, *shorter = (
+        replace(encoder, encoding=replace(encoder.encoding, cutoff_len=cutoff_len)) for cutoff_len in (_UNCUT, *cutoffs)
+    )
     lengths: list[np.ndarray] = []
     for chunk in _chunks(rows):
         table = whole(chunk)
         lengths.append(table.lengths)
         _count(stats, chunk, table)
-        if encoder.kind != "pt":
+        if not encoder.kind.fills_rows:
             for cut, encode in zip(stats.cuts, shorter, strict=True):
                 _cut(cut, chunk, table, encode)
         advance(len(chunk))
@@ -98,7 +103,7 @@ def measure(
     # what is left out has no tokens
     stats.lengths = every[every > 0]
     stats.longest = sorted((one for one in stats.longest if one[0]), key=lambda one: -one[0])
-    if encoder.kind == "pt":
+    if encoder.kind.fills_rows:
         for cut in stats.cuts:
             cut.too_long = int((stats.lengths > cut.cutoff_len).sum())
             filled = -(-(np.array([stats.tokens]) if packing else stats.lengths) // cut.cutoff_len)
@@ -106,13 +111,13 @@ def measure(
     return stats
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Any]]:
+def _chunks(rows: Iterable[DataRow]) -> Iterator[list[Any]]:
     source = iter(rows)
     while chunk := list(islice(source, _CHUNK)):
         yield chunk
 
 
-def _count(stats: Stats, chunk: Sequence[Row], table: Table) -> None:
+def _count(stats: Stats, chunk: Sequence[DataRow], table: Table) -> None:
     columns = table.columns
     stats.rows += len(chunk)
     stats.untrained += int((columns["skip_reason"] > 0).sum())
@@ -124,17 +129,16 @@ def _count(stats: Stats, chunk: Sequence[Row], table: Table) -> None:
     if special.any() and not stats.first_special:
         stats.first_special = chunk[int(np.argmax(special))].source
     for row, length in zip(chunk, table.lengths.tolist(), strict=True):
-        if not isinstance(row, formats.Text):
-            answers = [*row.prompt, *row.chosen] if isinstance(row, PairExample) else row.messages
-            stats.turns[sum(message["role"] == "assistant" for message in answers)] += 1
-            stats.with_tools += isinstance(row, formats.Example) and row.tools is not None
+        if row.messages:
+            stats.turns[row.answers] += 1
+        stats.with_tools += row.has_tools
         if len(stats.longest) < _LONGEST:
             heapq.heappush(stats.longest, (length, row.source))
         elif length > stats.longest[0][0]:
             heapq.heapreplace(stats.longest, (length, row.source))
 
 
-def _cut(cut: Cut, chunk: Sequence[Row], table: Table, encoder: Encoder) -> None:
+def _cut(cut: CutCounts, chunk: Sequence[DataRow], table: Table, encoder: Encoder) -> None:
     """Only rows that are too long are tokenized once more."""
     long = np.flatnonzero(table.lengths > cut.cutoff_len)
     if not len(long):
@@ -202,7 +206,7 @@ def _facts(stats: Stats) -> Iterator[tuple[str, str]]:
     if length:
         yield "tokens", f"{stats.tokens:,}"
         yield "trained", f"{stats.trained_tokens:,} ({stats.trained_tokens / stats.tokens:.1%})"
-        of = "the longer side of a pair" if noun == "pair" else f"a {noun}"
+        of = f"a {noun}" if stats.kind.width == 1 else f"the longer side of a {noun}"
         shown = f"{length['mean']:.1f} on average, median {length['median']:.0f}, 95 % up to {length['95 %']:.0f}"
         yield "length", f"{of} has {shown}, the longest {length['max']:,}"
     if stats.turns:
@@ -214,7 +218,7 @@ def _facts(stats: Stats) -> Iterator[tuple[str, str]]:
         yield "tools", f"in {plural(stats.with_tools, noun)}"
     first = f" (first: {stats.first_special})" if stats.with_special else ""
     yield "special tokens", f"typed in the text of {plural(stats.with_special, noun)}{first}"
-    if noun != "text":
+    if not stats.kind.fills_rows:
         yield "boundary_tokens", f"{plural(stats.boundary_tokens, 'token')} on the border of an answer"
 
 
@@ -238,8 +242,8 @@ def _show_cuts(stats: Stats, cutoff_len: int, console: Console) -> None:
     grid = Grid(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     names: tuple[str, ...]
     figures: list[tuple[int | None, ...]]
-    if stats.noun == "text":
-        names = ("cutoff_len", "rows to train on", "texts longer than a row")
+    if stats.kind.fills_rows:
+        names = ("cutoff_len", "rows to train on", f"{stats.noun}s longer than a row")
         figures = [(cut.rows, cut.too_long) for cut in stats.cuts]
     else:
         names = ("cutoff_len", "too long", "user text cut", "all of it", "answer cut", "left out", "tokens lost")

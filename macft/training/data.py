@@ -1,4 +1,4 @@
-"""Settings in; the tokenized rows to train on and to evaluate on out, from the cache where an earlier run left them."""
+"""Read, tokenize and split the data that the settings name, from the cache where an earlier run left them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from itertools import islice
 import numpy as np
 
 from macft.config.settings import Settings
-from macft.data.cache.cache import Request, tokenized
-from macft.data.cache.workers import Encoder, Kind
-from macft.data.formats.dataset import Mixture, split_examples
-from macft.data.sources.resolve import resolve_sources
-from macft.data.stream import Once, Stream
-from macft.data.templates.chat_template import ChatTemplate
-from macft.data.templates.markers import warn_of_missing_marker
-from macft.data.tokenization.conversations import take_examples
-from macft.data.tokenization.packing import PackedRows, pack
-from macft.data.tokenization.pairs import take_pairs
+from macft.data.cache.cache import tokenized
+from macft.data.cache.workers import Encoder
+from macft.data.formats.dataset import Mixture, Request, split_examples
+from macft.data.kinds import kind_of_stage
+from macft.data.notes import Note, log_notes
+from macft.data.sources.resolve import ResolvedSources, resolve_sources
+from macft.data.stream import Stream
+from macft.data.templates.chat_template import ChatTemplate, marker_notes
+from macft.data.tokenization.encoding import Encoding
+from macft.data.tokenization.packing import PackedRows
 from macft.data.tokenization.report import TokenizeReport
-from macft.data.tokenization.table import Examples, Rows, Table
-from macft.data.tokenization.texts import take_texts
+from macft.data.tokenization.table import Rows, Table
 from macft.data.tokenization.tokenizer import Tokenizer
-from macft.errors import ConfigError, DataError
+from macft.errors import ConfigError
 from macft.progress import counting
 from macft.text import plural
 
@@ -46,22 +45,56 @@ class Data:
     digest: str
 
 
-def read_data(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None) -> Data:
-    """The data sets of the settings, tokenized, and split where `val_size` says so.
+def encoding_of(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None) -> Encoding:
+    """How the settings have rows tokenized; only `stage: pt` does without a template."""
+    return Encoding(
+        tokenizer,
+        template,
+        cutoff_len=settings.cutoff_len,
+        train_on_prompt=settings.train_on_prompt,
+        mask_history=settings.mask_history,
+    )
 
-    Only `stage: pt` does without a template.
-    """
-    job = _Job(settings, tokenizer, template)
-    table = job.table(settings.dataset)
-    if settings.eval_dataset is not None:
-        held_out, chosen = job.table(settings.eval_dataset), np.arange(len(table))
+
+def request_of(settings: Settings, found: ResolvedSources | None = None) -> Request:
+    """The rows to train on; `found`: the data sets of the settings, where they are known already."""
+    probs = settings.interleave_probs
+    return Request(
+        kind_of_stage(settings.stage),
+        found or resolve_sources(settings.dataset, settings.dataset_dir, settings.hub),
+        settings.max_samples,
+        Mixture(settings.mix_strategy, None if probs is None else tuple(probs), seed(settings)),
+    )
+
+
+def held_out_request(settings: Settings) -> Request | None:
+    """The rows of `eval_dataset`, one data set after the other; None: there is none."""
+    if settings.eval_dataset is None:
+        return None
+    found = resolve_sources(settings.eval_dataset, settings.dataset_dir, settings.hub)
+    return Request(kind_of_stage(settings.stage), found, settings.max_samples, Mixture(seed=seed(settings)))
+
+
+def template_notes(request: Request, encoding: Encoding) -> tuple[Note, ...]:
+    """What there is to say about the template, where the rows are rendered with it."""
+    if encoding.template is None or not request.kind.has_template:
+        return ()
+    return marker_notes(encoding.template, encoding.tokenizer)
+
+
+def read_data(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None) -> Data:
+    """The data sets of the settings, tokenized, and split where `val_size` says so."""
+    encoding, request = encoding_of(settings, tokenizer, template), request_of(settings)
+    log_notes(template_notes(request, encoding))
+    table = _table(settings, request, encoding)
+    if (apart := held_out_request(settings)) is not None:
+        held_out, chosen = _table(settings, apart, encoding), np.arange(len(table))
         others = np.arange(len(held_out))
     else:
         split = split_examples(range(len(table)), settings.val_size, seed(settings))
         held_out, (chosen, others) = table, (np.array(part, dtype=np.int64) for part in split)
-    train, report = job.take(table, chosen, packing=settings.is_packed)
-    valid = job.take(held_out, others)[0] if len(others) else []
-    assert not isinstance(valid, PackedRows)
+    train, report = _take(request, encoding, table, chosen, packing=settings.is_packed)
+    valid = _take_rows(request, encoding, held_out, others) if len(others) else []
     return Data(train, valid, report, _digest(settings, table, chosen))
 
 
@@ -83,50 +116,41 @@ def read_stream(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate
     A count as `val_size` holds out the first rows. Raises ConfigError for packed conversations; DataError for data
     that are missing, or invalid up to the first example.
     """
-    if settings.is_packed and settings.stage != "pt":
-        raise ConfigError(
-            "packing: conversations are packed by their lengths, which a stream does not know; remove packing or "
-            "streaming"
-        )
     if settings.val_size != int(settings.val_size):
         raise ConfigError(
             f"val_size: found {settings.val_size:g}, expected a whole count, for no share of a stream is known"
         )
     if settings.group_by_length and "group_by_length" in settings.model_fields_set:
         logger.info("group_by_length: off, for the lengths of a stream are not known")
-    job, once = _Job(settings, tokenizer, template), Once()
-    request, held_out = job.request(settings.dataset), int(settings.val_size)
-    with once.applied():
-        sources, problems = resolve_sources(settings.dataset, settings.dataset_dir, settings.hub)
-    if problems:
-        raise DataError("\n".join(problems))
-    if request.kind != "pt" and template is not None:
-        warn_of_missing_marker(template, tokenizer)
-    files = dict.fromkeys(str(path) for source in sources for path in source.files)
-    encoder = job.encoder({path: i for i, path in enumerate(files)})
+    encoding, request, skipped = (
+        encoding_of(settings, tokenizer, template),
+        request_of(settings),
+        int(settings.val_size),
+    )
+    log_notes(request.found.notes)
+    request.found.check()
+    log_notes(template_notes(request, encoding))
+    encoder = Encoder(request.kind, encoding, {path: i for i, path in enumerate(request.found.files)})
     stream = Stream(
-        rows=lambda: islice(request.rows(), held_out, None),
+        rows=lambda say: islice(request.rows(say), skipped, None),
         encoder=encoder,
         packing=settings.is_packed,
         buffer_size=1 if settings.disable_shuffling else settings.buffer_size,
         seed=seed(settings),
-        once=once,
     )
-    valid: Rows | PackedRows = []
-    if settings.eval_dataset is not None:
-        table = job.table(settings.eval_dataset)
-        valid, _ = job.take(table, np.arange(len(table)))
-    elif held_out:
-        with once.applied():
-            rows = list(islice(request.rows(), held_out + 1))
-        if len(rows) <= held_out:
+    valid: Rows = []
+    if (held_out := held_out_request(settings)) is not None:
+        table = _table(settings, held_out, encoding)
+        valid = _take_rows(held_out, encoding, table, np.arange(len(table)))
+    elif skipped:
+        rows = list(islice(request.rows(stream.say), skipped + 1))
+        if len(rows) <= skipped:
             raise ConfigError(
-                f"val_size: {held_out} leaves none of {plural(len(rows), 'example')} to train on; lower it"
+                f"val_size: {skipped} leaves none of {plural(len(rows), 'example')} to train on; lower it"
             )
-        valid, _ = job.take(encoder(rows[:held_out]), np.arange(held_out))
-    assert not isinstance(valid, PackedRows)
+        valid = _take_rows(request, encoding, encoder(rows[:skipped]), np.arange(skipped))
     stream.check()
-    return StreamedData(stream, valid, _stream_digest(stream, held_out, request.mixture))
+    return StreamedData(stream, valid, _stream_digest(stream, skipped, request.mixture))
 
 
 def seed(settings: Settings) -> int:
@@ -134,87 +158,47 @@ def seed(settings: Settings) -> int:
     return settings.seed if settings.data_seed is None else settings.data_seed
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What reading and tokenizing need, besides the names of the data."""
+def _table(settings: Settings, request: Request, encoding: Encoding) -> Table:
+    table, notes = tokenized(
+        request,
+        encoding,
+        overwrite=settings.overwrite_cache,
+        workers=settings.preprocessing_num_workers,
+        progress=partial(counting, "tokenizing"),
+    )
+    log_notes([*request.found.notes, *notes])
+    return table
 
-    settings: Settings
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
 
-    @property
-    def kind(self) -> Kind:
-        """What the rows stand for."""
-        return "pairs" if self.settings.is_preference else "pt" if self.settings.stage == "pt" else "sft"
+def _take(
+    request: Request, encoding: Encoding, table: Table, indices: np.ndarray, *, packing: bool = False
+) -> tuple[Rows | PackedRows, TokenizeReport]:
+    """What is trained on of some rows of a table, with its warnings logged."""
+    rows, report = request.kind.take(table, encoding, indices, packing=packing)
+    for warning in report.warnings:
+        logger.warning(warning)
+    return rows, report
 
-    def encoder(self, files: dict[str, int]) -> Encoder:
-        settings, template = self.settings, self.template
-        return Encoder(
-            kind=self.kind,
-            tokenizer=self.tokenizer,
-            template=(template.source, template.name) if template is not None else None,
-            cutoff_len=settings.cutoff_len,
-            train_on_prompt=settings.train_on_prompt,
-            mask_history=settings.mask_history,
-            files=files,
-        )
 
-    def request(self, dataset: str) -> Request:
-        settings = self.settings
-        # probabilities are those of the training data sets
-        is_mixed = dataset == settings.dataset
-        probs = settings.interleave_probs
-        return Request(
-            kind=self.kind,
-            dataset=dataset,
-            dataset_dir=settings.dataset_dir,
-            cutoff_len=settings.cutoff_len,
-            max_samples=settings.max_samples,
-            mixture=Mixture(
-                hub=settings.hub,
-                mix_strategy=settings.mix_strategy if is_mixed else "concat",
-                interleave_probs=tuple(probs) if is_mixed and probs is not None else None,
-                seed=seed(settings),
-            ),
-            train_on_prompt=settings.train_on_prompt,
-            mask_history=settings.mask_history,
-        )
-
-    def table(self, dataset: str) -> Table:
-        settings = self.settings
-        return tokenized(
-            self.request(dataset),
-            self.tokenizer,
-            self.template,
-            overwrite=settings.overwrite_cache,
-            workers=settings.preprocessing_num_workers,
-            progress=partial(counting, "tokenizing"),
-        )
-
-    def take(
-        self, table: Table, indices: np.ndarray, *, packing: bool = False
-    ) -> tuple[Rows | PackedRows, TokenizeReport]:
-        cutoff_len = self.settings.cutoff_len
-        if self.settings.stage == "pt":
-            return take_texts(table, self.tokenizer, cutoff_len=cutoff_len, packing=packing, indices=indices)
-        assert self.template is not None
-        take = take_pairs if self.settings.is_preference else take_examples
-        rows, report = take(table, self.tokenizer, self.template, cutoff_len=cutoff_len, indices=indices)
-        return (pack(rows, rows.lengths, cutoff_len) if packing and isinstance(rows, Examples) else rows), report
+def _take_rows(request: Request, encoding: Encoding, table: Table, indices: np.ndarray) -> Rows:
+    rows, _ = _take(request, encoding, table, indices)
+    assert not isinstance(rows, PackedRows)
+    return rows
 
 
 def _digest(settings: Settings, table: Table, rows: np.ndarray) -> str:
-    packed = settings.cutoff_len if settings.is_packed or settings.stage == "pt" else None
-    digest = hashlib.sha256(f"{table.digest} {packed} ".encode())
+    is_cut = settings.is_packed or kind_of_stage(settings.stage).fills_rows
+    digest = hashlib.sha256(f"{table.digest} {settings.cutoff_len if is_cut else None} ".encode())
     digest.update(rows.astype("<i8").tobytes())
     return digest.hexdigest()
 
 
 def _stream_digest(stream: Stream, held_out: int, mixture: Mixture) -> str:
-    encoder = stream.encoder
+    kind, encoding = stream.encoder.kind, stream.encoder.encoding
+    template = None if encoding.template is None else (encoding.template.source, encoding.template.name)
     parts = [
-        *(encoder.kind, encoder.tokenizer.fingerprint, encoder.template, encoder.cutoff_len),
-        *(encoder.train_on_prompt, encoder.mask_history, stream.packing, stream.buffer_size, stream.seed),
+        *(kind.name, encoding.tokenizer.fingerprint, template, encoding.cutoff_len),
+        *(encoding.train_on_prompt, encoding.mask_history, stream.packing, stream.buffer_size, stream.seed),
         *(held_out, mixture.mix_strategy, mixture.interleave_probs),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

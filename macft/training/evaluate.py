@@ -9,9 +9,9 @@ import numpy as np
 
 from macft.backends.base import Scores
 from macft.config.settings import Settings
-from macft.data.batches import Plan, StreamPlan, collate
-from macft.data.tokenization.conversations import TokenizedExample
-from macft.data.tokenization.pairs import Reference, TokenizedPair
+from macft.data.batches import collate
+from macft.data.plan import StepPlan
+from macft.data.tokenization.table import Reference, TokenizedExample, TokenizedPair
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Objective
 from macft.objectives.ops import NumpyOps
@@ -32,7 +32,7 @@ def evaluate(model: Scores, objective: Objective, batches: Iterable[NumpyBatch])
     return {"eval_loss": means.pop("loss")} | {f"eval_{name}": v for name, v in objective.report(means).items()}
 
 
-def will_evaluate(settings: Settings, plan: Plan | StreamPlan) -> bool:
+def will_evaluate(settings: Settings, plan: StepPlan) -> bool:
     """Whether a run with held-out data ever evaluates on it."""
     each, every = settings.when_to_evaluate, settings.steps_per_evaluation
     return any(plan.is_due(each, every, step) for step in range(1, plan.total_steps + 1))

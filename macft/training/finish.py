@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import numpy as np
 
 from macft.backends.base import Model
 from macft.config.settings import Settings
-from macft.data.batches import StreamPlan
 from macft.data.tokenization.table import Pairs
 from macft.objectives.preference import Preference
 from macft.training.checkpoint import Progress
@@ -19,6 +19,8 @@ from macft.training.log.results import merge_results, model_card, train_results,
 from macft.training.model_files import ModelFiles
 from macft.training.objective import make_objective
 from macft.training.prepare import Prepared
+
+logger = logging.getLogger("macft")
 
 # Settings that a reader of the model card has no use for.
 _NOT_SHOWN = frozenset(
@@ -40,8 +42,8 @@ def finish(
     """Write the model, the results, the picture and the card; returns the most important figures in one line."""
     files.write(output_dir, model.trained_state())
     plan = prepared.plan
-    if isinstance(plan, StreamPlan):
-        plan.stream.tell()
+    for warning in plan.warnings:
+        logger.warning(warning)
     results = train_results(
         epoch=plan.epoch_at(progress.step),
         train_loss=progress.loss_sum / max(1, progress.step),
@@ -108,12 +110,8 @@ def _plot(settings: Settings, prepared: Prepared, output_dir: Path) -> None:
 
 def _examples_seen(prepared: Prepared, steps: int) -> int:
     """Examples seen, packed or not: in a part of an epoch each packed row counts as the mean. Of a stream: rows."""
-    plan = prepared.plan
-    if isinstance(plan, StreamPlan):
-        return steps * plan.step_size
-    epochs, rest = divmod(steps, plan.steps_per_epoch)
-    rows = epochs * len(plan.lengths) + rest * plan.batch_size * plan.accumulation
-    return round(rows * len(prepared.examples) / len(plan.lengths))
+    rows = prepared.plan.rows_at(steps)
+    return round(rows * len(prepared.examples) / len(prepared.train)) if prepared.train else rows
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:

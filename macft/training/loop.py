@@ -147,7 +147,7 @@ class TrainingLoop:
             total_tokens=before.total_tokens + tokens,
             loss_sum=before.loss_sum + result.loss,
             seconds=before.seconds + seconds,
-            stream_digest=self.prepared.stream_digest,
+            stream_digest=self.prepared.plan.digest,
         )
 
     def evaluate(self, step: int) -> dict[str, float]:

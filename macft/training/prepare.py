@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
 from macft.backends.base import LoraSpec, MergedAdapter, ModelSpec
 from macft.config.settings import Settings
-from macft.data.batches import Plan, StreamPlan, collate, lengths_of
+from macft.data.batches import lengths_of
+from macft.data.plan import EpochPlan, StepPlan, StreamPlan
 from macft.data.templates.chat_template import ChatTemplate, template_folder
 from macft.data.tokenization.packing import PackedRows
 from macft.data.tokenization.report import TokenizeReport
@@ -53,7 +54,8 @@ class Prepared:
     train: Rows | PackedRows  # of a stream: nothing, its plan holds it
     valid: Rows
     report: TokenizeReport
-    plan: Plan | StreamPlan
+    plan: StepPlan
+    max_length: int  # tokens of the longest example, of a stream those that it may have
     data_hash: str
 
     @property
@@ -62,20 +64,8 @@ class Prepared:
         return self.train.examples if isinstance(self.train, PackedRows) else self.train
 
     def batches(self, after: int, say: Callable[[str], None]) -> Iterator[list[NumpyBatch]]:
-        """The micro-batches of every step from the one after `after` on, to which a stream must have been read.
-
-        `say` is told what there is to know on the way.
-        """
-        if isinstance(self.plan, StreamPlan):
-            yield from self.plan.batches(say)
-        else:
-            for indices in self.plan.steps(after):
-                yield [collate([self.train[i] for i in part]) for part in indices]
-
-    @property
-    def stream_digest(self) -> str:
-        """Names the examples that the steps have taken from a stream so far."""
-        return self.plan.stream.digest if isinstance(self.plan, StreamPlan) else ""
+        """The micro-batches of every step from the one after `after` on, as `StepPlan.batches`."""
+        return self.plan.batches(self.train, after, say)
 
 
 def prepare(settings: Settings, group: ProcessGroup = ONE_PROCESS) -> Prepared:
@@ -88,6 +78,8 @@ def prepare(settings: Settings, group: ProcessGroup = ONE_PROCESS) -> Prepared:
     source = template_folder(found.tokenizer_folder, loaded.folder if loaded is not None else None)
     template = resolve_template(settings, source, tokenizer)
     train, valid, report, plan, data_hash = _data(settings, tokenizer, template)
+    examples = train.examples if isinstance(train, PackedRows) else train
+    known = max((int(lengths_of(rows).max()) for rows in (examples, valid) if len(rows)), default=0)
     return Prepared(
         group=group,
         base=base,
@@ -101,13 +93,14 @@ def prepare(settings: Settings, group: ProcessGroup = ONE_PROCESS) -> Prepared:
         valid=valid,
         report=report,
         plan=plan,
+        max_length=settings.cutoff_len if settings.streaming else known,
         data_hash=data_hash,
     )
 
 
 def _data(
     settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None
-) -> tuple[Rows | PackedRows, Rows, TokenizeReport, Plan | StreamPlan, str]:
+) -> tuple[Rows | PackedRows, Rows, TokenizeReport, StepPlan, str]:
     """What Prepared says of the data."""
     batch_size, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     if settings.streaming:
@@ -115,7 +108,7 @@ def _data(
         steps = StreamPlan(streamed.stream, batch_size, accumulation, settings.max_steps)
         return [], streamed.valid, TokenizeReport(), steps, _hash(f"stream {steps.step_size} {streamed.digest}")
     data = read_data(settings, tokenizer, template)
-    plan = Plan(
+    plan = EpochPlan(
         lengths=lengths_of(data.train),
         batch_size=batch_size,
         accumulation=accumulation,
@@ -163,7 +156,7 @@ def _named_reference(settings: Settings, base: ModelFolder, tokenizer: Tokenizer
 
 
 def _hash(order: str) -> str:
-    """Names the data and its order: a checkpoint's position means something on these alone."""
+    """Names the data and its order: a checkpoint's position means something only for these."""
     return hashlib.sha256(order.encode()).hexdigest()
 
 
@@ -219,24 +212,17 @@ def model_spec(settings: Settings, prepared: Prepared) -> ModelSpec:
         precision=settings.precision,
         quantization_bit=settings.quantization_bit,
         gradient_checkpointing=settings.gradient_checkpointing,
-        max_length=_max_length(settings, prepared),
+        max_length=prepared.max_length,
         packing=settings.is_packed,
         from_scratch=prepared.from_scratch,
         seed=settings.seed,
     )
 
 
-def _max_length(settings: Settings, prepared: Prepared) -> int:
-    if isinstance(prepared.plan, StreamPlan):
-        # what is to come is not known
-        return settings.cutoff_len
-    return max(int(lengths_of(rows).max()) for rows in (prepared.examples, prepared.valid) if len(rows))
-
-
 def resolved(settings: Settings, prepared: Prepared, backend_name: str) -> Settings:
     """The settings with what the run found out filled in: the backend, and a loaded adapter's own shape.
 
-    What was said about this folder alone is left out: run again, the file must not delete this run.
+    What was said only about this folder is left out: run again, the file must not delete this run.
     """
     update: dict[str, object] = {
         "backend": backend_name,

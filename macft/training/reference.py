@@ -25,7 +25,7 @@ from macft.backends import load_model
 from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import Model, ModelInfo, ModelSpec, Scores
 from macft.config.settings import Settings
-from macft.data.batches import Plan, in_order
+from macft.data.batches import in_order
 from macft.data.tokenization.feedback import Feedback, TokenizedFeedback
 from macft.data.tokenization.table import Pairs, TokenizedPair
 from macft.errors import ConfigError, ModelError
@@ -165,7 +165,6 @@ def _fill(settings: Settings, prepared: Prepared, scorer: _Scorer) -> Prepared:
     asked: _Columns[Any] = _feedback_columns() if settings.stage == "kto" else _pair_columns(settings)
     size = settings.per_device_train_batch_size
     if isinstance(train, Pairs | Feedback):
-        assert isinstance(prepared.plan, Plan), "rows with a reference are not streamed"
         visited = prepared.plan.visited
         columns = np.full((len(train), asked.count), math.nan)
         columns[visited] = _scored(asked, train.take(visited), scorer, size, "training")

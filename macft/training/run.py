@@ -11,13 +11,11 @@ from macft.backends import choose_backend, load_model
 from macft.backends.base import LoraSpec, Model, ModelInfo, OptimizerSpec
 from macft.config.load import dump_yaml
 from macft.config.settings import Settings
-from macft.data.batches import StreamPlan
 from macft.engines import BACKENDS
 from macft.errors import ConfigError, ModelError, UsageError
 from macft.files import remove_leftovers, write_text
 from macft.process_group import ONE_PROCESS
 from macft.system import keep_awake
-from macft.text import plural
 from macft.training.checkpoint import Progress, find_checkpoint, read_optimizer_state, read_progress
 from macft.training.checks.output_dir import check_base_is_safe, check_output_dir, clear_output_dir
 from macft.training.early_stopping import check_metric
@@ -144,9 +142,7 @@ def _check_position(checkpoint: Path, prepared: Prepared) -> None:
         )
     if progress.step > total:
         raise UsageError(f"{checkpoint}: past the end of a run of {total} steps; raise num_train_epochs or max_steps")
-    if isinstance(prepared.plan, StreamPlan):
-        logger.info("streaming: reading past the examples of %s", plural(progress.step, "step"))
-        prepared.plan.read_past(progress.step, progress.stream_digest)
+    prepared.plan.read_past(progress.step, progress.stream_digest)
 
 
 def _resume(model: Model, files: ModelFiles, checkpoint: Path) -> Progress:

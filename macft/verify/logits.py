@@ -78,8 +78,8 @@ def check_engine(source: Path) -> None:
     has_reader = any(is_installed(engine.name) for engine in readers)
     if is_litgpt(source) and not (has_reader and importlib.util.find_spec("litgpt")):
         raise MissingPackageError(
-            f"--verify of a litgpt checkpoint needs {readers[0].name} and litgpt: {readers[0].install} litgpt, or leave "
-            "--verify out"
+            f"--verify of a litgpt checkpoint needs {readers[0].name} and litgpt: {readers[0].install} litgpt, "
+            "or leave --verify out"
         )
     choose_backend("auto")
 

@@ -13,7 +13,7 @@ from support.tiny_models import ARCHITECTURES, VOCABULARY, random_examples
 
 from macft.backends.base import LoraSpec, Model, ModelSpec, OptimizerSpec, State
 from macft.data.batches import collate
-from macft.data.tokenization.conversations import TokenizedExample
+from macft.data.tokenization.table import TokenizedExample
 from macft.engines import BACKENDS
 from macft.objectives.batch import Batch, NumpyBatch
 from macft.objectives.losses import Sft
@@ -197,9 +197,9 @@ def test_a_model_whose_logits_would_differ_keeps_the_full_path(tiny_model, monke
 
 @pytest.mark.slow
 def test_smollm2_gives_one_curve_on_both_engines_for_10_steps():
-    from macft.data.formats.dataset import read_examples
+    from support.data_rows import read_examples, tokenize_examples
+
     from macft.data.templates.chat_template import load_template
-    from macft.data.tokenization.conversations import tokenize_examples
     from macft.data.tokenization.tokenizer import load_tokenizer
     from macft.models.locate import resolve_model
 

@@ -14,8 +14,7 @@ from support.tiny_models import ARCHITECTURES, WINDOW, random_pairs
 from macft.backends.base import LoraSpec, Model, ModelSpec, OptimizerSpec, State, StepResult
 from macft.config.settings import Settings
 from macft.data.batches import collate
-from macft.data.tokenization.conversations import TokenizedExample
-from macft.data.tokenization.pairs import Reference, TokenizedPair
+from macft.data.tokenization.table import Reference, TokenizedExample, TokenizedPair
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.ops import NumpyOps
 from macft.objectives.preference import Preference, PromptBeta, answer_positions, reference_columns

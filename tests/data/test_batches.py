@@ -9,21 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from macft.data.batches import Plan, collate, in_order
-from macft.data.tokenization.conversations import TokenizedExample
+from macft.data.batches import collate, in_order
+from macft.data.plan import EpochPlan
+from macft.data.tokenization.table import TokenizedExample
 
 LENGTHS = np.random.default_rng(5).integers(5, 300, 1037)
 
 
-def plan(lengths=LENGTHS, *, batch_size=4, accumulation=2, epochs=3.0, max_steps=-1, seed=42, by_length=True) -> Plan:
-    return Plan(np.asarray(lengths), batch_size, accumulation, epochs, max_steps, seed, by_length)
+def plan(
+    lengths=LENGTHS, *, batch_size=4, accumulation=2, epochs=3.0, max_steps=-1, seed=42, by_length=True
+) -> EpochPlan:
+    return EpochPlan(np.asarray(lengths), batch_size, accumulation, epochs, max_steps, seed, by_length)
 
 
 def rows_of(step: list[np.ndarray]) -> list[int]:
     return [int(index) for part in step for index in part]
 
 
-def steps_of(plan: Plan, after: int = 0) -> list[list[int]]:
+def steps_of(plan: EpochPlan, after: int = 0) -> list[list[int]]:
     return [rows_of(step) for step in plan.steps(after)]
 
 
@@ -81,7 +84,7 @@ def test_going_on_after_a_step_gives_the_steps_that_are_left(after):
 
 
 def test_without_shuffling_every_epoch_is_in_the_order_of_the_examples():
-    kept = Plan(np.array([3, 9, 1, 7, 5]), 2, 1, 2.0, -1, seed=4, sort_by_length=False, shuffle=False)
+    kept = EpochPlan(np.array([3, 9, 1, 7, 5]), 2, 1, 2.0, -1, seed=4, sort_by_length=False, shuffle=False)
     assert [[part.tolist() for part in step] for step in kept.steps()] == [[[0, 1]], [[2, 3]], [[4]]] * 2
 
 

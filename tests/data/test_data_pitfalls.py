@@ -10,12 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.data_folders import own_and_public_data
+from support.data_rows import iter_examples, read_examples, read_pairs, read_texts, tokenize_pairs
 from support.rows import write_lines
 from support.tiny_tokenizer import write_tiny_model
 
-from macft.data.formats.dataset import iter_examples, read_examples, read_pairs, read_texts
 from macft.data.templates.chat_template import load_template
-from macft.data.tokenization.pairs import tokenize_pairs
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import DataError
 from macft.training.checks.alarms import overlap_alarm
@@ -35,7 +34,7 @@ def refusal(folder: Path, name: str = "d") -> str:
 
 
 def test_p5_evaluation_rows_that_are_trained_on_are_said(tmp_path: Path) -> None:
-    from macft.data.tokenization.conversations import tokenize_examples
+    from support.data_rows import tokenize_examples
 
     path = write_lines(tmp_path / "d.jsonl", *({"instruction": f"q{i}", "output": "a"} for i in range(4)))
     tokenizer, template = _tiny(tmp_path / "model")

@@ -20,8 +20,9 @@ from support.paths import TESTS
 from support.toy_backend import ENGINES, curve, press_ctrl_c_in_step, toy_settings, write_rows
 
 from macft.config.checks import without_effect
-from macft.data.batches import StreamPlan
-from macft.data.stream import ROWS_AT_ONCE, Stream, Streamed
+from macft.data.kinds import Streamed
+from macft.data.plan import StreamPlan
+from macft.data.stream import ROWS_AT_ONCE, Stream
 from macft.data.tokenization.packing import PackedExample
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, DataError, StoppedError, UsageError
@@ -120,7 +121,7 @@ def test_every_step_is_full_across_the_end_of_the_data(model, tmp_path, said):
     prepared = prepare(toy_settings(model, data, tmp_path, "mlx", **STREAM | keys))
     assert isinstance(prepared.plan, StreamPlan)
     told: list[str] = []
-    shapes = [[len(batch.lengths) for batch in step] for step in prepared.plan.batches(told.append)]
+    shapes = [[len(batch.lengths) for batch in step] for step in prepared.batches(0, told.append)]
     assert shapes == [[2, 2]] * 9
     assert told == ["streaming: all 10 examples have been seen; the data begin again"]
     assert sum(f"{data}: 10 messages rows" in line for line in said()) == 1
@@ -218,9 +219,8 @@ def test_what_is_lost_is_counted_once_and_told_at_the_end(model, tmp_path, said)
     before = len(said(logging.WARNING))
     train(toy_settings(model, data, tmp_path / "run", "mlx", cutoff_len=40, **STREAM))
     assert said(logging.WARNING)[before:] == [
-        f"2 of 6 examples lost user text to fit cutoff_len 40 (first: {data}:3)",
-        f"1 of 6 examples lost all user text to fit cutoff_len 40 (first: {data}:5)",
-        f"1 of 6 examples lost the end of their last answer to fit cutoff_len 40 (first: {data}:5)",
+        f"2 of 6 examples lost user text to fit cutoff_len 40, 1 of them all of it (first: {data}:3)",
+        f"1 of 6 examples lost the end of an answer to fit cutoff_len 40 (first: {data}:5)",
     ]
 
 
@@ -298,7 +298,7 @@ def test_a_invalid_row_stops_the_run_where_it_is_met_and_the_mended_file_goes_on
     # another row where the run has been is another course, and nothing of the run is touched
     before = {path: path.read_bytes() for path in (tmp_path / "two").rglob("*") if path.is_file()}
     data.write_text("".join([*lines[:3], lines[0], *lines[4:]]))
-    with pytest.raises(UsageError, match="the 40 examples that the checkpoint was trained on are others now"):
+    with pytest.raises(UsageError, match="the 40 examples that the checkpoint was trained on have changed since"):
         train(resumed.model_copy(update={"max_steps": 25}))
     with pytest.raises(UsageError, match="written with other data, or with another batch size, seed"):
         train(resumed.model_copy(update={"buffer_size": 3}))

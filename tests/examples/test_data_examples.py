@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from support.commands import CHECKOUT
+from support.data_rows import read_examples, read_pairs
 from support.toy_backend import ENGINES
 
 from macft.commands.data import data
 from macft.config.load import load_settings
-from macft.data.formats.dataset import read_examples, read_pairs
 from macft.errors import MacftError
 from macft.models.locate import resolve_model
 from macft.training.log.report import read_log

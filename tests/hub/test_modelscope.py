@@ -15,7 +15,7 @@ from support.toy_backend import write_rows, write_toy_model
 
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ModelError
-from macft.inspection.dataset import look_at
+from macft.inspection.dataset import inspect
 from macft.models.locate import resolve_model
 
 ROUTE = "/api/v1/models/org/toy/repo"
@@ -109,8 +109,8 @@ def test_looking_at_data_asks_the_hub_that_the_file_names(served: Path, tmp_path
     rows = write_rows(tmp_path / "rows.jsonl")
     config = tmp_path / "run.yaml"
     config.write_text(f"model_name_or_path: org/toy\nhub: modelscope\ndataset: {rows}\noutput_dir: {tmp_path}/out\n")
-    look = look_at(str(config), (), None)
-    assert look.tokenizer.vocabulary == load_tokenizer(served).vocabulary and "tokenizer.json" in Models.seen
+    found = inspect(str(config), (), None)
+    assert found.encoding.tokenizer.vocabulary == load_tokenizer(served).vocabulary and "tokenizer.json" in Models.seen
 
 
 def test_a_file_that_is_stored_elsewhere_is_followed(served: Path) -> None:

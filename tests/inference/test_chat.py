@@ -14,12 +14,12 @@ import time
 
 import pytest
 from support.commands import heed_ctrl_c
+from support.data_rows import read_examples
 from support.parrot import make_model
 from support.paths import TESTS
 from support.tiny_tokenizer import GEMMA, write_tiny_model
 
 from macft.backends.base import Sampling
-from macft.data.formats.dataset import read_examples
 from macft.inference.answer import answer
 from macft.inference.chat import ChatModel, answer_prompts, chat_loop, fit_prompt
 from macft.inference.prompts import user_turn, with_system

@@ -17,10 +17,12 @@ from support.toy_backend import write_toy_model
 from macft.data.formats.conversations import Example
 from macft.data.formats.pairs import PairExample
 from macft.data.templates.chat_template import load_template
+from macft.data.tokenization.encoding import Encoding
+from macft.data.tokenization.row_preview import preview_example, preview_pair
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import DataError, UsageError
 from macft.inspection.dataset import preview_source
-from macft.inspection.preview import preview, preview_json, preview_pair, preview_pair_json
+from macft.inspection.preview import show
 
 CHATML = build(TEMPLATES["chatml"])
 
@@ -28,8 +30,8 @@ CHATML = build(TEMPLATES["chatml"])
 def shown(tokenizer: Tokenizer, *contents: str, colors: bool = False, **options: Any) -> str:
     file = io.StringIO()
     console = Console(file=file, force_terminal=colors, color_system="standard" if colors else None, width=40)
-    examples = [Example((), "x:1"), Example(tuple(chat(*contents)), "chat.jsonl:7")]
-    preview(examples, 1, tokenizer, CHATML, **{"cutoff_len": 999, **options}, console=console)
+    example = Example(tuple(chat(*contents)), "chat.jsonl:7")
+    show(preview_example(example, Encoding(tokenizer, CHATML, **{"cutoff_len": 999, **options})), console)
     return file.getvalue()
 
 
@@ -78,22 +80,16 @@ def test_what_happened_to_the_row_is_said(tokenizer: Tokenizer) -> None:
 
 
 def test_json_holds_the_same(tokenizer: Tokenizer) -> None:
-    examples = [Example(tuple(chat("a", "你𠮷", "c", "d")), "chat.jsonl:7")]
-    value = preview_json(examples, 0, tokenizer, CHATML, cutoff_len=999, mask_history=True)
+    example = Example(tuple(chat("a", "你𠮷", "c", "d")), "chat.jsonl:7")
+    value = preview_example(example, Encoding(tokenizer, CHATML, 999, mask_history=True)).value
     assert json.loads(json.dumps(value)) == value
-    text = CHATML.render(examples[0].messages)
+    text = CHATML.render(example.messages)
     assert [piece["text"] for piece in value["pieces"]] == [text[:-12], text[-12:]]
     assert [piece["trained"] for piece in value["pieces"]] == [False, True]
     assert text[-12:] == "d<|im_end|>\n"
     assert value["tokens"] == tokenizer.encode(text).ids
     assert value["num_trained"] == sum(value["loss_mask"]) == 3
     assert value["num_tokens"] == len(value["loss_mask"]) and value["source"] == "chat.jsonl:7"
-
-
-@pytest.mark.parametrize("index", [-1, 1])
-def test_a_row_that_is_not_there_is_refused(tokenizer: Tokenizer, index: int) -> None:
-    with pytest.raises(UsageError, match=f"row {index}: there are 1 rows, expected 0 to 0"):
-        preview_json([Example((), "x:1")], index, tokenizer, CHATML, cutoff_len=9)
 
 
 def test_cut_rows_without_targets_still_show(tokenizer: Tokenizer) -> None:
@@ -111,7 +107,7 @@ PAIR = PairExample(
 
 def shown_pair(tokenizer: Tokenizer, example: PairExample, cutoff_len: int = 999) -> str:
     file = io.StringIO()
-    preview_pair([example], 0, tokenizer, CHATML, cutoff_len=cutoff_len, console=Console(file=file, width=40))
+    show(preview_pair(example, Encoding(tokenizer, CHATML, cutoff_len)), Console(file=file, width=40))
     return file.getvalue()
 
 
@@ -130,15 +126,15 @@ def test_what_happened_to_the_pair_is_said(tokenizer: Tokenizer) -> None:
     assert "0 boundary_tokens, user text shortened," in shown_pair(tokenizer, system, 23)
     assert "0 boundary_tokens, user text emptied," in shown_pair(tokenizer, system, 22)
     assert "0 boundary_tokens, user text emptied and an answer cut," in shown_pair(tokenizer, system, 20)
-    assert "left out of training: cutoff_len leaves no answer on one side," in shown_pair(tokenizer, system, 10)
+    assert "left out of training: cutoff_len 10 leaves no answer on one side," in shown_pair(tokenizer, system, 10)
     raw = load_template(Path(), {"eos_token": "</s>"}, "empty")
     hidden = PairExample(tuple(chat(" qu")), tuple(chat("", "ick")[1:]), tuple(chat("", " two")[1:]), "x:1")
-    shown = preview_pair_json([hidden], 0, tokenizer, raw, cutoff_len=99)
-    assert shown["fate"] == "refused in training: the prompt has no token of its own"
+    shown = preview_pair(hidden, Encoding(tokenizer, raw, 99)).value
+    assert shown["fate"] == "refused in training: the prompt has no token of its own with this template"
 
 
 def test_json_of_a_pair_holds_the_same(tokenizer: Tokenizer) -> None:
-    value = preview_pair_json([PAIR], 0, tokenizer, CHATML, cutoff_len=999)
+    value = preview_pair(PAIR, Encoding(tokenizer, CHATML, 999)).value
     assert json.loads(json.dumps(value)) == value
     text = CHATML.render([*PAIR.prompt, *PAIR.chosen])
     prompt, chosen = value["prompt"], value["chosen"]
@@ -146,8 +142,6 @@ def test_json_of_a_pair_holds_the_same(tokenizer: Tokenizer) -> None:
     assert "".join(piece["text"] for piece in prompt["pieces"] + chosen["pieces"]) == text
     assert [piece["trained"] for piece in prompt["pieces"] + chosen["pieces"]] == [False, True]
     assert [value[side]["num_tokens"] for side in ("prompt", "chosen", "rejected")] == [9, 4, 6]
-    with pytest.raises(UsageError, match="row 1: there are 1 rows"):
-        preview_pair_json([PAIR], 1, tokenizer, CHATML, cutoff_len=9)
 
 
 def test_a_file_is_shown_by_what_it_holds_and_a_config_by_its_stage(

@@ -10,17 +10,24 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+from support.data_rows import (
+    iter_rows,
+    read_examples,
+    read_pairs,
+    read_texts,
+    tokenize_examples,
+    tokenize_pairs,
+    tokenize_texts,
+)
 from support.rows import write_lines
 from support.tiny_tokenizer import write_tiny_model
 
 from macft.commands.data import data
-from macft.data.cache.workers import Encoder, Kind
-from macft.data.formats.dataset import read_examples, read_pairs, read_texts
+from macft.data.cache.workers import Encoder
+from macft.data.kinds import DPO, PT, SFT, Kind
 from macft.data.templates.chat_template import load_template
-from macft.data.tokenization.conversations import tokenize_examples
-from macft.data.tokenization.pairs import tokenize_pairs
+from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.report import TokenizeReport
-from macft.data.tokenization.texts import tokenize_texts
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import DataError, UsageError
 from macft.inspection.stats import Stats, histogram, measure
@@ -28,11 +35,9 @@ from macft.inspection.stats import Stats, histogram, measure
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "how", "are", "you", "today"]
 
 
-def encoder(model: Path, kind: Kind, cutoff_len: int = 2048, **keys: Any) -> Encoder:
+def encoder(model: Path, kind: Kind) -> Encoder:
     tokenizer = load_tokenizer(model)
-    template = load_template(model, tokenizer.special_map)
-    defaults = {"train_on_prompt": False, "mask_history": False, "files": {}}
-    return Encoder(kind, tokenizer, (template.source, template.name), cutoff_len, **defaults | keys)
+    return Encoder(kind, Encoding(tokenizer, load_template(model, tokenizer.special_map), 2048), {})
 
 
 def some_text(rng: np.random.Generator, most: int) -> str:
@@ -45,8 +50,7 @@ def chat_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def stats_of(model: Path, path: Path, kind: Kind, cutoffs: list[int], **keys: Any) -> Stats:
-    read = {"sft": read_examples, "pt": read_texts, "pairs": read_pairs}[kind]
-    return measure(iter(read(str(path), "", None)), encoder(model, kind), cutoffs, **keys)
+    return measure(iter_rows(kind, str(path), ""), encoder(model, kind), cutoffs, **keys)
 
 
 def run(*arguments: object) -> None:
@@ -55,9 +59,9 @@ def run(*arguments: object) -> None:
 
 def test_tokens_and_lengths_are_those_that_training_counts(model: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", *chat_rows(30))
-    stats = stats_of(model, path, "sft", [2048])
-    one = encoder(model, "sft")
-    tokenizer, template = one.tokenizer, load_template(model, one.tokenizer.special_map)
+    stats = stats_of(model, path, SFT, [2048])
+    one = encoder(model, SFT)
+    tokenizer, template = one.encoding.tokenizer, load_template(model, one.encoding.tokenizer.special_map)
     rows, report = tokenize_examples(read_examples(str(path), "", None), tokenizer, template, cutoff_len=2048)
     assert (stats.rows, stats.tokens, stats.trained_tokens) == (30, report.tokens, report.trained_tokens)
     assert stats.lengths.tolist() == [len(row.tokens) for row in rows]
@@ -69,11 +73,13 @@ def test_tokens_and_lengths_are_those_that_training_counts(model: Path, tmp_path
 @pytest.mark.parametrize("cutoff_len", [12, 24, 48, 96])
 def test_a_cutoff_takes_what_training_reports(model: Path, tmp_path: Path, cutoff_len: int) -> None:
     path = write_lines(tmp_path / "d.jsonl", *chat_rows(40))
-    stats = stats_of(model, path, "sft", [cutoff_len])
+    stats = stats_of(model, path, SFT, [cutoff_len])
     [cut] = stats.cuts
-    one = encoder(model, "sft")
-    template = load_template(model, one.tokenizer.special_map)
-    _, report = tokenize_examples(read_examples(str(path), "", None), one.tokenizer, template, cutoff_len=cutoff_len)
+    one = encoder(model, SFT)
+    template = load_template(model, one.encoding.tokenizer.special_map)
+    _, report = tokenize_examples(
+        read_examples(str(path), "", None), one.encoding.tokenizer, template, cutoff_len=cutoff_len
+    )
     assert _fate(cut) == _report(report)
     assert cut.left_out == report.without_target
     assert cut.tokens_lost == stats.tokens - report.tokens
@@ -87,11 +93,11 @@ def test_a_cutoff_takes_of_pairs_what_training_reports(model: Path, tmp_path: Pa
         {"prompt": some_text(rng, 30), "chosen": some_text(rng, 20), "rejected": some_text(rng, 20)} for _ in range(40)
     ]
     path = write_lines(tmp_path / "d.jsonl", *rows)
-    stats = stats_of(model, path, "pairs", [cutoff_len])
+    stats = stats_of(model, path, DPO, [cutoff_len])
     [cut] = stats.cuts
-    one = encoder(model, "pairs")
-    template = load_template(model, one.tokenizer.special_map)
-    _, report = tokenize_pairs(read_pairs(str(path), "", None), one.tokenizer, template, cutoff_len=cutoff_len)
+    one = encoder(model, DPO)
+    template = load_template(model, one.encoding.tokenizer.special_map)
+    _, report = tokenize_pairs(read_pairs(str(path), "", None), one.encoding.tokenizer, template, cutoff_len=cutoff_len)
     assert _fate(cut) == _report(report)
     assert (cut.left_out, cut.tokens_lost) == (report.without_target, stats.tokens - report.tokens)
 
@@ -108,7 +114,7 @@ def _report(report: TokenizeReport) -> tuple[int, int, int]:
 def test_texts_fill_the_rows_that_training_makes_of_them(model: Path, tmp_path: Path, packing: bool) -> None:
     rng = np.random.default_rng(4)
     path = write_lines(tmp_path / "d.jsonl", *({"text": some_text(rng, 60)} for _ in range(25)))
-    stats = stats_of(model, path, "pt", [16, 64], packing=packing)
+    stats = stats_of(model, path, PT, [16, 64], packing=packing)
     for cut in stats.cuts:
         rows, report = tokenize_texts(
             read_texts(str(path), "", None), load_tokenizer(model), cutoff_len=cut.cutoff_len, packing=packing
@@ -125,7 +131,7 @@ def test_answers_tools_and_special_tokens_are_counted(model: Path, tmp_path: Pat
     path = write_lines(
         tmp_path / "d.jsonl", chat("a", "b"), chat("a", "b", "c", "d"), chat("a </s>", "b"), chat("only")
     )
-    stats = stats_of(model, path, "sft", [])
+    stats = stats_of(model, path, SFT, [])
     assert stats.turns == {1: 2, 2: 1, 0: 1} and stats.untrained == 1
     assert (stats.with_special, stats.first_special) == (1, f"{path}:3")
     # what cannot be trained on has no length
@@ -150,7 +156,7 @@ def test_the_command_prints_figures_bars_and_cutoffs(
     path = write_lines(tmp_path / "d.jsonl", *chat_rows(30))
     run("stats", path, "cutoff_len=64", "--model", model)
     lines = capsys.readouterr().out.splitlines()
-    stats = stats_of(model, path, "sft", [32, 64, 128, 256])
+    stats = stats_of(model, path, SFT, [32, 64, 128, 256])
     assert lines[0] == "rows            30"
     assert lines[1] == f"tokens          {stats.tokens:,}"
     assert lines[2] == f"trained         {stats.trained_tokens:,} ({stats.trained_tokens / stats.tokens:.1%})"
@@ -169,7 +175,7 @@ def test_json_and_picture_hold_the_same(model: Path, tmp_path: Path, capsys: pyt
     picture = tmp_path / "lengths.png"
     run("stats", path, "--model", model, "--json", "--plot", picture)
     value = json.loads(capsys.readouterr().out)
-    stats = stats_of(model, path, "sft", [512])
+    stats = stats_of(model, path, SFT, [512])
     assert value["tokens"] == stats.tokens and value["length"]["max"] == stats.lengths.max()
     assert sum(bar["rows"] for bar in value["histogram"]) == value["rows"] == 30
     assert [cut["cutoff_len"] for cut in value["cutoffs"]] == [1024, 2048, 4096, 8192]

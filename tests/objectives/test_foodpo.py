@@ -12,7 +12,7 @@ from support.tiny_models import VOCABULARY, random_pairs
 from support.toy_backend import ENGINES
 
 from macft.data.batches import collate
-from macft.data.tokenization.pairs import Reference
+from macft.data.tokenization.table import Reference
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.preference import Preference, PromptBeta
 

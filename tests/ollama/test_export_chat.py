@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from support.commands import CHECKOUT, Result, macft_process
+from support.data_rows import read_examples
 from support.go_templates import go_render
 from support.modelfile_parser import parse_modelfile
 
-from macft.data.formats.dataset import read_examples
 from macft.data.templates.chat_template import ChatTemplate, load_template
 from macft.data.templates.spans import render_with_spans
 from macft.data.tokenization.tokenizer import load_tokenizer

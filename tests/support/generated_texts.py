@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from macft.data.cache.workers import Encoder
-from macft.data.formats.conversations import Text
+from macft.data.formats.texts import PlainText
+from macft.data.kinds import PT
 from macft.data.stream import Stream
+from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.tokenizer import Tokenizer
 
 
@@ -17,13 +20,13 @@ class _Generated:
         self.count = count
         self.read = 0
 
-    def __call__(self) -> Iterator[Text]:
+    def __call__(self, _say: Any) -> Iterator[PlainText]:
         for number in range(self.count):
             self.read += 1
-            yield Text(f"the quick brown fox {number}", f"texts.jsonl:{number + 1}")
+            yield PlainText(f"the quick brown fox {number}", f"texts.jsonl:{number + 1}")
 
 
 def generated(count: int, tokenizer: Tokenizer, buffer_size: int) -> tuple[_Generated, Stream]:
     rows = _Generated(count)
-    encoder = Encoder("pt", tokenizer, None, 64, False, False, {})
+    encoder = Encoder(PT, Encoding(tokenizer, None, 64), {})
     return rows, Stream(rows, encoder, packing=False, buffer_size=buffer_size, seed=0)

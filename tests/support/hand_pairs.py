@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from macft.data.batches import collate
-from macft.data.tokenization.conversations import TokenizedExample
-from macft.data.tokenization.pairs import Reference, TokenizedPair
+from macft.data.tokenization.table import Reference, TokenizedExample, TokenizedPair
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.ops import NumpyOps
 from macft.objectives.preference import Preference, PromptBeta

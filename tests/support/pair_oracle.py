@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from macft.data.tokenization.pairs import TokenizedPair
+from macft.data.tokenization.table import TokenizedPair
 
 
 def scores(model: Path, pairs: Sequence[TokenizedPair], adapter: Path | None = None) -> np.ndarray:

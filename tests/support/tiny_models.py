@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from macft.data.batches import collate
-from macft.data.tokenization.conversations import TokenizedExample
 from macft.data.tokenization.feedback import TokenizedFeedback, mismatched, partners
-from macft.data.tokenization.pairs import TokenizedPair
+from macft.data.tokenization.table import TokenizedExample, TokenizedPair
 from macft.objectives.batch import NumpyBatch
 
 VOCABULARY = 199

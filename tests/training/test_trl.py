@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.data_rows import read_pairs, tokenize_pairs
 from support.paths import CHECKOUT
 from support.tiny_models import VOCABULARY
 from support.trl_runs import (
@@ -25,10 +26,8 @@ from support.trl_runs import (
 
 from macft.backends.base import LoraSpec, Model
 from macft.data.batches import collate, row_length
-from macft.data.formats.dataset import read_pairs
 from macft.data.templates.chat_template import load_template
-from macft.data.tokenization.conversations import TokenizedExample
-from macft.data.tokenization.pairs import Reference, TokenizedPair, tokenize_pairs
+from macft.data.tokenization.table import Reference, TokenizedExample, TokenizedPair
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.models.locate import resolve_model
 from macft.objectives.preference import Preference, answer_positions, reference_columns

@@ -1,4 +1,4 @@
-"""Names of data sets in; their rows as a table, tokenized now or by an earlier run, out."""
+"""Give the rows of data sets as a table, tokenized now or by an earlier run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
 from itertools import chain, islice
@@ -18,18 +18,18 @@ from typing import Any
 
 import tokenizers
 
-from macft.data.cache.contents import contents
 from macft.data.cache.store import read_part, read_table, table_bytes, with_digest, write_table
-from macft.data.cache.workers import Builder, Encoder, Kind, Row, chunks, default_workers, unwritable
-from macft.data.formats.dataset import Mixture, iter_examples, iter_pairs, iter_texts
-from macft.data.sources.resolve import DataSource, resolve_sources
+from macft.data.cache.workers import Builder, Encoder, chunks, default_workers, unwritable
+from macft.data.formats.dataset import Request
+from macft.data.formats.reader import DataRow
+from macft.data.notes import Note
+from macft.data.sources.resolve import DataSource
+from macft.data.sources.tables import count_table
 from macft.data.sources.text import kind
-from macft.data.templates.chat_template import ChatTemplate
-from macft.data.templates.markers import warn_of_missing_marker
+from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.table import Table
-from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import DataError
-from macft.files import cache_dir
+from macft.files import cache_dir, write_json
 from macft.text import plural, size
 
 logger = logging.getLogger("macft")
@@ -43,25 +43,9 @@ SMALL = 4
 # shows progress: given the number of all rows, or None, makes what is told how many more are done
 Progress = Callable[[int | None], AbstractContextManager[Callable[[int], None]]]
 
-_READ: dict[Kind, Callable[..., Iterator[Row]]] = {"sft": iter_examples, "pt": iter_texts, "pairs": iter_pairs}
-
-
-@dataclass(frozen=True)
-class Request:
-    """Which rows are expected, and how they are to be tokenized."""
-
-    kind: Kind
-    dataset: str
-    dataset_dir: str
-    cutoff_len: int
-    max_samples: int | None = None
-    mixture: Mixture = field(default_factory=Mixture)
-    train_on_prompt: bool = False
-    mask_history: bool = False
-
-    def rows(self) -> Iterator[Row]:
-        """The rows, read now."""
-        return _READ[self.kind](self.dataset, self.dataset_dir, self.max_samples, self.mixture)
+_BLOCK = 1 << 20
+# a file that has only just changed can change again without a new date
+_SETTLED_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -76,100 +60,79 @@ class _Cache:
         """What a run that was killed has left of a table."""
         return self.folder.with_name(f"{self.folder.name}.parts")
 
-    def read(self) -> Table | None:
-        """The table, with what was said about its rows said again; None if there is none that is whole."""
+    def read(self) -> tuple[Table, list[Note]] | None:
+        """The table, and the warnings about its files; None if there is none that is whole."""
         found = read_table(self.folder, self.files)
         if found is None:
             return None
         table, notes = found
-        for note in notes:
-            logger.warning(_placed(note, self.files))
-        logger.info(
-            "data: %s tokenized before (%s, %s)",
-            *(plural(len(table), "row"), self.folder, _size(self.folder)),
-        )
-        return table
+        text = f"data: {plural(len(table), 'row')} tokenized before ({self.folder}, {_size(self.folder)})"
+        return table, [*notes, Note(text, is_warning=False)]
 
 
 def tokenized(
     request: Request,
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
+    encoding: Encoding,
     *,
     overwrite: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> Table:
+) -> tuple[Table, list[Note]]:
     """The rows of a request as a table, mapped from the cache, where they are put first if they are not there.
 
-    Only texts do without a template.
-    `overwrite` builds anew, `workers` processes tokenize (default: one a core). Raises DataError: data missing
-    or invalid, conversations that the template refuses; MacftError when a process dies.
+    With it comes what there is to say about them. `overwrite` builds it again, `workers` processes tokenize
+    (default: one a core). Raises DataError: data missing or invalid, conversations that the template refuses;
+    MacftError when a process dies.
     """
-    # what is said of the data sets is said once, also when they are looked up once more to be read
-    with _records(hold=True) as said:
-        sources, problems = resolve_sources(request.dataset, request.dataset_dir, request.mixture.hub)
-    if problems:
+    if request.found.problems:
         # reading tells the problems of the other files too
         for _ in request.rows():
             pass
-    if request.kind != "pt" and template is not None:
-        warn_of_missing_marker(template, tokenizer)
-    files = tuple(dict.fromkeys(str(path) for source in sources for path in source.files))
-    key = cache_key(request, sources, tokenizer, template)
-    cache = _Cache(cache_dir() / "data" / key, files)
+    files = request.found.files
+    cache = _Cache(cache_dir() / "data" / cache_key(request, encoding), files)
     if overwrite:
         for folder in (cache.folder, cache.parts):
             shutil.rmtree(folder, ignore_errors=True)
-    elif (table := cache.read()) is not None:
-        for record in said:
-            logger.handle(record)
-        return table
-    encoder = Encoder(
-        kind=request.kind,
-        tokenizer=tokenizer,
-        template=(template.source, template.name) if template is not None else None,
-        cutoff_len=request.cutoff_len,
-        train_on_prompt=request.train_on_prompt,
-        mask_history=request.mask_history,
-        files={path: i for i, path in enumerate(files)},
-    )
-    show = partial(progress or (lambda _: nullcontext(lambda _: None)), _total(request, sources))
+    elif (found := cache.read()) is not None:
+        return found
+    encoder = Encoder(request.kind, encoding, {path: i for i, path in enumerate(files)})
+    show = partial(progress or (lambda _: nullcontext(lambda _: None)), _total(request))
     return _build(request, cache, encoder, workers or default_workers(), show)
 
 
-def cache_key(request: Request, sources: list[DataSource], tokenizer: Tokenizer, template: ChatTemplate | None) -> str:
+def cache_key(request: Request, encoding: Encoding) -> str:
     """Names everything that the tokens, masks and counts depend on; files by what they hold, not by their path."""
-    mixture = request.mixture
+    kind, sources, mixture, template = request.kind, request.found.sources, request.mixture, encoding.template
     draws = mixture.interleave_probs is not None or any(source.num_samples is not None for source in sources)
     parts: dict[str, Any] = {
         "version": [VERSION, tokenizers.__version__],
-        "kind": request.kind,
+        "kind": kind.name,
         "sources": [_named(source) for source in sources],
         "mix": [mixture.mix_strategy, mixture.interleave_probs] if len(sources) > 1 else None,
         "seed": mixture.seed if draws else None,
         "max_samples": request.max_samples,
-        "tokenizer": tokenizer.fingerprint,
+        "tokenizer": encoding.tokenizer.fingerprint,
     }
-    # texts are kept whole, and as they are
-    if request.kind != "pt" and template is not None:
+    if kind.has_template and template is not None:
         parts["template"] = template.source
         # such a template puts it into the text
         parts["date"] = datetime.now().strftime("%Y-%m-%d") if "strftime_now" in template.source else None
-        parts["cutoff_len"] = request.cutoff_len
-    if request.kind == "sft":
-        parts["masks"] = [request.train_on_prompt, request.mask_history]
+    if not kind.fills_rows:
+        parts["cutoff_len"] = encoding.cutoff_len
+    if kind.has_masks:
+        parts["masks"] = [encoding.train_on_prompt, encoding.mask_history]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _named(source: DataSource) -> Any:
-    layout = None if source.layout is None else asdict(source.layout)
+    row_format = None if source.row_format is None else asdict(source.row_format)
     held = [[kind(path), path.suffix, contents(path).digest] for path in source.files]
-    return [held, layout, source.is_ranking, source.num_samples, source.bounds]
+    return [held, row_format, source.is_ranking, source.num_samples, source.bounds]
 
 
-def _total(request: Request, sources: list[DataSource]) -> int | None:
+def _total(request: Request) -> int | None:
     """How many rows there are to read, as far as that is known without reading them."""
+    sources = request.found.sources
     if request.max_samples is not None or request.mixture.mix_strategy != "concat":
         return None
     if any(source.num_samples is not None or source.bounds is not None for source in sources):
@@ -184,43 +147,39 @@ def _build(
     encoder: Encoder,
     workers: int,
     show: Callable[[], AbstractContextManager[Callable[[int], None]]],
-) -> Table:
+) -> tuple[Table, list[Note]]:
     start = time.perf_counter()
-    width = 2 if request.kind == "pairs" else 1
     parts: Iterable[Table]
-    with _records(hold=False) as said:
-        rest = chunks(request.rows())
-        first = list(islice(rest, SMALL + 1))
-        if is_small := len(first) <= SMALL:
-            parts = [encoder([row for chunk in first for row in chunk])]
-        else:
-            parts = _read_parts(_build_parts(cache.parts, encoder, workers, chain(first, rest), show))
-    notes = [_unplaced(record.getMessage(), cache.files) for record in said if record.levelno >= logging.WARNING]
+    notes: list[Note] = []
+    rest = chunks(request.rows(notes.append))
+    first = list(islice(rest, SMALL + 1))
+    if is_small := len(first) <= SMALL:
+        parts = [encoder([row for chunk in first for row in chunk])]
+    else:
+        parts = _read_parts(_build_parts(cache.parts, encoder, workers, chain(first, rest), show))
+    warnings = [note for note in dict.fromkeys(notes) if note.is_warning]
     try:
-        write_table(cache.folder, parts, width, notes)
+        write_table(cache.folder, parts, request.kind.width, encoder.files, warnings)
     except OSError as error:
         if not is_small:
             raise unwritable(cache.folder, error) from None
         logger.warning("data: not kept for later runs: %s: %s", cache.folder, error.strerror)
         [table] = parts
-        return with_digest(table)
+        return with_digest(table), notes
     shutil.rmtree(cache.parts, ignore_errors=True)
     found = read_table(cache.folder, cache.files)
     if found is None:
         raise DataError(f"{cache.folder}: damaged as soon as it was written; look at the disk, or set MACFT_CACHE")
-    logger.info(
-        "data: %s tokenized in %.1f s, kept in %s (%s)",
-        *(plural(len(found[0]), "row"), time.perf_counter() - start),
-        *(cache.folder, _size(cache.folder)),
-    )
-    return found[0]
+    seconds, kept = time.perf_counter() - start, f"{cache.folder} ({_size(cache.folder)})"
+    text = f"data: {plural(len(found[0]), 'row')} tokenized in {seconds:.1f} s, kept in {kept}"
+    return found[0], [*notes, Note(text, is_warning=False)]
 
 
 def _build_parts(
     folder: Path,
     encoder: Encoder,
     workers: int,
-    rows: Iterable[list[Row]],
+    rows: Iterable[list[DataRow]],
     show: Callable[[], AbstractContextManager[Callable[[int], None]]],
 ) -> list[Path]:
     with show() as advance:
@@ -250,37 +209,51 @@ def _size(folder: Path) -> str:
     return size(table_bytes(folder))
 
 
-class _Records(logging.Filter):
-    """Keeps what is logged; `hold`: and lets nothing of it through."""
+@dataclass(frozen=True)
+class Contents:
+    """`digest` of all bytes; `rows` None: only reading it tells."""
 
-    def __init__(self, *, hold: bool) -> None:
-        super().__init__()
-        self.hold = hold
-        self.records: list[logging.LogRecord] = []
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        self.records.append(record)
-        return not self.hold
+    digest: str
+    rows: int | None
 
 
-@contextmanager
-def _records(*, hold: bool) -> Iterator[list[logging.LogRecord]]:
-    kept = _Records(hold=hold)
-    logger.addFilter(kept)
+def contents(path: Path) -> Contents:
+    """What a file holds; read only if its size or date is not that of the last time. Raises OSError."""
+    stat = path.stat()
+    place = str(path.resolve())
+    known = _known()
+    match known.get(place):
+        case [int(size), int(changed), str(digest), int() | None as rows] if [size, changed] == [
+            stat.st_size,
+            stat.st_mtime_ns,
+        ]:
+            return Contents(digest, rows)
+    found = _read(path)
+    if time.time() - stat.st_mtime > _SETTLED_SECONDS:
+        # without it the file is read again the next time
+        with suppress(OSError):
+            write_json(_memory(), _known() | {place: [stat.st_size, stat.st_mtime_ns, found.digest, found.rows]})
+    return found
+
+
+def _memory() -> Path:
+    return cache_dir() / "data" / "files.json"
+
+
+def _known() -> dict[str, Any]:
     try:
-        yield kept.records
-    finally:
-        logger.removeFilter(kept)
+        known = json.loads(_memory().read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
-# what is kept is not kept under the path of the file, which may have another one the next time
-def _unplaced(note: str, files: tuple[str, ...]) -> str:
-    for i, path in enumerate(files):
-        note = note.replace(path, f"\0{i}\0")
-    return note
-
-
-def _placed(note: str, files: tuple[str, ...]) -> str:
-    for i, path in enumerate(files):
-        note = note.replace(f"\0{i}\0", path)
-    return note
+def _read(path: Path) -> Contents:
+    digest = hashlib.sha256()
+    line_ends = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            line_ends += block.count(b"\n")
+    has_lines = path.suffix == kind(path) and path.suffix in (".jsonl", ".txt", ".csv")
+    return Contents(digest.hexdigest(), line_ends if has_lines else count_table(path))

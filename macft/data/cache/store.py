@@ -1,4 +1,4 @@
-"""Tables of tokenized rows in; folders of plain arrays that are whole or absent, and are mapped when read, out."""
+"""Store tables of tokenized rows as folders of plain arrays, and map them into memory."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from macft.data.notes import Note
 from macft.data.tokenization.report import TokenizeReport, count_rows
 from macft.data.tokenization.table import COLUMNS, Table
 from macft.files import new_dir, new_file, write_json
@@ -34,10 +35,12 @@ def read_part(path: Path) -> Table | None:
     """What `write_part` wrote, its files left out; None if there is no whole file."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = Table(**{name: arrays[name] for name in _DTYPES}, width=int(arrays["width"]))
+            found = {name: arrays[name] for name in _DTYPES}
+            width = int(arrays["width"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-    return found
+    # columns of another version have other names
+    return Table(**found, width=width) if all(found[name].dtype == _DTYPES[name] for name in found) else None
 
 
 class _Array:
@@ -88,7 +91,7 @@ def _extend(arrays: dict[str, _Array], part: Table) -> None:
 
 
 def _digest(arrays: dict[str, _Array], width: int) -> str:
-    # where rows stand in their files, and what was plural, is no part of what they are
+    # where rows stand in their files, and what was counted, is not part of what they are
     parts = [str(width), *(arrays[name].digest() for name in ("tokens", "loss_mask", "offsets"))]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
@@ -100,29 +103,36 @@ def with_digest(table: Table) -> Table:
     return replace(table, digest=_digest(arrays, table.width))
 
 
-def write_table(folder: Path, parts: Iterable[Table], width: int, notes: Sequence[str]) -> None:
-    """Write the rows of all parts as one table; `notes`: what there is to say whenever it is read."""
+def write_table(
+    folder: Path, parts: Iterable[Table], width: int, files: Mapping[str, int], notes: Sequence[Note]
+) -> None:
+    """Write the rows of all parts as one table; `notes`: what there is to say of its files whenever it is read."""
     with new_dir(folder) as temporary:
-        files = {name: (temporary / f"{name}.npy").open("wb") for name in _DTYPES}
+        opened = {name: (temporary / f"{name}.npy").open("wb") for name in _DTYPES}
         try:
-            arrays = {name: _Array(_DTYPES[name], file) for name, file in files.items()}
+            arrays = {name: _Array(_DTYPES[name], file) for name, file in opened.items()}
             for part in parts:
                 _extend(arrays, part)
             for array in arrays.values():
                 array.end()
         finally:
-            for file in files.values():
+            for file in opened.values():
                 file.close()
         sums = {name: {"count": array.count, "crc32": array.crc} for name, array in arrays.items()}
         digest = _digest(arrays, width)
-        manifest = {"width": width, "digest": digest, "arrays": sums, "notes": list(notes)}
+        manifest = {
+            "width": width,
+            "digest": digest,
+            "arrays": sums,
+            "notes": [[files[note.path], note.text] for note in notes],
+        }
         table = _mapped(temporary, manifest, ())
         report = TokenizeReport()
         count_rows(report, table, np.arange(len(table)))
         write_json(temporary / _MANIFEST, manifest | {"report": asdict(report)})
 
 
-def read_table(folder: Path, files: Sequence[str]) -> tuple[Table, list[str]] | None:
+def read_table(folder: Path, files: Sequence[str]) -> tuple[Table, list[Note]] | None:
     """(the table, mapped from disk; its notes); None if the folder is not there whole. `files`: see Table."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_bytes())
@@ -130,8 +140,8 @@ def read_table(folder: Path, files: Sequence[str]) -> tuple[Table, list[str]] | 
             if _checksum(folder / f"{name}.npy") != found["crc32"]:
                 return None
         table = _mapped(folder, manifest, files)
-        notes = [str(note) for note in manifest["notes"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        notes = [Note(str(text), files[file]) for file, text in manifest["notes"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return table, notes
 

@@ -1,37 +1,26 @@
-"""Rows in; their tokens in part files, written by processes that each take a chunk of rows at a time, out."""
+"""Tokenize rows in several processes, each a chunk at a time, into part files."""
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from macft.data.cache.store import read_part, write_part
-from macft.data.formats.conversations import Example, Text
-from macft.data.formats.pairs import PairExample
-from macft.data.templates.chat_template import ChatTemplate
-from macft.data.tokenization.conversations import encode_examples
-from macft.data.tokenization.pairs import encode_pairs
+from macft.data.formats.reader import DataRow
+from macft.data.kinds import Kind
+from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.report import RefusedError
 from macft.data.tokenization.table import Table
-from macft.data.tokenization.texts import encode_texts
-from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import DataError, MacftError
-
-logger = logging.getLogger("macft")
-
-Kind = Literal["sft", "pt", "pairs"]
-Row = Example | Text | PairExample
 
 # a chunk ends when it has so many rows or characters: small enough for books, large enough to be fast
 CHUNK_ROWS = 2000
@@ -43,47 +32,21 @@ class Encoder:
     """Turns rows into a table; it can be sent to another process. `files` numbers the files that rows stand in."""
 
     kind: Kind
-    tokenizer: Tokenizer
-    template: tuple[str, str] | None  # (source, name); texts need none
-    cutoff_len: int
-    train_on_prompt: bool
-    mask_history: bool
-    files: dict[str, int]
-
-    @cached_property
-    def _template(self) -> ChatTemplate:
-        assert self.template is not None
-        source, name = self.template
-        return ChatTemplate(source, name=name, special_map=self.tokenizer.special_map)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a compiled template cannot be sent
-        return {name: value for name, value in self.__dict__.items() if name != "_template"}
+    encoding: Encoding
+    files: Mapping[str, int]
 
     def __call__(self, rows: Sequence[Any]) -> Table:
         """The rows as a table; RefusedError names those that the template refuses."""
-        if self.kind == "pairs":
-            return encode_pairs(rows, self.tokenizer, self._template, cutoff_len=self.cutoff_len, files=self.files)
-        if self.kind == "pt":
-            return encode_texts(rows, self.tokenizer, files=self.files)
-        return encode_examples(
-            rows,
-            self.tokenizer,
-            self._template,
-            cutoff_len=self.cutoff_len,
-            train_on_prompt=self.train_on_prompt,
-            mask_history=self.mask_history,
-            files=self.files,
-        )
+        return self.kind.encode(rows, self.encoding, self.files)
 
 
-def chunks(rows: Iterable[Row], limit: int = CHUNK_ROWS) -> Iterator[list[Row]]:
+def chunks(rows: Iterable[DataRow], limit: int = CHUNK_ROWS) -> Iterator[list[DataRow]]:
     """The rows in lists of `limit` at most, which are the same ones for the same rows."""
-    chunk: list[Row] = []
+    chunk: list[DataRow] = []
     characters = 0
     for row in rows:
         chunk.append(row)
-        characters += len(row.text) if isinstance(row, Text) else sum(len(m["content"]) for m in row.messages)
+        characters += sum(map(len, row.texts))
         if len(chunk) == limit or characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -104,7 +67,7 @@ class Builder:
     _waiting: deque[tuple[Future[None], int]] = field(default_factory=deque)
     _problems: dict[str, tuple[str, int]] = field(default_factory=dict)
 
-    def build(self, rows: Iterable[list[Row]]) -> list[Path]:
+    def build(self, rows: Iterable[list[DataRow]]) -> list[Path]:
         """The part files, in order. Raises RefusedError for all chunks together; the errors of reading rows."""
         self.folder.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
@@ -125,7 +88,7 @@ class Builder:
             raise RefusedError(self._problems)
         return self.parts
 
-    def _take(self, pool: ProcessPoolExecutor, chunk: list[Row]) -> None:
+    def _take(self, pool: ProcessPoolExecutor, chunk: list[DataRow]) -> None:
         part = self.folder / f"{len(self.parts):06d}.npz"
         self.parts.append(part)
         found = read_part(part)
@@ -177,7 +140,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_part(part: Path, chunk: list[Row]) -> None:
+def _encode_part(part: Path, chunk: list[DataRow]) -> None:
     table = _own[0](chunk)
     try:
         write_part(part, table)

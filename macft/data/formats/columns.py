@@ -1,4 +1,4 @@
-"""A data set's keys in; what each of them means, out."""
+"""Tell what each key of a data set means."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _LIKELY = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowFormat:
     """How the rows of a data set are to be read; `columns` maps what a key means to the key."""
 
     name: str
@@ -101,29 +101,29 @@ def likely_key(column: str, key: str, names: Sequence[str]) -> str | None:
     return near[0] if near else next((name for name in _LIKELY[column] if name in names), None)
 
 
-def alpaca(**columns: str) -> Layout:
+def alpaca(**columns: str) -> RowFormat:
     """The alpaca rows that other tools write."""
-    return Layout("alpaca", "alpaca", columns or ALPACA)
+    return RowFormat("alpaca", "alpaca", columns or ALPACA)
 
 
-def recognize_style(keys: Collection[str]) -> Layout | None:
+def recognize_format(keys: Collection[str]) -> RowFormat | None:
     """What rows with these keys hold, conversations with one answer a turn; None for unknown keys."""
     if "messages" in keys:
-        return Layout("messages", "conversation", {"messages": "messages", "tools": "tools"}, PLAIN)
+        return RowFormat("messages", "conversation", {"messages": "messages", "tools": "tools"}, PLAIN)
     if "instruction" in keys and ("output" in keys or "chosen" not in keys):
-        return Layout("alpaca", "alpaca", ALPACA)
+        return RowFormat("alpaca", "alpaca", ALPACA)
     if set(SIDES) <= set(keys):
         return None
     if "conversations" in keys:
         columns = {"messages": "conversations", "system": "system", "tools": "tools"}
-        return Layout("ShareGPT", "conversation", columns, alternates=True)
+        return RowFormat("ShareGPT", "conversation", columns, alternates=True)
     if "completion" in keys and "prompt" in keys:
         columns = {"prompt": "prompt", "response": "completion", "tools": "tools"}
-        return Layout("prompt and completion", "completion", columns)
+        return RowFormat("prompt and completion", "completion", columns)
     for prompt in ("query", "prompt"):
         if prompt in keys and "response" in keys:
             columns = {"prompt": prompt, "response": "response", "system": "system", "history": "history"}
-            return Layout(f"{prompt} and response", "alpaca", columns)
+            return RowFormat(f"{prompt} and response", "alpaca", columns)
     return None
 
 

@@ -1,16 +1,17 @@
-"""Rows of a data file in; conversations or plain texts, checked, out."""
+"""Read conversations from the rows of a data file, and check them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from macft.data.formats.columns import SIDES, Layout, message_keys_of, recognize_style
-from macft.data.formats.messages import Notes, Tools, check_alternation, check_messages, check_text, read_tools
-from macft.data.formats.reader import Reading, converted
-from macft.data.sources.rows import Row, kind_of, place_of
+from macft.data.formats.columns import SIDES, RowFormat, likely_key, message_keys_of, recognize_format
+from macft.data.formats.messages import RowErrors, Tools, check_alternation, check_messages, check_text, read_tools
+from macft.data.formats.reader import RowReader
+from macft.data.sources.resolve import DataSource
+from macft.data.sources.rows import Row, first_keys, kind_of, place_of
 from macft.data.templates.chat_template import Message
 from macft.errors import DataError
 
@@ -20,16 +21,14 @@ _ACCEPTED = (
 )
 
 
-class Conversation(Protocol):
-    """What examples and pairs have in common: texts, and the place they come from (file:line)."""
+def contents_of(messages: Sequence[Message]) -> tuple[str, ...]:
+    """The texts of messages."""
+    return tuple(message["content"] for message in messages)
 
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """Every message, in order."""
 
-    @property
-    def source(self) -> str:
-        """file:line"""
+def count_answers(messages: Sequence[Message]) -> int:
+    """How many of the messages the assistant wrote."""
+    return sum(message["role"] == "assistant" for message in messages)
 
 
 @dataclass(frozen=True)
@@ -40,29 +39,72 @@ class Example:
     source: str
     tools: Tools | None = None
 
+    opposite = None
 
-@dataclass(frozen=True)
-class Text:
-    """One text to continue pre-training on; `source` says where it stands, as file:line."""
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """See DataRow."""
+        return self.messages
 
-    text: str
-    source: str
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """See DataRow."""
+        return contents_of(self.messages)
+
+    @property
+    def answers(self) -> int:
+        """See DataRow."""
+        return count_answers(self.messages)
+
+    @property
+    def has_tools(self) -> bool:
+        """See DataRow."""
+        return self.tools is not None
+
+    @property
+    def identity(self) -> Any:
+        """See DataRow."""
+        return self.messages, self.tools
+
+    @property
+    def question(self) -> Any:
+        """What comes before the last answer: other turns of two conversations that begin alike do not answer it."""
+        answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        asked = self.messages[: answers[-1]] if answers else self.messages
+        return (asked, self.tools) if asked else None
 
 
-def to_examples(path: Path, layout: Layout | None = None, limit: int | None = None) -> Iterator[Example]:
-    """The conversations of one file, with the errors of `convert.converted`."""
-    return converted(path, EXAMPLES, layout, limit)
+def _check_source(source: DataSource) -> DataSource:
+    refuse_ranking(source)
+    row_format = source.row_format
+    if row_format is not None and row_format.style == "alpaca" and "response" not in row_format.columns:
+        raise DataError(
+            f"{source.name}: the columns in dataset_info.json map no response{_offer(source, row_format)}, "
+            "or set stage: pt to continue pre-training on the prompts"
+        )
+    return source
 
 
-def to_texts(path: Path, layout: Layout | None = None, limit: int | None = None) -> Iterator[Text]:
-    """The texts of one file, with the errors of `convert.converted`."""
-    return converted(path, TEXTS, layout, limit)
+def refuse_ranking(source: DataSource) -> None:
+    """Raise DataError for a data set that dataset_info.json says holds pairs."""
+    if source.is_ranking:
+        raise DataError(f'{source.name}: dataset_info.json says "ranking": true: these are pairs; set stage: dpo')
 
 
-def _recognize(path: Path, row: Row) -> Layout:
-    layout = recognize_style(row.value.keys())
-    if layout is not None:
-        return layout
+def _offer(source: DataSource, row_format: RowFormat) -> str:
+    """The key of the first row that may be the answer."""
+    try:
+        keys = [key for key in first_keys(source.files[0]) if key not in row_format.keys]
+    except DataError:
+        keys = []
+    likely = likely_key("response", "response", keys)
+    return f'; add "response": "{likely}"' if likely else "; add it"
+
+
+def _recognize(path: Path, row: Row) -> RowFormat:
+    row_format = recognize_format(row.value.keys())
+    if row_format is not None:
+        return row_format
     at = f"{path}: {place_of(path)} {row.number}"
     if set(SIDES) <= row.value.keys():
         raise DataError(f"{at}: found chosen and rejected: these are preference pairs; set stage: dpo")
@@ -71,67 +113,71 @@ def _recognize(path: Path, row: Row) -> Layout:
     raise DataError(f"{at}: found the keys {', '.join(row.value) or 'none'}; expected {_ACCEPTED}")
 
 
-def _read(layout: Layout, row: dict[str, Any], source: str, notes: Notes) -> Example | None:
-    tools = read_tools(row.get(layout.columns.get("tools", "")), layout.columns.get("tools", ""), notes)
-    if layout.style == "conversation":
-        messages = conversation_turns(layout, row, notes, open_end=False)
-    elif layout.style == "completion" and isinstance(row.get(layout.columns["prompt"]), list):
-        messages = _completion_turns(layout, row, notes)
+def _read(row_format: RowFormat, row: dict[str, Any], source: str, errors: RowErrors) -> Example | None:
+    tools = read_tools(row.get(row_format.columns.get("tools", "")), row_format.columns.get("tools", ""), errors)
+    if row_format.style == "conversation":
+        messages = conversation_turns(row_format, row, errors, open_end=False)
+    elif row_format.style == "completion" and isinstance(row.get(row_format.columns["prompt"]), list):
+        messages = _completion_turns(row_format, row, errors)
     else:
-        prompt, [answer] = alpaca_turns(layout, row, ("response",), notes)
+        prompt, [answer] = alpaca_turns(row_format, row, ("response",), errors)
         messages = [*prompt, {"role": "assistant", "content": answer}]
-    return None if notes.problems else Example(tuple(messages), source, tools)
+    return None if errors.problems else Example(tuple(messages), source, tools)
 
 
-def conversation_turns(layout: Layout, row: dict[str, Any], notes: Notes, *, open_end: bool) -> list[Message]:
+def conversation_turns(
+    row_format: RowFormat, row: dict[str, Any], errors: RowErrors, *, open_end: bool
+) -> list[Message]:
     """The system text and the list of messages of a row; `open_end` says that its last is a question."""
-    key = layout.columns["messages"]
+    key = row_format.columns["messages"]
     if key not in row:
-        notes.problems.append(layout.missing("messages", row))
+        errors.problems.append(row_format.missing("messages", row))
         return []
-    naming = layout.naming or message_keys_of(row[key])
-    messages = check_messages(row[key], key, notes, naming)
-    if layout.alternates and not notes.problems:
-        check_alternation(messages, key, notes, naming, open_end=open_end)
+    naming = row_format.naming or message_keys_of(row[key])
+    messages = check_messages(row[key], key, errors, naming)
+    if row_format.alternates and not errors.problems:
+        check_alternation(messages, key, errors, naming, open_end=open_end)
     elif row[key] == []:
-        notes.problems.append(f'"{key}": the list is empty, expected at least one user and one assistant message')
-    system = _optional_text(layout, row, "system", notes)
+        errors.problems.append(f'"{key}": the list is empty, expected at least one user and one assistant message')
+    system = optional_text(row_format, row, "system", errors)
     if system and any(message["role"] == "system" for message in messages):
-        notes.problems.append(f'"{layout.columns["system"]}": "{key}" hold a system message too; keep one of the two')
+        errors.problems.append(
+            f'"{row_format.columns["system"]}": "{key}" hold a system message too; keep one of the two'
+        )
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _completion_turns(layout: Layout, row: dict[str, Any], notes: Notes) -> list[Message]:
+def _completion_turns(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> list[Message]:
     """Both parts as lists of messages, as TRL has them."""
-    key = layout.columns["response"]
+    key = row_format.columns["response"]
     if key not in row:
-        notes.problems.append(layout.missing("response", row))
+        errors.problems.append(row_format.missing("response", row))
         return []
-    prompt = check_messages(row[layout.columns["prompt"]], layout.columns["prompt"], notes)
+    prompt = check_messages(row[row_format.columns["prompt"]], row_format.columns["prompt"], errors)
     if not isinstance(row[key], str):
-        return [*prompt, *check_messages(row[key], key, notes)]
-    return [*prompt, {"role": "assistant", "content": check_text(row[key], f'"{key}"', notes)}]
+        return [*prompt, *check_messages(row[key], key, errors)]
+    return [*prompt, {"role": "assistant", "content": check_text(row[key], f'"{key}"', errors)}]
 
 
 def alpaca_turns(
-    layout: Layout, row: dict[str, Any], answers: Sequence[str], notes: Notes
+    row_format: RowFormat, row: dict[str, Any], answers: Sequence[str], errors: RowErrors
 ) -> tuple[list[Message], list[str]]:
     """(system, history and question; the texts of the columns `answers`), empty where there are problems."""
-    columns = layout.columns
+    columns = row_format.columns
     texts: dict[str, str] = {}
-    needed = [column for column in layout.needed if column not in SIDES and column != "response"]
+    needed = [column for column in row_format.needed if column not in SIDES and column != "response"]
     for column in (*needed, *answers):
         key = columns[column]
         if key not in row:
-            notes.problems.append(layout.missing(column, row))
+            errors.problems.append(row_format.missing(column, row))
         elif row[key] is None and column == "prompt" and row.get(columns.get("query", "")):
             texts[column] = ""
         else:
-            texts[column] = check_text(row[key], f'"{key}"', notes)
-    question = [texts.get("prompt", ""), texts.get("query", "") or _optional_text(layout, row, "query", notes)]
-    system = _optional_text(layout, row, "system", notes)
-    turns = _history(row.get(columns.get("history", "")), columns.get("history", ""), notes)
-    if notes.problems:
+            texts[column] = check_text(row[key], f'"{key}"', errors)
+    question = [texts.get("prompt", ""), texts.get("query", "") or optional_text(row_format, row, "query", errors)]
+    system = optional_text(row_format, row, "system", errors)
+    turns = _history(row.get(columns.get("history", "")), columns.get("history", ""), errors)
+    if errors.problems:
         return [], [""] * len(answers)
     prompt: list[Message] = [{"role": "system", "content": system}] if system else []
     for asked, answer in turns:
@@ -140,56 +186,28 @@ def alpaca_turns(
     return prompt, [texts[column] for column in answers]
 
 
-def _optional_text(layout: Layout, row: dict[str, Any], column: str, notes: Notes) -> str:
-    key = layout.columns.get(column)
-    value = None if key is None or column in layout.needed else row.get(key)
-    return "" if value is None else check_text(value, f'"{key}"', notes)
+def optional_text(row_format: RowFormat, row: dict[str, Any], column: str, errors: RowErrors) -> str:
+    """The text of a column that may be missing; empty where it is."""
+    key = row_format.columns.get(column)
+    value = None if key is None or column in row_format.needed else row.get(key)
+    return "" if value is None else check_text(value, f'"{key}"', errors)
 
 
-def _history(value: Any, key: str, notes: Notes) -> list[tuple[str, str]]:
+def _history(value: Any, key: str, errors: RowErrors) -> list[tuple[str, str]]:
     if value is None:
         return []
     if not isinstance(value, list):
-        notes.problems.append(f'"{key}": found {kind_of(value)}, expected a list of [question, answer] pairs')
+        errors.problems.append(f'"{key}": found {kind_of(value)}, expected a list of [question, answer] pairs')
         return []
     turns: list[tuple[str, str]] = []
     for i, pair in enumerate(value):
         if not isinstance(pair, list) or len(pair) != 2:
             shown = f"a list of {len(pair)}" if isinstance(pair, list) else kind_of(pair)
-            notes.problems.append(f'"{key}"[{i}]: found {shown}, expected a list of question and answer')
+            errors.problems.append(f'"{key}"[{i}]: found {shown}, expected a list of question and answer')
             continue
-        question, answer = (check_text(text, f'"{key}"[{i}][{j}]', notes) for j, text in enumerate(pair))
+        question, answer = (check_text(text, f'"{key}"[{i}][{j}]', errors) for j, text in enumerate(pair))
         turns.append((question, answer))
     return turns
 
 
-def _recognize_text(path: Path, row: Row) -> Layout:
-    if "text" in row.value:
-        return Layout("text", "text", {"prompt": "text"})
-    raise DataError(
-        f"{path}: {place_of(path)} {row.number}: found the keys {', '.join(row.value) or 'none'}; stage: pt needs "
-        'text, or a key that dataset_info.json maps: "columns": {"prompt": KEY}; to train on answers set stage: sft'
-    )
-
-
-def _read_text(layout: Layout, row: dict[str, Any], source: str, notes: Notes) -> Text | None:
-    if layout.style == "conversation":
-        notes.problems.append(f"stage: pt needs texts, found {layout.name} rows; set stage: sft")
-        return None
-    # alpaca rows, as a data set's entry names them: the prompt and what stands below it
-    column = layout.needed[0]
-    key = layout.columns[column]
-    if key not in row:
-        notes.problems.append(layout.missing(column, row))
-        return None
-    below = _optional_text(layout, row, "query", notes)
-    text = "\n".join(filter(None, (check_text(row[key], f'"{key}"', notes), below)))
-    return None if notes.problems else Text(text, source)
-
-
-def _contents(example: Conversation) -> Iterator[str]:
-    return (message["content"] for message in example.messages)
-
-
-EXAMPLES: Reading[Example] = Reading(_recognize, _read, _contents)
-TEXTS: Reading[Text] = Reading(_recognize_text, _read_text, lambda text: iter((text.text,)))
+EXAMPLES: RowReader[Example] = RowReader(_check_source, _recognize, _read)

@@ -1,109 +1,80 @@
-"""The config's `dataset` names in; conversations, texts or pairs, split into training and validation, out."""
+"""Read the rows of the data sets that a config names, in the order of their mixture, and split them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from macft.data.formats.columns import Layout, likely_key
-from macft.data.formats.conversations import Example, Text, to_examples, to_texts
 from macft.data.formats.mix import check_mix, mix
-from macft.data.formats.pairs import PairExample, holds_pair, to_pairs
-from macft.data.sources.resolve import DataSource, resolve_sources
-from macft.data.sources.rows import Row, count_rows, scan
-from macft.data.sources.tables import is_table, table_columns
+from macft.data.formats.reader import RowReader, Say, T, read_file
+from macft.data.kinds import Kind
+from macft.data.sources.resolve import DataSource, ResolvedSources
+from macft.data.sources.rows import count_rows
 from macft.errors import ConfigError, DataError
 from macft.text import plural
 
-T = TypeVar("T")
-
-# (file, layout, row limit) -> what its rows stand for
-_Open = Callable[[Path, Layout | None, int | None], Iterator[T]]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """How several data sets become one: from which hub, and in which order."""
+    """How several data sets become one."""
 
-    hub: str = "hf"  # or modelscope
     mix_strategy: str = "concat"
     interleave_probs: tuple[float, ...] | None = None
     seed: int = 42
 
 
-def iter_examples(
-    dataset: str, dataset_dir: str, max_samples: int | None = None, mixture: Mixture | None = None
-) -> Iterator[Example]:
-    """The examples of a comma-separated list of data sets, in bounded memory; `max_samples` caps each data set.
+@dataclass(frozen=True)
+class Request:
+    """Which rows are asked for: of which kind, of which data sets, at most how many of each, in which order."""
+
+    kind: Kind
+    found: ResolvedSources
+    max_samples: int | None = None
+    mixture: Mixture = field(default_factory=Mixture)
+
+    def rows(self, say: Say = lambda _: None) -> Iterator[Any]:
+        """The rows, read now; `say` is told what there is to know about each file."""
+        return read_mixture(self.found, self.kind.reader, self.max_samples, self.mixture, say)
+
+
+def read_mixture(
+    found: ResolvedSources, reader: RowReader[T], max_samples: int | None, mixture: Mixture, say: Say
+) -> Iterator[T]:
+    """The rows of data sets, in bounded memory; `max_samples` caps each data set, `say` is told about each file.
 
     Nothing follows the first problem, and what has come by then is not to be kept. Raises DataError, when all
     files are read, naming every one that is missing or invalid.
     """
-    return _gathered(dataset, dataset_dir, max_samples, mixture or Mixture(), to_examples, _check_sft)
+    problems = list(found.problems)
+    parts: list[_Part[T]] = []
+    for source in found.sources:
+        try:
+            parts.append(_Part(reader.check(source), max_samples, mixture.seed, reader, say))
+        except DataError as error:
+            problems.append(str(error))
+    check_mix(len(found.sources) + len(problems), mixture.mix_strategy, mixture.interleave_probs)
+    if mixture.mix_strategy != "concat" and not problems:
+        yield from mix(parts, mixture.mix_strategy, mixture.interleave_probs, mixture.seed)
+        return
+    for part in parts:
+        try:
+            for value in part:
+                if not problems:
+                    yield value
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
 
 
-def iter_texts(
-    dataset: str, dataset_dir: str, max_samples: int | None = None, mixture: Mixture | None = None
-) -> Iterator[Text]:
-    """The texts to continue pre-training on, of a list as `iter_examples` takes it."""
-    return _gathered(dataset, dataset_dir, max_samples, mixture or Mixture(), to_texts, _check_pt)
-
-
-def iter_pairs(
-    dataset: str, dataset_dir: str, max_samples: int | None = None, mixture: Mixture | None = None
-) -> Iterator[PairExample]:
-    """The preference pairs of a list as `iter_examples` takes it."""
-    return _gathered(dataset, dataset_dir, max_samples, mixture or Mixture(), to_pairs, _check_pairs)
-
-
-def read_examples(
-    dataset: str, dataset_dir: str, max_samples: int | None, mixture: Mixture | None = None
-) -> list[Example]:
-    """All of `iter_examples`, with its errors."""
-    return list(iter_examples(dataset, dataset_dir, max_samples, mixture))
-
-
-def read_texts(dataset: str, dataset_dir: str, max_samples: int | None, mixture: Mixture | None = None) -> list[Text]:
-    """All of `iter_texts`, with its errors."""
-    return list(iter_texts(dataset, dataset_dir, max_samples, mixture))
-
-
-def read_pairs(
-    dataset: str, dataset_dir: str, max_samples: int | None, mixture: Mixture | None = None
-) -> list[PairExample]:
-    """All of `iter_pairs`, with its errors."""
-    return list(iter_pairs(dataset, dataset_dir, max_samples, mixture))
-
-
-def holds_pairs(dataset: str, dataset_dir: str, hub: str = "hf") -> bool:
-    """Whether the first data set holds preference pairs; False where none can be read."""
-    with suppress(DataError):
-        sources, _ = resolve_sources(dataset.split(",")[0], dataset_dir, hub)
-        if not sources:
-            return False
-        [source] = sources
-        if source.is_ranking is not None:
-            return source.is_ranking
-        path = source.files[0]
-        if is_table(path):
-            return holds_pair(table_columns(path))
-        return any(holds_pair(row.value) for row in islice(_readable(path), 1))
-    return False
-
-
-def check_kind(source: DataSource, kind: Literal["sft", "pt", "pairs"]) -> DataSource:
-    """The data set as rows of this kind are read from it. Raises DataError when it holds others."""
-    return {"sft": _check_sft, "pt": _check_pt, "pairs": _check_pairs}[kind](source)
-
-
-def split_examples(examples: Sequence[T], val_size: float, seed: int) -> tuple[list[T], list[T]]:
+def split_examples(examples: Sequence[Item], val_size: float, seed: int) -> tuple[list[Item], list[Item]]:
     """(training, validation): `val_size` below 1 is a share, from 1 on a count; order is kept.
 
     Raises ConfigError when `val_size` is neither, or leaves nothing to train on.
@@ -123,12 +94,13 @@ def split_examples(examples: Sequence[T], val_size: float, seed: int) -> tuple[l
 
 @dataclass(frozen=True)
 class _Part(Generic[T]):
-    """The examples of one data set; each iteration reads its files anew."""
+    """The examples of one data set; each iteration reads its files again."""
 
     source: DataSource
     max_samples: int | None
     seed: int
-    open: _Open[T]
+    reader: RowReader[T]
+    say: Say
 
     def __iter__(self) -> Iterator[T]:
         source = self.source
@@ -156,7 +128,7 @@ class _Part(Generic[T]):
             if left == 0:
                 break
             try:
-                for value in self.open(path, self.source.layout, left):
+                for value in read_file(path, self.reader, self.source.row_format, left, self.say):
                     left = None if left is None else left - 1
                     if not problems:
                         yield value
@@ -182,82 +154,3 @@ def _bounds(source: DataSource, count: int) -> tuple[int, int]:
     ]
     start, stop, _ = slice(*numbers).indices(count)
     return start, max(start, stop)
-
-
-def _gathered(
-    dataset: str,
-    dataset_dir: str,
-    max_samples: int | None,
-    mixture: Mixture,
-    open_file: _Open[T],
-    check: Callable[[DataSource], DataSource],
-) -> Iterator[T]:
-    sources, problems = resolve_sources(dataset, dataset_dir, mixture.hub)
-    parts: list[_Part[T]] = []
-    for source in sources:
-        try:
-            parts.append(_Part(check(source), max_samples, mixture.seed, open_file))
-        except DataError as error:
-            problems.append(str(error))
-    check_mix(len(sources) + len(problems), mixture.mix_strategy, mixture.interleave_probs)
-    if mixture.mix_strategy != "concat" and not problems:
-        yield from mix(parts, mixture.mix_strategy, mixture.interleave_probs, mixture.seed)
-        return
-    for part in parts:
-        try:
-            for value in part:
-                if not problems:
-                    yield value
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError("\n".join(problems))
-
-
-def _readable(path: Path) -> Iterator[Row]:
-    return (item for item in scan(path) if isinstance(item, Row))
-
-
-def _check_sft(source: DataSource) -> DataSource:
-    if source.is_ranking:
-        raise DataError(f'{source.name}: dataset_info.json says "ranking": true: these are pairs; set stage: dpo')
-    if source.layout is not None and source.layout.style == "alpaca" and "response" not in source.layout.columns:
-        raise DataError(
-            f"{source.name}: the columns in dataset_info.json map no response{_offer(source, 'response')}, "
-            "or set stage: pt to continue pre-training on the prompts"
-        )
-    return source
-
-
-def _check_pt(source: DataSource) -> DataSource:
-    if source.is_ranking:
-        raise DataError(f'{source.name}: dataset_info.json says "ranking": true: these are pairs; set stage: dpo')
-    if source.layout is None:
-        return source
-    if source.layout.style != "alpaca":
-        raise DataError(f"{source.name}: holds conversations, stage: pt needs texts; set stage: sft")
-    # answers and whatever else the rows hold are not meant to be read
-    columns = {key: name for key, name in source.layout.columns.items() if key in ("prompt", "query")}
-    return replace(source, layout=replace(source.layout, name="text", style="text", columns=columns, unmapped={}))
-
-
-def _check_pairs(source: DataSource) -> DataSource:
-    if source.is_ranking is False:
-        raise DataError(
-            f'{source.name}: dataset_info.json does not say "ranking": true, which a preference stage needs; '
-            "add it if the rows hold chosen and rejected, else set stage: sft"
-        )
-    return source
-
-
-def _offer(source: DataSource, column: str) -> str:
-    """The key of the first row that this column may be."""
-    with suppress(DataError):
-        path = source.files[0]
-        row = next(_readable(path), None)
-        keys = table_columns(path) if is_table(path) else list(row.value) if row is not None else []
-        known = source.layout.keys if source.layout is not None else frozenset()
-        likely = likely_key(column, column, [key for key in keys if key not in known])
-        if likely:
-            return f'; add "{column}": "{likely}"'
-    return "; add it"

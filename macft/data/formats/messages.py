@@ -1,4 +1,4 @@
-"""One row's messages, texts and tools as a format writes them in; as chat templates take them, checked, out."""
+"""Check the messages, texts and tools of a row, and write them as chat templates take them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _TAGS = {
 
 
 @dataclass
-class Notes:
-    """What is found while rows are read: problems of one row, and keys of messages that nothing reads."""
+class RowErrors:
+    """What is wrong with one row, and the keys of messages that nothing reads."""
 
     problems: list[str] = field(default_factory=list)
     unused: set[str] = field(default_factory=set)
 
 
-def check_text(value: Any, place: str, notes: Notes) -> str:
+def check_text(value: Any, place: str, errors: RowErrors) -> str:
     """The text itself, or an empty one and a problem."""
     if not isinstance(value, str):
-        notes.problems.append(f"{place}: found {kind_of(value)}, expected a string")
+        errors.problems.append(f"{place}: found {kind_of(value)}, expected a string")
         return ""
     broken = None if _is_whole(value) else _SURROGATE.search(value)
     if broken:
-        notes.problems.append(f"{place}: half a character (\\u{ord(broken[0]):04x}) at position {broken.start()}")
+        errors.problems.append(f"{place}: half a character (\\u{ord(broken[0]):04x}) at position {broken.start()}")
         return ""
     return value
 
@@ -57,10 +57,10 @@ def _is_whole(text: str) -> bool:
     return True
 
 
-def check_messages(value: Any, key: str, notes: Notes, naming: MessageKeys = PLAIN) -> list[Message]:
+def check_messages(value: Any, key: str, errors: RowErrors, naming: MessageKeys = PLAIN) -> list[Message]:
     """The messages of a list under `key`, without those that get a problem."""
     if not isinstance(value, list):
-        notes.problems.append(f'"{key}": found {kind_of(value)}, expected a list')
+        errors.problems.append(f'"{key}": found {kind_of(value)}, expected a list')
         return []
     found: list[Message] = []
     for i, message in enumerate(value):
@@ -71,35 +71,35 @@ def check_messages(value: Any, key: str, notes: Notes, naming: MessageKeys = PLA
             if meaning in _PLAIN_ROLES and isinstance(content, str) and _is_whole(content):
                 found.append({"role": meaning, "content": content})
                 continue
-        checked = check_message(message, f'"{key}"[{i}]', notes, naming)
+        checked = check_message(message, f'"{key}"[{i}]', errors, naming)
         if checked is not None:
             found.append(checked)
     return found
 
 
-def check_message(value: Any, place: str, notes: Notes, naming: MessageKeys = PLAIN) -> Message | None:
+def check_message(value: Any, place: str, errors: RowErrors, naming: MessageKeys = PLAIN) -> Message | None:
     """One message, with `role` and `content` whatever the format calls them; None and problems if it is none."""
     if not isinstance(value, dict):
         expected = f"an object with {naming.role} and {naming.content}"
-        notes.problems.append(f"{place}: found {kind_of(value)}, expected {expected}")
+        errors.problems.append(f"{place}: found {kind_of(value)}, expected {expected}")
         return None
-    before = len(notes.problems)
+    before = len(errors.problems)
     calls = value.get("tool_calls") or None
-    role = _role(value, place, notes, naming)
+    role = _role(value, place, errors, naming)
     if naming.content in value or calls is None:
-        content = _content(value, place, notes, naming, may_be_null=calls is not None)
+        content = _content(value, place, errors, naming, may_be_null=calls is not None)
     else:
         content = ""
     unused = value.keys() - _MESSAGE_KEYS - {naming.role, naming.content}
     list_key = place.split('"')[1]
-    notes.unused |= {f"{list_key}[].{key}" for key in unused}
-    if role == "function" and calls is None and len(notes.problems) == before:
-        content, calls = _split_calls(content, f'{place} "{naming.content}"', notes)
+    errors.unused |= {f"{list_key}[].{key}" for key in unused}
+    if role == "function" and calls is None and len(errors.problems) == before:
+        content, calls = _split_calls(content, f'{place} "{naming.content}"', errors)
     elif calls is not None:
         if role not in ("assistant", "function", None):
-            notes.problems.append(f'{place} "tool_calls": stands in a {role} message, expected an assistant message')
-        calls = _calls(calls, f'{place} "tool_calls"', notes)
-    if len(notes.problems) > before or role is None:
+            errors.problems.append(f'{place} "tool_calls": stands in a {role} message, expected an assistant message')
+        calls = _calls(calls, f'{place} "tool_calls"', errors)
+    if len(errors.problems) > before or role is None:
         return None
     message: Message = {"role": "assistant" if role == "function" else role, "content": content}
     if calls:
@@ -109,9 +109,9 @@ def check_message(value: Any, place: str, notes: Notes, naming: MessageKeys = PL
     return message
 
 
-def _role(value: dict[str, Any], place: str, notes: Notes, naming: MessageKeys) -> str | None:
+def _role(value: dict[str, Any], place: str, errors: RowErrors, naming: MessageKeys) -> str | None:
     if naming.role not in value:
-        notes.problems.append(f'{place}: no "{naming.role}"; found the keys {", ".join(value) or "none"}')
+        errors.problems.append(f'{place}: no "{naming.role}"; found the keys {", ".join(value) or "none"}')
         return None
     role = value[naming.role]
     if isinstance(role, str) and role in naming.roles:
@@ -120,96 +120,96 @@ def _role(value: dict[str, Any], place: str, notes: Notes, naming: MessageKeys) 
     hint = ""
     if naming.is_tagged and isinstance(role, str) and role in _TAGS:
         hint = f'; if it is meant, add "{_TAGS[role]}": "{role}" to the tags in dataset_info.json'
-    notes.problems.append(f'{place} "{naming.role}": found {shown}, expected one of {", ".join(naming.roles)}{hint}')
+    errors.problems.append(f'{place} "{naming.role}": found {shown}, expected one of {", ".join(naming.roles)}{hint}')
     return None
 
 
-def _content(value: dict[str, Any], place: str, notes: Notes, naming: MessageKeys, *, may_be_null: bool) -> str:
+def _content(value: dict[str, Any], place: str, errors: RowErrors, naming: MessageKeys, *, may_be_null: bool) -> str:
     if naming.content not in value:
-        notes.problems.append(f'{place}: no "{naming.content}"; found the keys {", ".join(value) or "none"}')
+        errors.problems.append(f'{place}: no "{naming.content}"; found the keys {", ".join(value) or "none"}')
         return ""
     content = value[naming.content]
     place = f'{place} "{naming.content}"'
     if content is None and may_be_null:
         return ""
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        return "".join(_part(part, f"{place}[{i}]", notes) for i, part in enumerate(content))
-    return check_text(content, place, notes)
+        return "".join(_part(part, f"{place}[{i}]", errors) for i, part in enumerate(content))
+    return check_text(content, place, errors)
 
 
-def _part(part: dict[str, Any], place: str, notes: Notes) -> str:
+def _part(part: dict[str, Any], place: str, errors: RowErrors) -> str:
     if part.get("type") != "text" or "text" not in part:
-        notes.problems.append(
+        errors.problems.append(
             f"{place}: found a part of type {part.get('type')!r}, expected text; only text is trained on"
         )
         return ""
-    return check_text(part["text"], f'{place} "text"', notes)
+    return check_text(part["text"], f'{place} "text"', errors)
 
 
-def _split_calls(content: str, place: str, notes: Notes) -> tuple[str, list[dict[str, Any]]]:
+def _split_calls(content: str, place: str, errors: RowErrors) -> tuple[str, list[dict[str, Any]]]:
     """(a thought before them, the calls) of a function_call message, whose content is JSON."""
     thought = _THOUGHT.match(content)
     try:
         calls = json.loads(content[thought.end() :] if thought else content)
     except (ValueError, RecursionError) as error:
-        notes.problems.append(f"{place}: found {_short(content)}, expected tool calls as JSON ({error})")
+        errors.problems.append(f"{place}: found {_short(content)}, expected tool calls as JSON ({error})")
         return "", []
-    return thought[1] if thought else "", _calls(calls if isinstance(calls, list) else [calls], place, notes)
+    return thought[1] if thought else "", _calls(calls if isinstance(calls, list) else [calls], place, errors)
 
 
-def _calls(calls: Any, place: str, notes: Notes) -> list[dict[str, Any]]:
+def _calls(calls: Any, place: str, errors: RowErrors) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
-        notes.problems.append(f"{place}: found {kind_of(calls)}, expected a list of tool calls")
+        errors.problems.append(f"{place}: found {kind_of(calls)}, expected a list of tool calls")
         return []
-    return [call for i, value in enumerate(calls) if (call := _call(value, f"{place}[{i}]", notes)) is not None]
+    return [call for i, value in enumerate(calls) if (call := _call(value, f"{place}[{i}]", errors)) is not None]
 
 
-def _call(value: Any, place: str, notes: Notes) -> dict[str, Any] | None:
+def _call(value: Any, place: str, errors: RowErrors) -> dict[str, Any] | None:
     function = value.get("function", value) if isinstance(value, dict) else value
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
         found = f"the keys {', '.join(function) or 'none'}" if isinstance(function, dict) else kind_of(function)
-        notes.problems.append(f"{place}: found {found}, expected an object with name and arguments")
+        errors.problems.append(f"{place}: found {found}, expected an object with name and arguments")
         return None
     arguments = function["arguments"]
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError) as error:
-            notes.problems.append(f'{place} "arguments": found {_short(arguments)}, expected JSON ({error})')
+            errors.problems.append(f'{place} "arguments": found {_short(arguments)}, expected JSON ({error})')
             return None
     if not isinstance(arguments, dict):
-        notes.problems.append(f'{place} "arguments": found {kind_of(arguments)}, expected an object')
+        errors.problems.append(f'{place} "arguments": found {kind_of(arguments)}, expected an object')
         return None
     call: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return call | ({"id": value["id"]} if isinstance(value.get("id"), str) else {})
 
 
-def read_tools(value: Any, key: str, notes: Notes) -> Tools | None:
+def read_tools(value: Any, key: str, errors: RowErrors) -> Tools | None:
     """The tools that a row defines, as a list or as its JSON, each in OpenAI's form; None if there are none."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            notes.problems.append(f'"{key}": found {_short(value)}, expected a list of tools as JSON ({error})')
+            errors.problems.append(f'"{key}": found {_short(value)}, expected a list of tools as JSON ({error})')
             return None
     if not value or (isinstance(value, str) and not value.strip()):
         return None
     if not isinstance(value, list):
-        notes.problems.append(f'"{key}": found {kind_of(value)}, expected a list of tools')
+        errors.problems.append(f'"{key}": found {kind_of(value)}, expected a list of tools')
         return None
     tools: list[dict[str, Any]] = []
     for i, tool in enumerate(value):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             found = f"the keys {', '.join(tool) or 'none'}" if isinstance(tool, dict) else kind_of(tool)
-            notes.problems.append(f'"{key}"[{i}]: found {found}, expected an object with a name')
+            errors.problems.append(f'"{key}"[{i}]: found {found}, expected an object with a name')
         else:
             tools.append(tool if "function" in tool else {"type": "function", "function": tool})
     return tuple(tools)
 
 
 def check_alternation(
-    messages: Sequence[Message], key: str, notes: Notes, naming: MessageKeys, *, open_end: bool
+    messages: Sequence[Message], key: str, errors: RowErrors, naming: MessageKeys, *, open_end: bool
 ) -> None:
     """A problem unless, after a system message, questions and answers take turns.
 
@@ -225,17 +225,17 @@ def check_alternation(
     for turn, (i, role) in enumerate(turns):
         if role not in (("user", "tool") if turn % 2 == 0 else ("assistant",)):
             found, expected = naming.names_of(role), answers if turn % 2 else questions
-            notes.problems.append(
+            errors.problems.append(
                 f'"{key}"[{i}] "{naming.role}": found {found}, expected {expected}: questions and answers take turns'
             )
             return
     if not turns:
-        notes.problems.append(
+        errors.problems.append(
             f'"{key}": the list is empty, expected at least one question{"" if open_end else " and answer"}'
         )
     elif open_end == (len(turns) % 2 == 0):
         expected = questions if open_end else answers
-        notes.problems.append(
+        errors.problems.append(
             f'"{key}": an {"even" if open_end else "odd"} number of turns ({len(turns)}), the last must be {expected}'
         )
 

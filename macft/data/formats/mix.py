@@ -1,4 +1,4 @@
-"""Several data sets in; one stream of their examples, one after the other or interleaved, out."""
+"""Put several data sets one after the other, or interleave them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def mix(
     """The examples of all parts as LLaMA-Factory's `mix_strategy` orders them.
 
     concat: one part after the other. interleave_under: in turns, or drawn by `probs`, until the first part is
-    exhausted; interleave_over: until all are, each beginning anew when it is; interleave_once: until all are,
-    none beginning anew. A part is iterated anew where it is needed again. Raises ConfigError for arguments that
+    exhausted; interleave_over: until all are, each starting again when it is; interleave_once: until all are,
+    none starting again. A part is iterated again where it is needed again. Raises ConfigError for arguments that
     do not fit each other.
     """
     check_mix(len(parts), strategy, probs)

@@ -1,17 +1,18 @@
-"""Rows of a preference data file in; pairs of answers to one prompt, checked, out."""
+"""Read pairs of answers to one prompt from the rows of a preference data file, and check them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from macft.data.formats.columns import ALPACA, SIDES, Layout, message_keys_of
-from macft.data.formats.conversations import alpaca_turns, conversation_turns
-from macft.data.formats.messages import Notes, check_message, check_messages, check_text
-from macft.data.formats.reader import Reading, converted
+from macft.data.formats.columns import ALPACA, SIDES, RowFormat, message_keys_of
+from macft.data.formats.conversations import alpaca_turns, contents_of, conversation_turns, count_answers
+from macft.data.formats.messages import RowErrors, check_message, check_messages, check_text
+from macft.data.formats.reader import RowReader
+from macft.data.sources.resolve import DataSource
 from macft.data.sources.rows import Row, kind_of, place_of
 from macft.data.templates.chat_template import Message
 from macft.errors import DataError
@@ -28,30 +29,66 @@ class _Turns:
 
 @dataclass(frozen=True)
 class PairExample:
-    """A prompt with the answer that is expected and the one that is not; `source` is its file:line."""
+    """A prompt with the answer that is preferred and the one that is not; `source` is its file:line."""
 
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     source: str
 
+    has_tools = False
+
     @property
     def messages(self) -> tuple[Message, ...]:
-        """Every message of the pair, for what looks at all its texts."""
+        """See DataRow."""
         return (*self.prompt, *self.chosen, *self.rejected)
 
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """See DataRow."""
+        return self.prompt
 
-def holds_pair(keys: Collection[str]) -> bool:
-    """Whether rows with these keys are preference pairs."""
-    return set(SIDES) <= set(keys)
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """See DataRow."""
+        return contents_of(self.messages)
+
+    @property
+    def answers(self) -> int:
+        """See DataRow."""
+        return count_answers((*self.prompt, *self.chosen))
+
+    @property
+    def identity(self) -> Any:
+        """See DataRow."""
+        return self.prompt, self.chosen, self.rejected
+
+    @property
+    def question(self) -> Any:
+        """See DataRow."""
+        return self.prompt
+
+    @property
+    def opposite(self) -> Any:
+        """See DataRow."""
+        return self.prompt, self.rejected, self.chosen
 
 
-def to_pairs(path: Path, layout: Layout | None = None, limit: int | None = None) -> Iterator[PairExample]:
-    """The pairs of one file, with the errors of `convert.converted`."""
-    return converted(path, PAIRS, layout, limit)
+def holds_pairs(source: DataSource, keys: Collection[str]) -> bool:
+    """Whether a data set with these keys in its first row holds preference pairs."""
+    return set(SIDES) <= set(keys) if source.is_ranking is None else source.is_ranking
 
 
-def _recognize(path: Path, row: Row) -> Layout:
+def _check_source(source: DataSource) -> DataSource:
+    if source.is_ranking is False:
+        raise DataError(
+            f'{source.name}: dataset_info.json does not say "ranking": true, which a preference stage needs; '
+            "add it if the rows hold chosen and rejected, else set stage: sft"
+        )
+    return source
+
+
+def _recognize(path: Path, row: Row) -> RowFormat:
     keys = row.value.keys()
     if not keys & set(SIDES):
         raise DataError(
@@ -61,34 +98,36 @@ def _recognize(path: Path, row: Row) -> Layout:
     # a table's columns are known without their values, as null
     has_prompt = row.value.get("prompt") is not None
     if has_prompt or not keys & {"conversations", "instruction"}:
-        return Layout("preference", "preference", {"prompt": "prompt", **_SIDE_COLUMNS, "tools": "tools"})
+        return RowFormat("preference", "preference", {"prompt": "prompt", **_SIDE_COLUMNS, "tools": "tools"})
     if "conversations" in keys:
         columns = {"messages": "conversations", **_SIDE_COLUMNS, "system": "system", "tools": "tools"}
-        return Layout("ShareGPT preference", "conversation", columns, alternates=True)
+        return RowFormat("ShareGPT preference", "conversation", columns, alternates=True)
     columns = {key: ALPACA[key] for key in ("prompt", "query", "system", "history")}
-    return Layout("alpaca preference", "alpaca", columns | _SIDE_COLUMNS)
+    return RowFormat("alpaca preference", "alpaca", columns | _SIDE_COLUMNS)
 
 
-def _read(layout: Layout, row: dict[str, Any], source: str, notes: Notes) -> PairExample | None:
-    _refuse_tools(layout, row, notes)
-    read = {"alpaca": _from_alpaca, "conversation": _from_conversation, "preference": _from_preference}[layout.style]
-    turns = read(layout, row, notes)
+def _read(row_format: RowFormat, row: dict[str, Any], source: str, errors: RowErrors) -> PairExample | None:
+    _refuse_tools(row_format, row, errors)
+    read = {"alpaca": _from_alpaca, "conversation": _from_conversation, "preference": _from_preference}[
+        row_format.style
+    ]
+    turns = read(row_format, row, errors)
     # what is wrong with a message comes first: the whole cannot be judged without it
-    if not notes.problems:
-        _check_turns(layout, turns, notes)
-    if notes.problems:
+    if not errors.problems:
+        _check_turns(row_format, turns, errors)
+    if errors.problems:
         return None
     return PairExample(tuple(turns.prompt), tuple(turns.chosen), tuple(turns.rejected), source)
 
 
-def _refuse_tools(layout: Layout, row: dict[str, Any], notes: Notes) -> None:
-    key = layout.columns.get("tools", "")
+def _refuse_tools(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> None:
+    key = row_format.columns.get("tools", "")
     if row.get(key) and row[key] != "[]":
-        notes.problems.append(f'"{key}": tool definitions are not supported in preference pairs; remove them')
+        errors.problems.append(f'"{key}": tool definitions are not supported in preference pairs; remove them')
 
 
-def _from_alpaca(layout: Layout, row: dict[str, Any], notes: Notes) -> _Turns:
-    prompt, [chosen, rejected] = alpaca_turns(layout, row, SIDES, notes)
+def _from_alpaca(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> _Turns:
+    prompt, [chosen, rejected] = alpaca_turns(row_format, row, SIDES, errors)
     return _Turns(prompt, [_answer(chosen)], [_answer(rejected)])
 
 
@@ -96,65 +135,67 @@ def _answer(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _from_conversation(layout: Layout, row: dict[str, Any], notes: Notes) -> _Turns:
-    prompt = conversation_turns(layout, row, notes, open_end=True)
-    naming = layout.naming or message_keys_of(row.get(layout.columns["messages"]))
+def _from_conversation(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> _Turns:
+    prompt = conversation_turns(row_format, row, errors, open_end=True)
+    naming = row_format.naming or message_keys_of(row.get(row_format.columns["messages"]))
     answers: dict[str, list[Message]] = {}
     for side in SIDES:
-        key = layout.columns[side]
+        key = row_format.columns[side]
         if key not in row:
-            expected = f"{layout.columns['messages']}, chosen and rejected"
-            notes.problems.append(layout.missing(side, row) if layout.is_declared else _missing(key, expected, row))
+            expected = f"{row_format.columns['messages']}, chosen and rejected"
+            errors.problems.append(
+                row_format.missing(side, row) if row_format.is_declared else _missing(key, expected, row)
+            )
             continue
-        message = check_message(row[key], f'"{key}"', notes, naming)
+        message = check_message(row[key], f'"{key}"', errors, naming)
         answers[side] = [] if message is None else [message]
     return _Turns(prompt, answers.get("chosen", []), answers.get("rejected", []))
 
 
-def _from_preference(layout: Layout, row: dict[str, Any], notes: Notes) -> _Turns:
+def _from_preference(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> _Turns:
     """TRL's rows: messages or texts; `prompt` may be left out or repeated where the answers begin with it."""
-    chosen, rejected = (_side(row, layout.columns[side], notes) for side in SIDES)
-    prompt = _turns(row["prompt"], "prompt", "user", notes) if row.get("prompt") is not None else []
-    if notes.problems:
+    chosen, rejected = (_side(row, row_format.columns[side], errors) for side in SIDES)
+    prompt = _turns(row["prompt"], "prompt", "user", errors) if row.get("prompt") is not None else []
+    if errors.problems:
         return _Turns([], [], [])
     if _begins_with_answer(chosen) and _begins_with_answer(rejected):
         if not prompt:
             expected = "prompt, or chosen and rejected that begin with the same messages"
-            notes.problems.append(_missing("prompt", expected, row))
+            errors.problems.append(_missing("prompt", expected, row))
         return _Turns(prompt, chosen, rejected)
     # at least one message of each side is its answer
     sides = zip(chosen[:-1], rejected[:-1], strict=False)
     shared = [message for message, _ in takewhile(lambda two: two[0] == two[1], sides)]
     rest = _Turns(shared, chosen[len(shared) :], rejected[len(shared) :])
     if not (_begins_with_answer(rest.chosen) and _begins_with_answer(rest.rejected)):
-        notes.problems.append(f"chosen and rejected answer different prompts: they part at message {len(shared) + 1}")
+        errors.problems.append(f"chosen and rejected answer different prompts: they part at message {len(shared) + 1}")
     elif prompt and shared[-len(prompt) :] != prompt:
-        notes.problems.append(
+        errors.problems.append(
             '"prompt": differs from the messages that chosen and rejected begin with; correct or remove it'
         )
     return rest
 
 
-def _side(row: dict[str, Any], side: str, notes: Notes) -> list[Message]:
+def _side(row: dict[str, Any], side: str, errors: RowErrors) -> list[Message]:
     if side not in row:
-        notes.problems.append(_missing(side, "chosen and rejected", row))
+        errors.problems.append(_missing(side, "chosen and rejected", row))
         return []
-    return _turns(row[side], side, "assistant", notes)
+    return _turns(row[side], side, "assistant", errors)
 
 
 def _missing(key: str, expected: str, row: dict[str, Any]) -> str:
     return f'no "{key}"; a pair needs {expected}, found {", ".join(row) or "none"}'
 
 
-def _turns(value: Any, key: str, role: str, notes: Notes) -> list[Message]:
+def _turns(value: Any, key: str, role: str, errors: RowErrors) -> list[Message]:
     """The messages under `key`; a text is one message of `role`."""
     if isinstance(value, list):
         if not value:
-            notes.problems.append(f'"{key}": the list is empty, expected at least one message')
-        return check_messages(value, key, notes)
+            errors.problems.append(f'"{key}": the list is empty, expected at least one message')
+        return check_messages(value, key, errors)
     if isinstance(value, str):
-        return [{"role": role, "content": check_text(value, f'"{key}"', notes)}]
-    notes.problems.append(f'"{key}": found {kind_of(value)}, expected a string or a list of messages')
+        return [{"role": role, "content": check_text(value, f'"{key}"', errors)}]
+    errors.problems.append(f'"{key}": found {kind_of(value)}, expected a string or a list of messages')
     return []
 
 
@@ -162,29 +203,25 @@ def _begins_with_answer(messages: list[Message]) -> bool:
     return bool(messages[0]["role"] == "assistant")
 
 
-def _check_turns(layout: Layout, turns: _Turns, notes: Notes) -> None:
+def _check_turns(row_format: RowFormat, turns: _Turns, errors: RowErrors) -> None:
     if any(
         message["role"] == "tool" or "tool_calls" in message
         for message in (*turns.prompt, *turns.chosen, *turns.rejected)
     ):
-        notes.problems.append("tool calls are not supported in preference pairs; write them into the content")
+        errors.problems.append("tool calls are not supported in preference pairs; write them into the content")
         return
     asked = [message for message in turns.prompt if message["role"] in ("user", "system")]
     if not any(message["content"].strip() for message in asked):
-        notes.problems.append("the prompt is empty: it holds no user text and no system text")
+        errors.problems.append("the prompt is empty: it holds no user text and no system text")
     elif turns.prompt[-1]["role"] == "assistant":
-        notes.problems.append("the prompt ends in an assistant message, expected a user message")
+        errors.problems.append("the prompt ends in an assistant message, expected a user message")
     for side, messages in zip(SIDES, (turns.chosen, turns.rejected), strict=True):
         last = messages[-1]
-        key = layout.columns[side]
+        key = row_format.columns[side]
         if last["role"] != "assistant":
-            notes.problems.append(f'"{key}": ends in a {last["role"]} message, expected an assistant message')
+            errors.problems.append(f'"{key}": ends in a {last["role"]} message, expected an assistant message')
         elif not last["content"].strip():
-            notes.problems.append(f'"{key}": the answer is empty')
+            errors.problems.append(f'"{key}": the answer is empty')
 
 
-def _contents(pair: PairExample) -> Iterator[str]:
-    return (message["content"] for message in pair.messages)
-
-
-PAIRS: Reading[PairExample] = Reading(_recognize, _read, _contents)
+PAIRS: RowReader[PairExample] = RowReader(_check_source, _recognize, _read)

@@ -1,21 +1,19 @@
-"""LLaMA-Factory's dataset_info.json in; where each of its data sets lies and how its rows are read, out."""
+"""Read LLaMA-Factory's dataset_info.json: where each data set is and how its rows are read."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from macft.data.formats.columns import ALPACA, PLAIN, SHAREGPT, SIDES, Layout, MessageKeys
+from macft.data.formats.columns import ALPACA, PLAIN, SHAREGPT, SIDES, MessageKeys, RowFormat
+from macft.data.notes import Note
 from macft.data.sources.rows import kind_of
 from macft.data.sources.text import read_text
 from macft.errors import DataError, join_problems
-
-logger = logging.getLogger("macft")
 
 FILE_NAME = "dataset_info.json"
 
@@ -55,12 +53,12 @@ class HubName:
 
 
 @dataclass(frozen=True)
-class Entry:
+class DatasetEntry:
     """One data set of dataset_info.json; `place` is a path or a name on a hub."""
 
     name: str
     place: Path | HubName
-    layout: Layout
+    row_format: RowFormat
     is_ranking: bool
     split: str = "train"
     num_samples: int | None = None
@@ -84,8 +82,8 @@ def read_dataset_info(path: Path) -> dict[str, Any]:
     return value
 
 
-def parse_entry(path: Path, name: str, value: Any, hub: str) -> Entry:
-    """The entry of one data set; `hub` (hf or modelscope) is taken where it names both.
+def parse_entry(path: Path, name: str, value: Any, hub: str, notes: list[Note]) -> DatasetEntry:
+    """The entry of one data set; `hub` (hf or modelscope) is taken where it names both. Adds to `notes`.
 
     Raises DataError with all its problems.
     """
@@ -97,9 +95,10 @@ def parse_entry(path: Path, name: str, value: Any, hub: str) -> Entry:
             problems.append(f"{key}: found {kind_of(found)}, expected {_KEYS[key]}")
         elif key not in _KEYS and key not in _FORGOTTEN:
             near = get_close_matches(key, _KEYS, n=1)
-            logger.warning("%s: %s: %s is not used%s", path, name, key, f"; did you mean {near[0]}?" if near else "")
+            hint = f"; did you mean {near[0]}?" if near else ""
+            notes.append(Note(f"{name}: {key} is not used{hint}", str(path)))
     if not problems:
-        layout = _layout(value, problems)
+        row_format = _row_format(value, problems)
         place = _place(path, value, hub, problems)
         samples = value.get("num_samples")
         if samples is not None and (samples != int(samples) or samples < 1):
@@ -110,7 +109,7 @@ def parse_entry(path: Path, name: str, value: Any, hub: str) -> Entry:
         )
     assert place is not None
     count = None if samples is None else int(samples)
-    return Entry(name, place, layout, bool(value.get("ranking")), value.get("split") or "train", count)
+    return DatasetEntry(name, place, row_format, bool(value.get("ranking")), value.get("split") or "train", count)
 
 
 def _place(path: Path, value: dict[str, Any], hub: str, problems: list[str]) -> Path | HubName | None:
@@ -143,7 +142,7 @@ def _place(path: Path, value: dict[str, Any], hub: str, problems: list[str]) -> 
     return path.parent / file
 
 
-def _layout(value: dict[str, Any], problems: list[str]) -> Layout:
+def _row_format(value: dict[str, Any], problems: list[str]) -> RowFormat:
     formatting = value.get("formatting") or "alpaca"
     if formatting not in FORMATTINGS:
         problems.append(f"formatting: found {formatting!r}, expected one of {', '.join(FORMATTINGS)}")
@@ -167,7 +166,7 @@ def _layout(value: dict[str, Any], problems: list[str]) -> Layout:
     unmapped = {} if value.get("columns") is None else _unmapped(given, columns, is_alpaca=is_alpaca)
     name = {"alpaca": "alpaca", "sharegpt": "ShareGPT", "openai": "OpenAI"}.get(formatting, "")
     naming = None if is_alpaca else _naming(value.get("tags"), PLAIN if formatting == "openai" else SHAREGPT, problems)
-    return Layout(
+    return RowFormat(
         f"{name} preference" if is_ranking else name,
         "alpaca" if is_alpaca else "conversation",
         columns,

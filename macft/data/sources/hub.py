@@ -1,34 +1,51 @@
-"""The name of a data set on a hub in; its data files, downloaded or from the cache, out."""
+"""Download the files of a data set on a hub, and choose those of one subset and split."""
 
 from __future__ import annotations
 
-import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import yaml
+
+from macft.data.notes import Note
 from macft.data.sources.dataset_info import HubName
-from macft.data.sources.hub_choice import CARD, Configs, choose_files, read_configs
+from macft.data.sources.rows import SUFFIXES
+from macft.data.sources.text import kind
 from macft.errors import DataError
 from macft.hub.modelscope import ModelScopeError, fetch_file, list_files
 
-logger = logging.getLogger("macft")
+CARD = "README.md"
+# subset to split to patterns of file names
+Configs = dict[str, dict[str, list[str]]]
 
+# files that describe data, and what split names are written for each other
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 # where the Hugging Face hub keeps the parquet files that it made of data it could read
 _CONVERTED = "refs/convert/parquet"
 
 
-def hub_files(place: HubName, split: str) -> list[Path]:
-    """The files of one split of a data set, in order, from the cache where they are there already.
+def hub_files(place: HubName, split: str, notes: list[Note]) -> list[Path]:
+    """The files of one split of a data set, in order, from the cache where they are there already. Adds to `notes`.
 
     $HF_ENDPOINT, $HF_HUB_OFFLINE and $MODELSCOPE_DOMAIN are respected. Raises DataError, in one line, when
     the data set is missing, gated or out of reach, or has no such subset or split.
     """
-    return (_modelscope_files if place.hub == "modelscope" else _hf_files)(place, split)
+    return _modelscope_files(place, split) if place.hub == "modelscope" else _hf_files(place, split, notes)
 
 
 # --- Hugging Face
 
 
-def _hf_files(place: HubName, split: str) -> list[Path]:
+def _hf_files(place: HubName, split: str, notes: list[Note]) -> list[Path]:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -62,7 +79,7 @@ def _hf_files(place: HubName, split: str) -> list[Path]:
             f"{place.name}: cannot be downloaded from {constants.ENDPOINT} ({reason}); check the network, "
             "set HF_ENDPOINT to a mirror, or give a file"
         )
-    logger.warning("%s: %s is out of reach (%s); the copy in its cache is read", place.name, constants.ENDPOINT, reason)
+    notes.append(Note(f"{place.name}: {constants.ENDPOINT} is out of reach ({reason}); the copy in its cache is read"))
     return _hf_cached(place, cached, split)
 
 
@@ -130,3 +147,112 @@ def _modelscope_files(place: HubName, split: str) -> list[Path]:
         return [fetch_file("datasets", place.name, name, sizes[name]) for name in chosen]
     except ModelScopeError as error:
         raise DataError(str(error)) from None
+
+
+# --- which files
+
+
+def read_configs(card: Path) -> Configs:
+    """What the head of a data set's card says of its files; nothing where it says nothing."""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    head = re.match(r"\ufeff?---\r?\n(.*?\n)---", text, flags=re.DOTALL)
+    try:
+        value = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:
+        return {}
+    configs = value.get("configs") if isinstance(value, dict) else None
+    found: Configs = {}
+    for config in configs if isinstance(configs, list) else []:
+        if isinstance(config, dict) and "data_files" in config:
+            name = "default" if config.get("default") else str(config.get("config_name", "default"))
+            found[name] = found[str(config.get("config_name", "default"))] = _patterns(config["data_files"])
+    return found
+
+
+def _patterns(files: Any) -> dict[str, list[str]]:
+    if isinstance(files, (str, list)) and not (files and isinstance(files[0], dict)):
+        return {"train": [files] if isinstance(files, str) else [str(pattern) for pattern in files]}
+    if isinstance(files, dict):
+        files = [{"split": split, "path": path} for split, path in files.items()]
+    splits: dict[str, list[str]] = {}
+    for item in files:
+        path = item.get("path", [])
+        splits.setdefault(str(item.get("split", "train")), []).extend([path] if isinstance(path, str) else path)
+    return splits
+
+
+def choose_files(place: HubName, names: Sequence[str], configs: Configs, split: str) -> list[str]:
+    """The data files of a subset and split: as the card says, else as their names say.
+
+    Raises DataError naming the subsets or splits there are.
+    """
+    prefix = f"{place.folder.strip('/')}/" if place.folder else ""
+    data = [n for n in names if _is_data(n) and n.startswith(prefix)]
+    if not data:
+        where = f" in {place.folder}" if place.folder else ""
+        raise DataError(
+            f"{place.name}: no data files{where}, expected {', '.join(SUFFIXES)}; it may hold a script only"
+        )
+    if configs and not place.folder:
+        return _by_card(place, data, configs, split)
+    if place.subset:
+        inside = [name for name in data if place.subset in re.split(r"[/._-]", name) or f"{place.subset}/" in name]
+        if not inside:
+            raise DataError(f"{place.name}: no subset {place.subset}; it holds {_some(data)}")
+        data = inside
+    chosen = [name for name in data if _split_of(name, split) == split]
+    if not chosen and split == "train":
+        chosen = [name for name in data if _split_of(name, split) is None]
+    if not chosen:
+        raise DataError(f"{place.name}: no split {split}; it holds {_some(data)}")
+    return _of_one_kind(chosen)
+
+
+def _by_card(place: HubName, data: list[str], configs: Configs, split: str) -> list[str]:
+    subset = place.subset or ("default" if "default" in configs else next(iter(configs)) if len(configs) == 1 else None)
+    if subset is None or subset not in configs:
+        found = f"no subset {subset}" if subset else "which subset is not said"
+        raise DataError(f"{place.name}: {found}; set subset to one of {', '.join(configs)}")
+    splits = configs[subset]
+    if split not in splits:
+        raise DataError(f"{place.name}: no split {split} in {subset}; set split to one of {', '.join(splits)}")
+    chosen = [name for name in data if any(_matches(name, pattern) for pattern in splits[split])]
+    if not chosen:
+        raise DataError(f"{place.name}: none of its files is {', '.join(splits[split])}, as its card says of {split}")
+    return _of_one_kind(chosen)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    pattern = pattern.removeprefix("./")
+    # ** takes no folder at all, too
+    return any(fnmatchcase(name, one) for one in {pattern, pattern.replace("**/", "")})
+
+
+def _is_data(name: str) -> bool:
+    path = PurePosixPath(name)
+    hidden = any(part.startswith((".", "__")) for part in path.parts)
+    return kind(Path(name)) in SUFFIXES and not hidden and path.name not in _METADATA
+
+
+def _split_of(name: str, expected: str) -> str | None:
+    """The split that a file's name says it is of; None if it says none."""
+    sharded = re.fullmatch(r"(\w+)-\d{5}-of-\d{5}\..*", PurePosixPath(name).name)
+    if sharded and (sharded[1] == expected or re.match(r"(?:train|test|validation)_", sharded[1])):
+        return sharded[1]
+    words = {expected: _SPLITS.get(expected, (expected,))} | _SPLITS
+    # the file's own name says more than its folders
+    for part in reversed(PurePosixPath(name).parts):
+        for split, spellings in words.items():
+            if any(re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", part.lower()) for word in spellings):
+                return split
+    return None
+
+
+def _of_one_kind(names: list[str]) -> list[str]:
+    """The names with the most frequent suffix, sorted."""
+    [(suffix, _)] = Counter(kind(Path(name)) for name in names).most_common(1)
+    return sorted(name for name in names if kind(Path(name)) == suffix)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""The config's `dataset` names in; for each its files, and how their rows are read, out."""
+"""Find the files of the data sets that a config names, and how their rows are read."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from macft.data.formats.columns import Layout
-from macft.data.sources.dataset_info import FILE_NAME, Entry, HubName, parse_entry, read_dataset_info
+from macft.data.formats.columns import RowFormat
+from macft.data.notes import Note
+from macft.data.sources.dataset_info import FILE_NAME, DatasetEntry, HubName, parse_entry, read_dataset_info
 from macft.data.sources.hub import hub_files
 from macft.data.sources.rows import SUFFIXES
 from macft.data.sources.text import kind, nearest_file
 from macft.errors import ConfigError, DataError
 
-# LLaMA-Factory's dataset_dir for names that are looked up on a hub alone, or in a hub's dataset_info.json
+# LLaMA-Factory's dataset_dir for names that are looked up only on a hub, or in a hub's dataset_info.json
 ONLINE = "ONLINE"
 _REMOTE = "REMOTE:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -29,19 +30,38 @@ _COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
 class DataSource:
     """One data set: files that are read one after the other.
 
-    `layout` None: each file's first row shows it. `bounds`: the slice of its rows, in numbers or percent.
+    `row_format` None: each file's first row shows it. `bounds`: the slice of its rows, in numbers or percent.
     """
 
     name: str
     files: tuple[Path, ...]
-    layout: Layout | None = None
+    row_format: RowFormat | None = None
     is_ranking: bool | None = None  # None: the first row shows it
     num_samples: int | None = None
     bounds: tuple[str | None, str | None] | None = None
 
 
-def resolve_sources(dataset: str, dataset_dir: str, hub: str = "hf") -> tuple[list[DataSource], list[str]]:
-    """The data sets of a comma-separated list, and the problems of those that cannot be found.
+@dataclass(frozen=True)
+class ResolvedSources:
+    """The data sets that were found, the problems of those that were not, and what there is to say."""
+
+    sources: tuple[DataSource, ...]
+    problems: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths of all their files, each once."""
+        return tuple(dict.fromkeys(str(path) for source in self.sources for path in source.files))
+
+    def check(self) -> None:
+        """Raise DataError with the problems."""
+        if self.problems:
+            raise DataError("\n".join(self.problems))
+
+
+def resolve_sources(dataset: str, dataset_dir: str, hub: str = "hf") -> ResolvedSources:
+    """Find the data sets of a comma-separated list.
 
     A name is an entry of dataset_info.json, a path, a pattern of paths, or a data set on a hub (`hub`: hf or
     modelscope), which is downloaded.
@@ -51,6 +71,7 @@ def resolve_sources(dataset: str, dataset_dir: str, hub: str = "hf") -> tuple[li
         raise ConfigError(f"dataset: found {dataset!r}, expected the path of a data file or a name in {FILE_NAME}")
     sources: list[DataSource] = []
     problems: list[str] = []
+    notes: list[Note] = []
     entries: dict[str, Any] = {}
     info = Path(dataset_dir) / FILE_NAME
     try:
@@ -61,10 +82,10 @@ def resolve_sources(dataset: str, dataset_dir: str, hub: str = "hf") -> tuple[li
             raise error from None
     for name in names:
         try:
-            sources.append(_source(name, dataset_dir, info, entries, hub))
+            sources.append(_source(name, dataset_dir, info, entries, hub, notes))
         except DataError as error:
             problems.append(str(error))
-    return sources, problems
+    return ResolvedSources(tuple(sources), tuple(problems), tuple(notes))
 
 
 def _entries(dataset_dir: str) -> tuple[Path, dict[str, Any]]:
@@ -90,11 +111,13 @@ def _remote_info(repository: str) -> Path:
         raise DataError(f"dataset_dir: {FILE_NAME} of {repository} cannot be downloaded ({reason})") from None
 
 
-def _source(name: str, dataset_dir: str, info: Path, entries: dict[str, Any], hub: str) -> DataSource:
+def _source(
+    name: str, dataset_dir: str, info: Path, entries: dict[str, Any], hub: str, notes: list[Note]
+) -> DataSource:
     if name in entries:
-        return _from_entry(info, parse_entry(info, name, entries[name], hub))
+        return _from_entry(info, parse_entry(info, name, entries[name], hub, notes), notes)
     if dataset_dir == ONLINE:
-        return DataSource(name, tuple(hub_files(HubName(hub, name), "train")))
+        return DataSource(name, tuple(hub_files(HubName(hub, name), "train", notes)))
     if has_magic(name) and not Path(name).is_file():
         return DataSource(name, _matches(name, Path(dataset_dir)))
     try:
@@ -102,10 +125,10 @@ def _source(name: str, dataset_dir: str, info: Path, entries: dict[str, Any], hu
     except DataError:
         if not (_HUB_ID.fullmatch(name) and kind(Path(name)) not in SUFFIXES) or Path(name).parent.is_dir():
             raise
-    return DataSource(name, tuple(hub_files(HubName(hub, name), "train")))
+    return DataSource(name, tuple(hub_files(HubName(hub, name), "train", notes)))
 
 
-def _from_entry(info: Path, entry: Entry) -> DataSource:
+def _from_entry(info: Path, entry: DatasetEntry, notes: list[Note]) -> DataSource:
     parts = _SPLIT.fullmatch(entry.split)
     if parts is None:
         raise DataError(
@@ -114,12 +137,12 @@ def _from_entry(info: Path, entry: Entry) -> DataSource:
     split, start, stop = parts.groups()
     bounds = (start, stop) if start is not None or stop is not None else None
     if isinstance(entry.place, HubName):
-        files = tuple(hub_files(entry.place, split))
+        files = tuple(hub_files(entry.place, split, notes))
     elif split != "train":
         raise DataError(f"{info}: {entry.name}: split: a local file has the split train only, found {split}; remove it")
     else:
         files = _local_files(info, entry.name, entry.place)
-    return DataSource(entry.name, files, entry.layout, entry.is_ranking, entry.num_samples, bounds)
+    return DataSource(entry.name, files, entry.row_format, entry.is_ranking, entry.num_samples, bounds)
 
 
 def _local_files(info: Path, name: str, place: Path) -> tuple[Path, ...]:
@@ -165,7 +188,7 @@ def _file(name: str, folder: Path, info: Path, entries: Sequence[str]) -> Path:
     if suffixes:
         unique = [*unique[:2], f"{folder / name}.jsonl and other suffixes"]
     if suffixes and not info.parent.is_dir() and not hint:
-        hint = f"; dataset_dir {folder} is no folder there"
+        hint = f"; dataset_dir {folder} does not exist there"
     raise DataError(f"{name}: no such data file; looked for {', '.join(unique)} in {Path.cwd()}{hint}")
 
 

@@ -1,4 +1,4 @@
-"""A data file in; its rows, each with the line it starts on, out."""
+"""Read the rows of a data file, each with the line that it starts on."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from macft.data.sources.tables import TABLES, count_table, table_rows
+from macft.data.sources.tables import TABLES, count_table, is_table, table_columns, table_rows
 from macft.data.sources.text import kind, lines, nearest_file, read_text
 from macft.errors import DataError, join_problems
 from macft.text import plural
 
-__all__ = ["SUFFIXES", "Row", "Unread", "count_rows", "iter_rows", "kind_of", "nearest_file", "read_rows"]
+__all__ = ["SUFFIXES", "Row", "Unread", "count_rows", "first_keys", "iter_rows", "kind_of", "nearest_file", "read_rows"]
 
 SUFFIXES = (".jsonl", ".json", *TABLES, ".txt")
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -86,6 +86,13 @@ def count_rows(path: Path) -> int:
     """How many rows a file has; read from the header where there is one."""
     in_table = count_table(path)
     return sum(isinstance(item, Row) for item in scan(path, ())) if in_table is None else in_table
+
+
+def first_keys(path: Path) -> list[str]:
+    """The keys of the first row that can be read; those of a table are its columns."""
+    if is_table(path):
+        return table_columns(path)
+    return next((list(item.value) for item in scan(path) if isinstance(item, Row)), [])
 
 
 def place_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""A parquet, Arrow or CSV file in; its rows, with no more columns read than are expected, out."""
+"""Read the rows of a parquet, Arrow or CSV file, and no more columns than are asked for."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class _Parquet:
 
 
 class _Arrow:
-    """An Arrow file or stream; a reader knows its columns only once it is open, so each reading opens anew."""
+    """An Arrow file or stream; a reader knows its columns only once it is open, so each reading opens it again."""
 
     def __init__(self, path: Path, data: pa.Buffer) -> None:
         import pyarrow as pa

@@ -47,7 +47,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     except EOFError:
         raise DataError(f"{path}: cut short: the gzip data end before their end mark; copy the file again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: not gzip data ({error}); correct its name or pack it anew") from None
+        raise DataError(f"{path}: not gzip data ({error}); correct its name or pack it again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -83,7 +83,7 @@ def read_text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # the mark is not plural in the error's position
+        # the error's position does not count the mark
         at = error.start + (len(_BOM) if content.startswith(_BOM) else 0)
         start = content.rfind(b"\n", 0, at) + 1
         end = content.find(b"\n", at)

@@ -1,9 +1,10 @@
-"""A model's Jinja chat template in; the exact text of a conversation out."""
+"""Load a model's Jinja chat template and render conversations with it."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from difflib import get_close_matches
@@ -16,6 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from macft.data.notes import Note
 from macft.data.templates.llamafactory import NAMED, REFUSED
 from macft.data.templates.slots import literal, named_source, needs_eos, one_answer_reason, thinking_default
 from macft.data.tokenization.tokenizer import Tokenizer, read_json
@@ -33,6 +35,10 @@ _EMPTY_SOURCE = (
     "{% if message['role'] == 'assistant' and not message['content'].endswith(eos_token) %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
+# <|im_start|>, <｜User｜>, <|turn>, <turn|>, <start_of_turn>, <role>
+_MARKER = re.compile(r"<[|｜][^\s<>]+>|<[^\s<>]+[|｜]>|</?(?:start_of_turn|end_of_turn|role)>")
+# where a model keeps the template that it was trained with, whatever its tokens are
+_OWN = ("chat_template.jinja", "tokenizer_config.json")
 
 
 class ChatTemplate:
@@ -50,6 +56,10 @@ class ChatTemplate:
             raise ModelError(
                 f"{name} line {error.lineno}: {str(error.message).rstrip('.')}; correct the template"
             ) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a compiled template cannot be sent to another process
+        return _template, (self.source, self.name, self._special_map)
 
     def syntax(self) -> nodes.Template:
         """The template as Jinja's tree of nodes."""
@@ -74,6 +84,10 @@ class ChatTemplate:
         except Exception as error:  # a template is foreign code: anything can come out of it
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"the chat template ({self.name}) refuses this conversation: {reason}") from None
+
+
+def _template(source: str, name: str, special_map: dict[str, str]) -> ChatTemplate:
+    return ChatTemplate(source, name=name, special_map=special_map)
 
 
 def load_template(
@@ -198,6 +212,28 @@ def template_end_ids(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[
         return frozenset()
     ends = [id_ for id_ in tokenizer.encode(tail).ids if id_ in tokenizer.special_ids]
     return frozenset(ends[:1])
+
+
+def missing_marker(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
+    """The first marker that the template puts around a turn and the tokenizer has no token for."""
+    try:
+        text = template.render([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}])
+    except DataError:  # it says itself what it wants of a conversation
+        return None
+    return next((found for found in _MARKER.findall(text) if found not in tokenizer.vocabulary), None)
+
+
+def marker_notes(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[Note, ...]:
+    """A warning if a template that is not the model's own writes markers of another model."""
+    marker = None if Path(template.name).name in _OWN else missing_marker(template, tokenizer)
+    if marker is None:
+        return ()
+    return (
+        Note(
+            f"template {template.name} writes {marker}, for which this tokenizer has no token: it becomes plain text, "
+            "in several tokens; leave template out for the model's own"
+        ),
+    )
 
 
 def _own_template(path: Path, value: Any) -> str:

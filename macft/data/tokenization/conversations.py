@@ -1,25 +1,28 @@
-"""Conversations in; token ids with their loss mask, no longer than `cutoff_len`, out."""
+"""Tokenize conversations with their loss masks, no longer than `cutoff_len`."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from macft.data.formats.conversations import Conversation, Example
-from macft.data.templates.chat_template import ChatTemplate, Message
+from macft.data.formats.conversations import Example
+from macft.data.formats.reader import DataRow
+from macft.data.templates.chat_template import Message
 from macft.data.templates.spans import Rendered, render_with_spans
-from macft.data.templates.tools import Tools
+from macft.data.tokenization.encoding import Encoding
+from macft.data.tokenization.packing import PackedRows, pack
 from macft.data.tokenization.report import (
     RefusedError,
     RowWarnings,
+    SkipReason,
     SpecialTokens,
     TokenizeReport,
     count_rows,
-    special_in_content,
 )
 from macft.data.tokenization.table import (
     ANSWER_CUT,
@@ -30,22 +33,27 @@ from macft.data.tokenization.table import (
     TableBuilder,
     TokenizedExample,
 )
-from macft.data.tokenization.tokenizer import Encoded, Placed, Tokenizer
-from macft.errors import DataError
+from macft.data.tokenization.tokenizer import Encoded, Placed
+from macft.errors import ConfigError, DataError
 from macft.text import plural
-
-__all__ = ["TokenizeReport", "TokenizedExample", "fit_examples", "special_in_content", "tokenize_examples"]
 
 # encoded at once: keeps all cores busy, and the memory of the encodings small
 CHUNK = 1000
 
-AnyConversation = TypeVar("AnyConversation", bound=Conversation)
+_LEFT_OUT = "have nothing to train on and are left out"
+# as a table numbers them, from 1 on
+SKIP_REASONS = (
+    SkipReason(_LEFT_OUT, "it has no answer"),
+    SkipReason(_LEFT_OUT, "cutoff_len {cutoff_len} leaves no answer, or the template renders none"),
+)
+
+AnyRow = TypeVar("AnyRow", bound=DataRow)
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """One example as it is trained on: `encoded` may stop before the end of `rendered.text`."""
+class FittedRow:
+    """One row as it is trained on: `encoded` may stop before the end of `rendered.text`."""
 
     rendered: Rendered
     encoded: Encoded
@@ -61,88 +69,46 @@ class Fitted:
         return TokenizedExample(np.asarray(self.encoded.ids, dtype=np.int32), self.loss_mask)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What rendering and encoding need, besides the conversation."""
-
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    cutoff_len: int
-    train_on_prompt: bool
-    mask_history: bool
-
-    def render(self, messages: Sequence[Message], tools: Tools | None) -> Rendered:
-        return render_with_spans(
-            self.template,
-            messages,
-            tools=tools,
-            train_on_prompt=self.train_on_prompt,
-            mask_history=self.mask_history,
-        )
-
-
-def tokenize_examples(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    *,
-    cutoff_len: int,
-    train_on_prompt: bool = False,
-    mask_history: bool = False,
-) -> tuple[Examples, TokenizeReport]:
-    """Every example with something to train on, in order, and the counts of what happened.
-
-    Raises DataError naming each example that the template refuses, or when none is left.
-    """
-    table = encode_examples(
-        examples,
-        tokenizer,
-        template,
-        cutoff_len=cutoff_len,
-        train_on_prompt=train_on_prompt,
-        mask_history=mask_history,
+def _render(example: Example, messages: Sequence[Message], encoding: Encoding) -> Rendered:
+    return render_with_spans(
+        encoding.chat,
+        messages,
+        tools=example.tools,
+        train_on_prompt=encoding.train_on_prompt,
+        mask_history=encoding.mask_history,
     )
-    return take_examples(table, tokenizer, template, cutoff_len=cutoff_len)
 
 
-def encode_examples(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    *,
-    cutoff_len: int,
-    train_on_prompt: bool = False,
-    mask_history: bool = False,
-    files: Mapping[str, int] | None = None,
-) -> Table:
+def encode_examples(examples: Sequence[Example], encoding: Encoding, files: Mapping[str, int] | None = None) -> Table:
     """Every example, with the tokens of those that have something to train on.
 
     `files` numbers the files that they may stand in. Raises RefusedError.
     """
-    job = _Job(tokenizer, template, cutoff_len, train_on_prompt, mask_history)
-    special = SpecialTokens(tokenizer)
-    grown = TableBuilder(1, files)
-    rendered = render_all(examples, lambda example: job.render(example.messages, example.tools))
+    special = SpecialTokens(encoding.tokenizer)
+    builder = TableBuilder(1, files)
+    rendered = render_all(examples, lambda example: _render(example, example.messages, encoding))
     for start in range(0, len(rendered), CHUNK):
         chunk = rendered[start : start + CHUNK]
-        placed = tokenizer.place_batch(
+        placed = encoding.tokenizer.place_batch(
             [one.text for one in chunk], [[border for span in one.spans for border in span] for one in chunk]
         )
-        for example, text, tokens, row in zip(examples[start:], chunk, placed, _rows(placed), strict=False):
+        for example, text, tokens, row in zip(
+            examples[start : start + CHUNK], chunk, placed, _rows(placed), strict=True
+        ):
             flags, boundary_tokens = 0, sum(is_boundary for _, is_boundary in tokens.borders)
-            if len(tokens.ids) > cutoff_len:
-                fitted = _fit(job, example, text, tokenizer.encode(text.text))
+            if len(tokens.ids) > encoding.cutoff_len:
+                fitted = _fit(example, text, encoding.tokenizer.encode(text.text), encoding)
                 flags = SHORTENED * fitted.shortened | EMPTIED * fitted.emptied | ANSWER_CUT * fitted.answer_cut
                 row, boundary_tokens = fitted.row, fitted.boundary_tokens
-            grown.add(
+            builder.add(
                 example.source,
                 [row],
-                skip_reason=int(not row.loss_mask.any()),
+                skip_reason=0 if row.loss_mask.any() else 2 if example.answers else 1,
                 flags=flags,
                 boundary_tokens=boundary_tokens,
                 special=special.first_in(example),
             )
-    return grown.table()
+    return builder.table()
 
 
 def _rows(placed: Sequence[Placed]) -> Iterator[TokenizedExample]:
@@ -159,14 +125,9 @@ def _rows(placed: Sequence[Placed]) -> Iterator[TokenizedExample]:
 
 
 def take_examples(
-    table: Table,
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    *,
-    cutoff_len: int,
-    indices: np.ndarray | None = None,
-) -> tuple[Examples, TokenizeReport]:
-    """Of a table (of its rows `indices`) what is trained on, and the counts; warns of what happened.
+    table: Table, encoding: Encoding, indices: np.ndarray | None = None, *, packing: bool = False
+) -> tuple[Examples | PackedRows, TokenizeReport]:
+    """Of a table (of its rows `indices`) what is trained on, several to a row with `packing`, and the counts.
 
     Raises DataError when nothing is left.
     """
@@ -176,41 +137,44 @@ def take_examples(
     count_rows(report, table, indices)
     if not len(kept):
         raise DataError(
-            f"none of the {plural(len(indices), 'example')} has a token to train on: each lacks an assistant turn, "
-            f"is cut before it by cutoff_len {cutoff_len}, or its template, {template.name}, renders no answer"
+            f"none of the {plural(len(indices), 'example')} has a token to train on: each lacks an assistant turn, is "
+            f"cut before it by cutoff_len {encoding.cutoff_len}, or its template, {encoding.chat.name}, renders no "
+            "answer"
         )
-    tell = RowWarnings("examples", table, indices)
-    tell.special(tokenizer)
-    of_them = f", {report.emptied} of them all of it" if report.emptied else ""
-    tell.flag(SHORTENED, f"lost user text to fit cutoff_len {cutoff_len}{of_them}")
-    tell.flag(ANSWER_CUT, f"lost the end of their last answer to fit cutoff_len {cutoff_len}")
-    tell.skip_reason(1, "have nothing to train on and are left out")
-    return kept, report
+    warnings = RowWarnings("example", SKIP_REASONS, encoding)
+    warnings.count(table, indices)
+    report.warnings = warnings.lines()
+    return pack(kept, kept.lengths, encoding.cutoff_len) if packing else kept, report
 
 
-def fit_examples(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    *,
-    cutoff_len: int,
-    train_on_prompt: bool = False,
-    mask_history: bool = False,
-) -> Iterator[Fitted]:
+def stream_examples(tables: Iterable[Table], _encoding: Encoding, packing: bool) -> Iterator[TokenizedExample]:
+    """Of one table after the other what is trained on."""
+    if packing:
+        raise ConfigError(
+            "packing: conversations are packed by their lengths, which a stream does not know; remove packing or "
+            "streaming"
+        )
+    for table in tables:
+        for index in np.flatnonzero(table.columns["skip_reason"] == 0).tolist():
+            row = table.row(index)
+            # a copy: one row in the buffer must not keep the whole table in memory
+            yield TokenizedExample(row.tokens.copy(), row.loss_mask.copy())
+
+
+def fit_examples(examples: Sequence[Example], encoding: Encoding) -> Iterator[FittedRow]:
     """Every example rendered, encoded once, and shortened where it must be, in order, with its text.
 
     All are rendered before the first is given out: RefusedError names each that the template refuses.
     """
-    job = _Job(tokenizer, template, cutoff_len, train_on_prompt, mask_history)
-    rendered = render_all(examples, lambda example: job.render(example.messages, example.tools))
+    rendered = render_all(examples, lambda example: _render(example, example.messages, encoding))
     for start in range(0, len(rendered), CHUNK):
         chunk = rendered[start : start + CHUNK]
-        encoded = tokenizer.encode_batch([one.text for one in chunk])
+        encoded = encoding.tokenizer.encode_batch([one.text for one in chunk])
         for parts in zip(examples[start : start + CHUNK], chunk, encoded, strict=True):
-            yield _fit(job, *parts)
+            yield _fit(*parts, encoding)
 
 
-def render_all(examples: Sequence[AnyConversation], render: Callable[[AnyConversation], Result]) -> list[Result]:
+def render_all(examples: Sequence[AnyRow], render: Callable[[AnyRow], Result]) -> list[Result]:
     """`render` of every example; RefusedError names each that it refuses."""
     rendered: list[Result] = []
     problems: dict[str, tuple[str, int]] = {}
@@ -225,33 +189,36 @@ def render_all(examples: Sequence[AnyConversation], render: Callable[[AnyConvers
     return rendered
 
 
-def _fit(job: _Job, example: Example, rendered: Rendered, encoded: Encoded) -> Fitted:
-    messages = example.messages
-    if len(encoded.ids) > job.cutoff_len:
-        try:
-            messages = shorten(
-                example.messages,
-                len(encoded.ids),
-                lambda messages: len(job.tokenizer.encode(job.render(messages, example.tools).text).ids),
-                tokenizer=job.tokenizer,
-                cutoff_len=job.cutoff_len,
-            )
-            rendered = job.render(messages, example.tools)
-        except DataError as error:
-            raise DataError(f"{example.source}, shortened to cutoff_len {job.cutoff_len}: {error}") from None
-        encoded = job.tokenizer.encode(rendered.text)
+def _fit(example: Example, rendered: Rendered, encoded: Encoded, encoding: Encoding) -> FittedRow:
+    messages, tokenizer, cutoff_len = example.messages, encoding.tokenizer, encoding.cutoff_len
+    if len(encoded.ids) > cutoff_len:
+
+        def measure(shorter: Sequence[Message]) -> int:
+            return len(tokenizer.encode(_render(example, shorter, encoding).text).ids)
+
+        with naming_shortened(example, encoding):
+            messages = shorten(messages, len(encoded.ids), measure, encoding)
+            rendered = _render(example, messages, encoding)
+        encoded = tokenizer.encode(rendered.text)
     mask, boundary_tokens = _loss_mask(rendered, encoded)
-    answer_cut = bool(mask[job.cutoff_len :].any())
-    mask = mask[: job.cutoff_len]
-    return Fitted(
+    return FittedRow(
         rendered=rendered,
-        encoded=cut(encoded, job.cutoff_len),
-        loss_mask=mask,
+        encoded=cut(encoded, cutoff_len),
+        loss_mask=mask[:cutoff_len],
         boundary_tokens=boundary_tokens,
         shortened=messages != example.messages,
         emptied=is_emptied(example.messages, messages),
-        answer_cut=answer_cut,
+        answer_cut=bool(mask[cutoff_len:].any()),
     )
+
+
+@contextmanager
+def naming_shortened(row: DataRow, encoding: Encoding) -> Iterator[None]:
+    """Errors of rendering a shortened row name it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{row.source}, shortened to cutoff_len {encoding.cutoff_len}: {error}") from None
 
 
 def is_emptied(before: Sequence[Message], after: Sequence[Message]) -> bool:
@@ -269,19 +236,18 @@ def shorten(
     messages: tuple[Message, ...],
     length: int,
     measure: Callable[[tuple[Message, ...]], int],
-    *,
-    tokenizer: Tokenizer,
-    cutoff_len: int,
+    encoding: Encoding,
 ) -> tuple[Message, ...]:
     """Take tokens off the start of user texts, the oldest first, until `measure` fits or none is left.
 
     `length` is the measure of `messages` as they come: their number of tokens once rendered.
     """
+    cutoff_len = encoding.cutoff_len
     for turn, message in enumerate(messages):
         if message["role"] != "user":
             continue
         text = message["content"]
-        ends = tokenizer.encode(text).ends
+        ends = encoding.tokenizer.encode(text).ends
         dropped = 0
         while length > cutoff_len and dropped < len(ends):
             dropped = min(dropped + length - cutoff_len, len(ends))

@@ -1,4 +1,4 @@
-"""Examples in; rows of up to `cutoff_len` tokens that hold several of them, which do not see each other, out."""
+"""Pack several examples, which do not see each other, into rows of up to `cutoff_len` tokens."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def pack(examples: Sequence[TokenizedExample], lengths: np.ndarray, cutoff_len: 
 
 
 def chain(pieces: Sequence[TokenizedExample], lengths: np.ndarray, cutoff_len: int) -> PackedRows:
-    """Neighbouring pieces that add up to `cutoff_len` tokens, one row each; the last row may be shorter.
+    """Neighboring pieces that add up to `cutoff_len` tokens, one row each; the last row may be shorter.
 
-    `pieces` are those of `texts.tokenize_texts`, which were cut where a row is full. A row is left out in which
+    `pieces` are those of `texts.take_texts`, which were cut where a row is full. A row is left out in which
     no token has one before it: a last row of one token.
     """
     ends = np.cumsum(lengths)

@@ -1,25 +1,23 @@
-"""A table of tokenized rows in; what became of them, plural and in warnings, out."""
+"""Count what happened to each row during tokenization, and put it into warnings."""
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from macft.data.formats.conversations import Conversation
-from macft.data.tokenization.table import ANSWER_CUT, EMPTIED, SHORTENED, Table
+from macft.data.formats.reader import DataRow
+from macft.data.tokenization.encoding import Encoding
+from macft.data.tokenization.table import ANSWER_CUT, EMPTIED, IDENTICAL, SHORTENED, Table
 from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import DataError, join_problems
-
-logger = logging.getLogger("macft")
 
 
 @dataclass
 class TokenizeReport:
-    """What became of the examples: counts of examples, except for the last three."""
+    """What happened to the examples: counts of examples, except for tokens; and the warnings about it."""
 
     examples: int = 0
     kept: int = 0
@@ -36,6 +34,7 @@ class TokenizeReport:
     boundary_tokens: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
 
 def count_rows(report: TokenizeReport, table: Table, indices: np.ndarray) -> None:
@@ -54,32 +53,64 @@ def count_rows(report: TokenizeReport, table: Table, indices: np.ndarray) -> Non
 
 
 @dataclass(frozen=True)
+class SkipReason:
+    """Why a row is not trained on, said of many rows and of one; `{cutoff_len}` stands for the setting."""
+
+    of_rows: str
+    of_row: str
+    is_refusal: bool = False  # training does not go on without the row
+
+
+@dataclass
 class RowWarnings:
-    """Warnings about the rows `indices` of a table: one for all that something happened to, which names the first."""
+    """Counts of what happened to rows, over any number of tables, each with the place of the first."""
 
     noun: str
-    table: Table
-    indices: np.ndarray
+    reasons: Sequence[SkipReason]
+    encoding: Encoding
+    rows: int = 0
+    _found: dict[str | int, tuple[int, str]] = field(default_factory=dict)
 
-    def flag(self, flag: int, what: str) -> None:
-        """Of the rows with this flag."""
-        self._warn(self.table.columns["flags"][self.indices] & flag > 0, what)
+    def count(self, table: Table, indices: np.ndarray) -> None:
+        """Add the rows `indices` of a table."""
+        columns = table.columns[indices]
+        self.rows += len(columns)
+        for flag in (SHORTENED, EMPTIED, ANSWER_CUT, IDENTICAL):
+            self._add(flag, columns["flags"] & flag > 0, table, indices)
+        for number, reason in enumerate(self.reasons, start=1):
+            self._add(reason.of_rows, columns["skip_reason"] == number, table, indices)
+        special = columns["special"]
+        first = special[special >= 0][:1]
+        text = self.encoding.tokenizer.special_strings[first[0]] if len(first) else ""
+        self._add(_SPECIAL, special >= 0, table, indices, f"{text} in ")
 
-    def skip_reason(self, skip_reason: int, what: str) -> None:
-        """Of the rows with this skip_reason."""
-        self._warn(self.table.columns["skip_reason"][self.indices] == skip_reason, what)
+    def _add(self, what: str | int, which: np.ndarray, table: Table, indices: np.ndarray, before: str = "") -> None:
+        if which.any():
+            first = f"{before}{table.source(int(indices[np.argmax(which)]))}"
+            count, first = self._found.get(what, (0, first))
+            self._found[what] = (count + int(which.sum()), first)
 
-    def special(self, tokenizer: Tokenizer) -> None:
-        """Of special tokens in texts."""
-        special = self.table.columns["special"][self.indices]
-        text = tokenizer.special_strings[special[special >= 0][0]] if (special >= 0).any() else ""
-        self._warn(special >= 0, "hold special tokens in their text, which stay special", f"{text} in ")
+    def lines(self) -> tuple[str, ...]:
+        """A sentence for everything that happened to some row."""
+        emptied, _ = self._found.get(EMPTIED, (0, ""))
+        of_them = f", {emptied} of them all of it" if emptied else ""
+        sentences: dict[str | int, str] = {
+            _SPECIAL: _SPECIAL,
+            SHORTENED: f"lost user text to fit cutoff_len {{cutoff_len}}{of_them}",
+            ANSWER_CUT: "lost the end of an answer to fit cutoff_len {cutoff_len}",
+            **{reason.of_rows: reason.of_rows for reason in self.reasons},
+            IDENTICAL: "have the same tokens on both sides, so they show no preference",
+        }
+        cutoff_len = self.encoding.cutoff_len
+        return tuple(
+            f"{count} of {self.rows} {self.noun}s {sentence.format(cutoff_len=cutoff_len)} (first: {first})"
+            for what, sentence in sentences.items()
+            for count, first in [self._found.get(what, (0, ""))]
+            if count
+        )
 
-    def _warn(self, which: np.ndarray, what: str, before: str = "") -> None:
-        count = int(which.sum())
-        if count:
-            first = self.table.source(int(self.indices[np.argmax(which)]))
-            logger.warning("%d of %d %s %s (first: %s%s)", count, len(which), self.noun, what, before, first)
+
+_SPECIAL = "hold special tokens in their text, which stay special"
 
 
 class SpecialTokens:
@@ -93,23 +124,16 @@ class SpecialTokens:
         """All of them, in order."""
         return self._pattern.findall(text) if self._numbers else []
 
-    def first_in(self, example: Conversation) -> int:
-        """The number of the first one in an example; -1: there is none."""
-        for message in example.messages:
-            if found := self.in_text(message["content"]):
+    def first_in(self, row: DataRow) -> int:
+        """The number of the first one in a row; -1: there is none."""
+        for text in row.texts:
+            if found := self.in_text(text):
                 return self._numbers[found[0]]
         return -1
 
-
-def special_in_content(examples: Sequence[Conversation], tokenizer: Tokenizer) -> list[tuple[str, list[str]]]:
-    """(source, tokens) of each example whose text holds special tokens, which stay special."""
-    special = SpecialTokens(tokenizer)
-    found: list[tuple[str, list[str]]] = []
-    for example in examples:
-        hits = dict.fromkeys(hit for message in example.messages for hit in special.in_text(message["content"]))
-        if hits:
-            found.append((example.source, list(hits)))
-    return found
+    def all_in(self, row: DataRow) -> list[str]:
+        """Those in a row, each once."""
+        return list(dict.fromkeys(found for text in row.texts for found in self.in_text(text)))
 
 
 class RefusedError(DataError):

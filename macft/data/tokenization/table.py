@@ -1,4 +1,4 @@
-"""Tokenized rows in flat arrays, in memory or mapped from disk, in; examples and pairs, as they are asked for, out."""
+"""Keep tokenized rows in flat arrays, in memory or mapped from disk, and give out examples and pairs of them."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ class TableBuilder:
         special: int = -1,
         prompt_length: int = 0,
     ) -> None:
-        """One row; with an skip_reason it is plural, and its tokens are not kept."""
+        """One row; with a skip_reason it counts, but its tokens are not kept."""
         path, _, line = source.rpartition(":")
         if not self._are_files_known:
             self._files.setdefault(path, len(self._files))

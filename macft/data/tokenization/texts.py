@@ -1,16 +1,17 @@
-"""Texts to pre-train on in; token ids, each text closed by the end token, in pieces of up to `cutoff_len`, out."""
+"""Tokenize texts, each closed by the end token, and cut them into pieces of up to `cutoff_len` tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
-from macft.data.formats.conversations import Text
-from macft.data.tokenization.packing import PackedRows, chain
-from macft.data.tokenization.report import RowWarnings, SpecialTokens, TokenizeReport, count_rows
+from macft.data.formats.texts import PlainText
+from macft.data.tokenization.encoding import Encoding
+from macft.data.tokenization.packing import PackedExample, PackedRows, chain
+from macft.data.tokenization.report import RowWarnings, SkipReason, SpecialTokens, TokenizeReport, count_rows
 from macft.data.tokenization.table import Table, TableBuilder, TokenizedExample
 from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import DataError, ModelError
@@ -18,6 +19,9 @@ from macft.text import plural
 
 # encoded at once: keeps all cores busy, and the memory of the encodings small
 CHUNK = 1000
+
+# as a table numbers them, from 1 on
+SKIP_REASONS = (SkipReason("are empty and are left out", "the text is empty"),)
 
 
 @dataclass
@@ -61,68 +65,98 @@ class Pieces(Sequence[TokenizedExample]):
         return TokenizedExample(tokens, np.arange(len(tokens)) > 0)
 
 
-def tokenize_texts(
-    texts: Sequence[Text], tokenizer: Tokenizer, *, cutoff_len: int, packing: bool
-) -> tuple[Pieces | PackedRows, TextReport]:
-    """The rows that the texts make, as `take_texts` says, and the counts of what happened."""
-    return take_texts(encode_texts(texts, tokenizer), tokenizer, cutoff_len=cutoff_len, packing=packing)
-
-
-def encode_texts(texts: Sequence[Text], tokenizer: Tokenizer, *, files: Mapping[str, int] | None = None) -> Table:
+def encode_texts(texts: Sequence[PlainText], encoding: Encoding, files: Mapping[str, int] | None = None) -> Table:
     """Every text with its end token, whole; `files` numbers the files that they may stand in.
 
     Raises ModelError when the tokenizer has no end token.
     """
+    tokenizer = encoding.tokenizer
     end = end_token(tokenizer)
     special = SpecialTokens(tokenizer)
-    grown = TableBuilder(1, files)
+    builder = TableBuilder(1, files)
     for start in range(0, len(texts), CHUNK):
         chunk = texts[start : start + CHUNK]
         for text, encoded in zip(chunk, tokenizer.encode_batch([one.text for one in chunk]), strict=True):
             tokens = np.array([*encoded.ids, end], dtype=np.int32)
-            grown.add(
+            builder.add(
                 text.source,
                 [TokenizedExample(tokens, np.arange(len(tokens)) > 0)],
                 skip_reason=int(len(tokens) == 1),
-                special=_first(special, tokenizer, text.text),
+                special=special.first_in(text),
             )
-    return grown.table()
+    return builder.table()
 
 
 def take_texts(
-    table: Table, tokenizer: Tokenizer, *, cutoff_len: int, packing: bool, indices: np.ndarray | None = None
+    table: Table, encoding: Encoding, indices: np.ndarray | None = None, *, packing: bool = False
 ) -> tuple[Pieces | PackedRows, TextReport]:
-    """Of a table of texts (of its rows `indices`) the rows of up to `cutoff_len` tokens; warns of what happened.
+    """Of a table of texts (of its rows `indices`) the rows of up to `cutoff_len` tokens, and the counts.
 
     With `packing` the texts follow each other without a gap and are cut where a row is full, so that every row
-    but the last is; without it each text begins a row, and goes on in others of its own. The first token of
-    each piece alone is no target. Raises DataError when nothing is left.
+    but the last is; without it each text begins a row, and goes on in others of its own. Only the first token of
+    each piece is not a target. Raises DataError when nothing is left.
     """
+    cutoff_len = encoding.cutoff_len
     indices = np.arange(len(table)) if indices is None else indices
     kept = indices[table.columns["skip_reason"][indices] == 0]
     if not len(kept):
         raise DataError(f"none of the {plural(len(indices), 'text')} has a token to train on; give texts that do")
-    pieces = (_cut_together if packing else _cut_alone)(table, kept, cutoff_len)
+    pieces = _cut_together(table, kept, cutoff_len) if packing else _cut_alone(table, kept, cutoff_len)
     # a text that is cut has pieces that do not begin it
     owners = np.searchsorted(table.offsets, pieces.starts, side="right") - 1
     report = TextReport(pieces=len(pieces), divided=len(np.unique(owners[pieces.starts > table.offsets[owners]])))
     count_rows(report, table, indices)
     report.trained_tokens = int((pieces.lengths - 1).sum())
     report.last_row = report.tokens % cutoff_len if packing else 0
-    tell = RowWarnings("texts", table, indices)
-    tell.special(tokenizer)
-    tell.skip_reason(1, "are empty and are left out")
+    warnings = RowWarnings("text", SKIP_REASONS, encoding)
+    warnings.count(table, indices)
+    report.warnings = warnings.lines()
     return chain(pieces, pieces.lengths, cutoff_len) if packing else pieces, report
 
 
-def _cut_together(table: Table, rows: np.ndarray, cutoff_len: int) -> Pieces:
-    """Cut at the end of each row of the table, and after every `cutoff_len` tokens of all of them."""
+def stream_texts(
+    tables: Iterable[Table], encoding: Encoding, packing: bool
+) -> Iterator[TokenizedExample | PackedExample]:
+    """The rows that `take_texts` makes, of one table after the other; a row may hold texts of several tables."""
+    parts: list[TokenizedExample] = []
+    filled = 0
+    for table in tables:
+        kept = np.flatnonzero(table.columns["skip_reason"] == 0)
+        if not packing:
+            yield from map(_copied, _cut_alone(table, kept, encoding.cutoff_len))
+            continue
+        for piece in _cut_together(table, kept, encoding.cutoff_len, filled):
+            parts.append(_copied(piece))
+            filled += len(piece.tokens)
+            if filled == encoding.cutoff_len:
+                yield from _full_row(parts)
+                parts, filled = [], 0
+    yield from _full_row(parts)
+
+
+def _copied(piece: TokenizedExample) -> TokenizedExample:
+    """One row in a buffer must not keep the whole table in memory."""
+    return TokenizedExample(piece.tokens.copy(), piece.loss_mask)
+
+
+def _full_row(parts: list[TokenizedExample]) -> Iterator[PackedExample]:
+    """The row, if some token in it has one before it."""
+    if any(len(part.tokens) > 1 for part in parts):
+        yield PackedExample(tuple(parts))
+
+
+def _cut_together(table: Table, rows: np.ndarray, cutoff_len: int, filled: int = 0) -> Pieces:
+    """Cut at the end of each row of the table, and where rows of `cutoff_len` are full.
+
+    `filled`: tokens that the first of these rows has already.
+    """
     ends = np.cumsum(table.totals[rows])
     begins = ends - table.totals[rows]
-    cuts = np.union1d(begins, np.arange(0, ends[-1], cutoff_len))
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.union1d(begins, np.arange(-filled % cutoff_len, total, cutoff_len))
     owner = np.searchsorted(begins, cuts, side="right") - 1
     starts = table.offsets[rows][owner] + cuts - begins[owner]
-    return Pieces(table, starts, starts + np.diff(cuts, append=ends[-1]))
+    return Pieces(table, starts, starts + np.diff(cuts, append=total))
 
 
 def _cut_alone(table: Table, rows: np.ndarray, cutoff_len: int) -> Pieces:
@@ -133,35 +167,6 @@ def _cut_alone(table: Table, rows: np.ndarray, cutoff_len: int) -> Pieces:
     starts = table.offsets[rows][owner] + number * cutoff_len
     stops = np.minimum(starts + cutoff_len, table.offsets[rows + 1][owner])
     return Pieces(table, starts[stops - starts > 1], stops[stops - starts > 1])
-
-
-def preview_text_json(texts: Sequence[Text], index: int, tokenizer: Tokenizer, *, cutoff_len: int) -> dict[str, Any]:
-    """Text `index` (from 0) as it is trained on, in the form of `preview.preview_json`; `rows`: how many it fills."""
-    text = texts[index]
-    end = end_token(tokenizer)
-    encoded = tokenizer.encode(text.text)
-    ids = [*encoded.ids, end]
-    first = encoded.ends[0] if encoded.ends else 0
-    closing = tokenizer.decode([end], skip_special=False)
-    pieces = [{"text": text.text[:first], "trained": False}, {"text": text.text[first:] + closing, "trained": True}]
-    return {
-        "source": text.source,
-        "pieces": [piece for piece in pieces if piece["text"]],
-        "tokens": ids,
-        "loss_mask": [False] + [True] * (len(ids) - 1),
-        "num_tokens": len(ids),
-        "num_trained": len(ids) - 1,
-        "boundary_tokens": 0,
-        "shortened": False,
-        "answer_cut": False,
-        "special_in_content": list(dict.fromkeys(SpecialTokens(tokenizer).in_text(text.text))),
-        "rows": -(-len(ids) // cutoff_len),
-    }
-
-
-def _first(special: SpecialTokens, tokenizer: Tokenizer, text: str) -> int:
-    found = special.in_text(text)
-    return tokenizer.special_strings.index(found[0]) if found else -1
 
 
 def end_token(tokenizer: Tokenizer) -> int:

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer files in; token ids, their places in the text, and decoded text out."""
+"""Encode texts with a model's tokenizer, place the tokens in the text, and decode them."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import logging
 
 from macft.backends.base import ModelInfo
 from macft.config.settings import Settings
-from macft.data.batches import StreamPlan
+from macft.data.kinds import kind_of_stage
 from macft.data.tokenization.packing import PackedRows
 from macft.objectives.preference_losses import LOSSES
 from macft.text import plural
@@ -20,33 +20,21 @@ logger = logging.getLogger("macft")
 
 def log_data(settings: Settings, prepared: Prepared) -> None:
     """Log what is trained on and in how many steps, and warn of what looks wrong."""
-    report, plan = prepared.report, prepared.plan
     if prepared.from_scratch:
         config = read_config(prepared.base.path)
         logger.info(
             "start: random weights (seed %d), %d layers %d wide, of the kind %s",
             *(settings.seed, config["num_hidden_layers"], config["hidden_size"], config["model_type"]),
         )
-    noun = "pair" if settings.is_preference else "text" if settings.stage == "pt" else "example"
-    row = "row" if isinstance(prepared.train, PackedRows) or settings.stage == "pt" else noun
-    held_out = plural(len(prepared.valid), "row" if settings.stage == "pt" else noun)
-    held_out = f"; {held_out} held out" if prepared.valid else ""
-    if isinstance(plan, StreamPlan):
-        _log_stream(plan, row, held_out)
-    else:
-        share = 100 * report.trained_tokens / max(1, report.tokens)
-        logger.info(
-            "data: %s, %d tokens, %d of them trained (%.0f %%)%s",
-            *(plural(report.kept, noun), report.tokens, report.trained_tokens, share, held_out),
-        )
-        if isinstance(prepared.train, PackedRows):
-            logger.info("packing: %s", _packing_text(prepared.train, settings.cutoff_len))
-        logger.info(
-            "plan: %s, %d per epoch, %s a step (%d x %d)",
-            *(plural(plan.total_steps, "step"), plan.steps_per_epoch),
-            plural(min(plan.batch_size * plan.accumulation, len(plan.lengths)), row),
-            *(plan.batch_size, plan.accumulation),
-        )
+    kind = kind_of_stage(settings.stage)
+    noun = "row" if kind.fills_rows else kind.noun
+    packed = prepared.train if isinstance(prepared.train, PackedRows) else None
+    data, steps = prepared.plan.describe(prepared.report, kind.noun, noun if packed is None else "row")
+    held_out = f"; {plural(len(prepared.valid), noun)} held out" if prepared.valid else ""
+    logger.info("data: %s%s", data, held_out)
+    if packed is not None:
+        logger.info("packing: %s", _packing_text(packed, settings.cutoff_len))
+    logger.info("plan: %s", steps)
     if settings.is_preference:
         logger.info("loss: %s", _loss_text(settings))
         if settings.lora_dropout > 0:
@@ -58,16 +46,6 @@ def log_data(settings: Settings, prepared: Prepared) -> None:
     ):
         if alarm is not None:
             logger.warning(alarm)
-
-
-def _log_stream(plan: StreamPlan, row: str, held_out: str) -> None:
-    size = plan.stream.buffer_size
-    order = f"shuffled {plural(size, row)} at a time" if size > 1 else "in the order of the files"
-    logger.info("data: a stream, %s; what is lost of it is counted at the end%s", order, held_out)
-    logger.info(
-        "plan: %s, %s a step (%d x %d)",
-        *(plural(plan.total_steps, "step"), plural(plan.step_size, row), plan.batch_size, plan.accumulation),
-    )
 
 
 def _packing_text(rows: PackedRows, cutoff_len: int) -> str:

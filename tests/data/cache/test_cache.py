@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,20 @@ import numpy as np
 import pytest
 from support.chat_templates import build
 from support.commands import CHECKOUT
+from support.data_rows import encode, read_examples, read_pairs, read_texts, take
 from support.tiny_tokenizer import TEMPLATES, write_tiny_model
 from support.toy_backend import toy_settings, write_pairs, write_rows
 
-from macft.data.cache.cache import SMALL, Request, cache_key, tokenized
-from macft.data.cache.contents import contents
+from macft.data.cache import cache
+from macft.data.cache.cache import SMALL, cache_key, contents
 from macft.data.cache.workers import CHUNK_ROWS
-from macft.data.formats.dataset import Mixture, read_examples, read_pairs, read_texts
+from macft.data.formats.dataset import Mixture, Request
+from macft.data.kinds import DPO, PT, SFT, kind_named
+from macft.data.notes import log_notes
 from macft.data.sources.resolve import resolve_sources
 from macft.data.templates.chat_template import ChatTemplate, load_template
-from macft.data.tokenization.conversations import encode_examples, take_examples
-from macft.data.tokenization.pairs import encode_pairs
+from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.table import Table
-from macft.data.tokenization.texts import encode_texts
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import DataError
 from macft.training.data import read_data
@@ -54,8 +55,37 @@ def place(cache: Path) -> Path:
     return cache.parent / "data"
 
 
-def request_of(path: Path, **keys: Any) -> Request:
-    return Request(**{"kind": "sft", "dataset": str(path), "dataset_dir": ".", "cutoff_len": 40, **keys})
+@dataclass(frozen=True)
+class Asked:
+    """Which rows are asked for, and how they are tokenized."""
+
+    dataset: str
+    kind: str = "sft"
+    dataset_dir: str = "."
+    cutoff_len: int = 40
+    max_samples: int | None = None
+    mixture: Mixture = field(default_factory=Mixture)
+    train_on_prompt: bool = False
+    mask_history: bool = False
+
+    @property
+    def request(self) -> Request:
+        found = resolve_sources(self.dataset, self.dataset_dir)
+        return Request(kind_named(self.kind), found, self.max_samples, self.mixture)
+
+    def encoding(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> Encoding:
+        return Encoding(tokenizer, template, self.cutoff_len, self.train_on_prompt, self.mask_history)
+
+
+def request_of(path: Path, **keys: Any) -> Asked:
+    return Asked(str(path), **keys)
+
+
+def tokenized(asked: Asked, tokenizer: Tokenizer, template: ChatTemplate, **keys: Any) -> Table:
+    """The table, with what there is to say about it logged."""
+    table, notes = cache.tokenized(asked.request, asked.encoding(tokenizer, template), **keys)
+    log_notes(notes)
+    return table
 
 
 def tables(place: Path) -> list[Path]:
@@ -76,9 +106,9 @@ def test_what_is_read_back_is_what_was_tokenized(tmp_path, place, tokenizer):
     texts = tmp_path / "texts.txt"
     texts.write_text("one two\nthree\n\nthe quick brown fox\n", encoding="utf-8")
     direct = {
-        "sft": encode_examples(read_examples(str(rows), ".", None), tokenizer, CHATML, cutoff_len=40),
-        "pairs": encode_pairs(read_pairs(str(pairs), ".", None), tokenizer, CHATML, cutoff_len=40),
-        "pt": encode_texts(read_texts(str(texts), ".", None), tokenizer),
+        "sft": encode(SFT, read_examples(str(rows), ".", None), tokenizer, CHATML, cutoff_len=40),
+        "pairs": encode(DPO, read_pairs(str(pairs), ".", None), tokenizer, CHATML, cutoff_len=40),
+        "pt": encode(PT, read_texts(str(texts), ".", None), tokenizer, cutoff_len=40),
     }
     for kind, path in (("sft", rows), ("pairs", pairs), ("pt", texts)):
         request = request_of(path, kind=kind)
@@ -100,8 +130,9 @@ def test_a_later_run_says_so_and_warns_again(tmp_path, place, tokenizer, caplog)
     for _ in range(2):
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="macft"):
-            take_examples(tokenized(request_of(rows), tokenizer, CHATML), tokenizer, CHATML, cutoff_len=40)
-        said.append([record.message for record in caplog.records if record.levelno == logging.WARNING])
+            table = tokenized(request_of(rows), tokenizer, CHATML)
+        logged = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+        said.append([*logged, *take(SFT, table, tokenizer, CHATML, cutoff_len=40)[1].warnings])
     assert said[0] == said[1] and len(said[0]) == 3
     assert "placeholders" in said[0][0] and "mood" in said[0][1] and "lost user text" in said[0][2]
     assert f"data: 1 row tokenized before ({tables(place)[0]}," in caplog.text and "messages row" not in caplog.text
@@ -138,10 +169,9 @@ def test_what_the_tokens_depend_on_names_them(tmp_path, tokenizer, keys):
     assert key(request_of(path, **keys), tokenizer) != key(request_of(path), tokenizer)
 
 
-def key(request: Request, tokenizer: Tokenizer, template: ChatTemplate = CHATML) -> str:
-    sources, problems = resolve_sources(request.dataset, request.dataset_dir)
-    assert not problems
-    return cache_key(request, sources, tokenizer, template)
+def key(asked: Asked, tokenizer: Tokenizer, template: ChatTemplate | None = CHATML) -> str:
+    assert not asked.request.found.problems
+    return cache_key(asked.request, asked.encoding(tokenizer, template))
 
 
 def test_the_bytes_of_the_data_name_the_tokens_and_its_path_does_not(tmp_path, tokenizer):
@@ -207,7 +237,7 @@ def test_texts_are_kept_whatever_the_template_and_the_cutoff(tmp_path, tokenizer
     path = tmp_path / "texts.txt"
     path.write_text("one\ntwo\n")
     request = request_of(path, kind="pt")
-    same = cache_key(request, resolve_sources(str(path), ".")[0], tokenizer, None)
+    same = key(request, tokenizer, None)
     assert key(replace(request, cutoff_len=9, train_on_prompt=True), tokenizer) == same == key(request, tokenizer)
 
 
@@ -277,7 +307,7 @@ def test_a_damaged_table_is_built_again(tmp_path, place, tokenizer, name, damage
     (folder / name).read_bytes()
 
 
-def test_overwrite_builds_anew(tmp_path, place, tokenizer):
+def test_overwrite_builds_again(tmp_path, place, tokenizer):
     request = request_of(write_rows(tmp_path / "rows.jsonl", 30))
     tokenized(request, tokenizer, CHATML)
     [folder] = tables(place)
@@ -293,7 +323,7 @@ def test_a_cache_without_room_is_said_and_the_rows_come(tmp_path, monkeypatch, t
     monkeypatch.setenv("MACFT_CACHE", str(tmp_path / "file"))
     path = write_rows(tmp_path / "rows.jsonl", 30)
     table = tokenized(request_of(path), tokenizer, CHATML)
-    assert_same(table, encode_examples(read_examples(str(path), ".", None), tokenizer, CHATML, cutoff_len=40))
+    assert_same(table, encode(SFT, read_examples(str(path), ".", None), tokenizer, CHATML, cutoff_len=40))
     assert table.digest and "data: not kept for later runs" in caplog.text
 
 
@@ -335,7 +365,7 @@ def test_processes_make_what_one_process_makes(tmp_path, place, tokenizer):
             assert self.total == SMALL * CHUNK_ROWS + 300
 
     built = tokenized(request_of(path), tokenizer, CHATML, workers=2, progress=Count)
-    assert_same(built, encode_examples(read_examples(str(path), ".", None), tokenizer, CHATML, cutoff_len=40))
+    assert_same(built, encode(SFT, read_examples(str(path), ".", None), tokenizer, CHATML, cutoff_len=40))
     assert sum(done) == len(built) and len(tables(place)) == 1
 
 
@@ -353,15 +383,19 @@ def test_refused_rows_of_all_chunks_are_told_together(tmp_path, place, tokenizer
 BUILD = """
 import sys
 from pathlib import Path
-from macft.data.cache.cache import Request, tokenized
+from macft.data.cache.cache import tokenized
+from macft.data.formats.dataset import Request
+from macft.data.kinds import SFT
+from macft.data.sources.resolve import resolve_sources
 from macft.data.templates.chat_template import load_template
+from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.tokenizer import load_tokenizer
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
     tokenizer = load_tokenizer(folder)
     template = load_template(folder, tokenizer.special_map, "chatml")
-    tokenized(Request("sft", sys.argv[1], ".", 40), tokenizer, template, workers=1)
+    tokenized(Request(SFT, resolve_sources(sys.argv[1], ".")), Encoding(tokenizer, template, 40), workers=1)
 """
 
 

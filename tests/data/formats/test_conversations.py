@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.data_rows import read_examples, read_pairs, read_texts, to_examples
 
-from macft.data.formats.conversations import Example, to_examples
-from macft.data.formats.dataset import read_examples, read_pairs, read_texts
+from macft.data.formats.conversations import Example
 from macft.errors import DataError
 
 SAID = (("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"))

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.data_rows import holds_pairs, read_examples, read_pairs, to_examples, to_pairs
 from support.paths import CHECKOUT
 
-from macft.data.formats.conversations import to_examples
-from macft.data.formats.dataset import holds_pairs, read_examples, read_pairs, split_examples
-from macft.data.formats.pairs import PairExample, to_pairs
+from macft.data.formats.dataset import split_examples
+from macft.data.formats.pairs import PairExample
 from macft.errors import DataError
 
 
@@ -245,9 +245,7 @@ def test_placeholders_and_unused_keys_are_said_once(caplog: pytest.LogCaptureFix
         list(to_pairs(write(row, row)))
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0] == "p.jsonl: 2 preference rows"
-    assert messages[1].startswith(
-        "p.jsonl: 2 of 2 rows hold the placeholders {{name}} or {{author}} (first: p.jsonl:1)"
-    )
+    assert messages[1].startswith("p.jsonl: 2 of 2 rows hold the placeholders {{name}} or {{author}} (first: line 1)")
     assert messages[2:] == ["p.jsonl: keys that are not used: chosen[].score, id"]
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from support.data_folders import own_and_public_data
+from support.data_rows import holds_pairs, iter_examples, read_examples, read_pairs, read_texts
 
 from macft.data.formats.conversations import Example
-from macft.data.formats.dataset import Mixture, holds_pairs, iter_examples, mix, read_examples, read_pairs, read_texts
+from macft.data.formats.dataset import Mixture, mix
 from macft.errors import ConfigError, DataError
 
 ALPACA = {"instruction": "q", "input": "", "output": "a"}

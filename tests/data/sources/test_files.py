@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.data_rows import holds_pairs, read_examples, read_texts
+from support.paths import TESTS
 
-from macft.data.formats.dataset import holds_pairs, read_examples, read_texts
 from macft.data.sources.rows import Row, count_rows, iter_rows, read_rows
 from macft.errors import DataError
 
@@ -202,7 +203,7 @@ def test_problems_of_csv_files_are_placed(tmp_path: Path) -> None:
 
 _COUNT = """
 import resource, sys
-from macft.data.formats.dataset import iter_examples
+from support.data_rows import iter_examples
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(sum(1 for _ in iter_examples(sys.argv[1], "", None)))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -215,7 +216,7 @@ def test_memory_does_not_grow_with_the_rows(kind: str, tmp_path: Path) -> None:
     row = {"instruction": "question " * 100, "output": "answer " * 100}
     path = put(tmp_path, kind, [row] * 40_000)
     assert path.stat().st_size > 60e6
-    done = subprocess.run([sys.executable, "-c", _COUNT, path], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", _COUNT, path], cwd=TESTS, capture_output=True, text=True, check=True)
     count, grown = map(int, done.stdout.split())
     # in KiB; what it takes is one row, and the modules that are imported on the way
     assert count == 40_000 and grown < 16_000

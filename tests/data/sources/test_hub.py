@@ -17,10 +17,10 @@ from urllib.parse import parse_qs, unquote, urlparse
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.paths import CHECKOUT
+from support.paths import CHECKOUT, TESTS
 
 from macft.data.sources.dataset_info import HubName
-from macft.data.sources.hub_choice import choose_files, read_configs
+from macft.data.sources.hub import choose_files, read_configs
 from macft.errors import DataError
 
 
@@ -153,10 +153,10 @@ def address() -> Iterator[str]:
 
 _READ = """
 import sys
-from macft.data.formats.dataset import Mixture, read_examples
 from macft.errors import MacftError
+from support.data_rows import read_examples
 try:
-    for example in read_examples(sys.argv[1], sys.argv[2], None, Mixture(hub=sys.argv[3])):
+    for example in read_examples(sys.argv[1], sys.argv[2], hub=sys.argv[3]):
         print(example.messages[0]["content"])
 except MacftError as error:
     sys.exit(str(error))
@@ -166,7 +166,7 @@ except MacftError as error:
 def read(folder: Path, name: str, url: str, hub: str = "hf", *, place: str = "", **settings: str) -> tuple[str, str]:
     """In a process of its own: huggingface_hub reads its settings once. (first texts, error)."""
     environment = {
-        **os.environ, "PYTHONPATH": str(CHECKOUT),
+        **os.environ, "PYTHONPATH": f"{CHECKOUT}{os.pathsep}{TESTS}",
         "HF_HOME": str(folder / "hf"), "MACFT_CACHE": str(folder / "cache"),
         "HF_ENDPOINT": url, "MODELSCOPE_DOMAIN": url, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1",
         **settings,

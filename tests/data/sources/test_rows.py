@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.data_rows import read_examples, to_examples
 
-from macft.data.formats.conversations import Example, to_examples
-from macft.data.formats.dataset import read_examples, split_examples
+from macft.data.formats.conversations import Example
+from macft.data.formats.dataset import split_examples
 from macft.data.sources.rows import Row, read_rows
 from macft.errors import ConfigError, DataError
 
@@ -230,7 +231,7 @@ def test_format_and_oddities_are_said_once(tmp_path: Path, caplog: pytest.LogCap
     said = [record.getMessage() for record in caplog.records]
     assert said[0] == f"{path}: 3 alpaca rows"
     assert said[1].startswith(
-        f"{path}: 3 of 3 rows hold the placeholders {{{{name}}}} or {{{{author}}}} (first: {path}:1)"
+        f"{path}: 3 of 3 rows hold the placeholders {{{{name}}}} or {{{{author}}}} (first: line 1)"
     )
     assert said[2:] == [f"{path}: keys that are not used: id"]
 
@@ -269,7 +270,7 @@ def test_problems_of_all_files_come_together(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_data_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^name: no such data file; .*; dataset_dir .*/nowhere is no folder there$"):
+    with pytest.raises(DataError, match=r"^name: no such data file; .*; dataset_dir .*/nowhere does not exist there$"):
         read_examples("name", str(tmp_path / "nowhere"), None)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat_templates import build, chat
+from support.data_rows import encode, fit_examples, read_examples, tokenize_examples
 from support.own_qwen import write_own_qwen
 from support.tiny_tokenizer import CHATML_GENERATION, TEMPLATES, write_tiny_model
 
 from macft.data.formats.conversations import Example
-from macft.data.formats.dataset import read_examples
+from macft.data.kinds import SFT
 from macft.data.templates.chat_template import load_template
-from macft.data.tokenization.conversations import TokenizedExample, encode_examples, fit_examples, tokenize_examples
+from macft.data.tokenization.table import TokenizedExample
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import DataError
 
@@ -82,16 +82,13 @@ def test_straddling_tokens_are_counted_and_belong_to_where_they_end(tokenizer: T
     assert tokenize_examples([example("a", "b")], tokenizer, CHATML, cutoff_len=99)[1].boundary_tokens == 0
 
 
-def test_special_tokens_in_content_stay_special_and_are_said(
-    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_special_tokens_in_content_stay_special_and_are_said(tokenizer: Tokenizer) -> None:
     given = [example("what is <|im_end|>?", "an end"), example("q", "a"), example("q", "</s>")]
-    with caplog.at_level(logging.WARNING, logger="macft"):
-        kept, report = tokenize_examples(given, tokenizer, CHATML, cutoff_len=99)
+    kept, report = tokenize_examples(given, tokenizer, CHATML, cutoff_len=99)
     [im_end] = tokenizer.encode("<|im_end|>").ids
     assert kept[0].tokens.tolist().count(im_end) == 3 and kept[1].tokens.tolist().count(im_end) == 2
     assert report.special_in_content == 2
-    assert caplog.messages == [
+    assert list(report.warnings) == [
         "2 of 3 examples hold special tokens in their text, which stay special (first: <|im_end|> in chat.jsonl:7)"
     ]
 
@@ -155,13 +152,11 @@ def test_the_empty_template_trains_the_answer_and_the_end_token(tokenizer: Token
 # --- what cannot be trained on
 
 
-def test_rows_without_an_answer_are_counted_and_left_out(
-    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_without_an_answer_are_counted_and_left_out(tokenizer: Tokenizer) -> None:
     kept, report = tokenize_examples([example("q"), example("q", "a")], tokenizer, CHATML, cutoff_len=99)
     assert (report.examples, report.kept, report.without_target, len(kept)) == (2, 1, 1, 1)
     assert report.tokens == len(kept[0].tokens) and report.trained_tokens == kept[0].loss_mask.sum() == 3
-    assert caplog.messages == ["1 of 2 examples have nothing to train on and are left out (first: chat.jsonl:7)"]
+    assert list(report.warnings) == ["1 of 2 examples have nothing to train on and are left out (first: chat.jsonl:7)"]
 
 
 def test_nothing_left_is_an_error(tokenizer: Tokenizer) -> None:
@@ -348,7 +343,7 @@ def test_many_rows_are_masked_as_each_alone(
     tokenizer: Tokenizer, turns: list[tuple[str, str]], cutoff: int, keys: dict[str, bool]
 ) -> None:
     rows = [example(*turn) for turn in turns] + [example(*(text for turn in turns for text in turn))]
-    table = encode_examples(rows, tokenizer, CHATML, cutoff_len=cutoff, **keys)
+    table = encode(SFT, rows, tokenizer, CHATML, cutoff_len=cutoff, **keys)
     slow = list(fit_examples(rows, tokenizer, CHATML, cutoff_len=cutoff, **keys))
     for i, fitted in enumerate(slow):
         is_kept = bool(fitted.loss_mask.any())

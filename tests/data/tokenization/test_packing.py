@@ -20,7 +20,7 @@ from support.toy_backend import ENGINES, curve, toy_settings, write_rows
 
 from macft.backends.base import Model, ModelSpec
 from macft.backends.batch_layout import lay_out, pad_batch, rope_problem, split_by_tokens
-from macft.data.batches import Row, collate, row_length, unpack
+from macft.data.batches import TrainingRow, collate, row_length, unpack
 from macft.data.tokenization.packing import PackedExample, PackedRows, best_fit, chain, pack
 from macft.data.tokenization.table import TokenizedExample
 from macft.errors import UsageError
@@ -220,7 +220,7 @@ def test_a_packed_step_is_the_step_of_its_examples(engine, tiny_model):
     assert single_parts == pytest.approx(single, rel=1e-5)
 
 
-def train(backend: Model, rows: list[Row], tokens_at_once: int | None) -> list[float]:
+def train(backend: Model, rows: list[TrainingRow], tokens_at_once: int | None) -> list[float]:
     backend._tokens_at_once = tokens_at_once
     batches = [collate(rows[: len(rows) // 2]), collate(rows[len(rows) // 2 :])]
     result = train_step(backend, Sft(), batches, lr=0.0, step=0)

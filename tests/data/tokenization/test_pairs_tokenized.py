@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat_templates import build, chat
+from support.data_rows import fit_pairs, read_pairs, tokenize_pairs
 from support.paths import CHECKOUT
 from support.tiny_tokenizer import QWEN3, TEMPLATES, write_tiny_model
 
-from macft.data.formats.dataset import read_pairs
 from macft.data.formats.pairs import PairExample
 from macft.data.templates.chat_template import ChatTemplate, Message, load_template
-from macft.data.tokenization.pairs import PairReport, TokenizedPair, fit_pairs, tokenize_pairs
+from macft.data.tokenization.pairs import PairReport
+from macft.data.tokenization.table import TokenizedPair
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import DataError, MacftError
 from macft.models.locate import resolve_model
@@ -148,9 +149,7 @@ def test_many_pairs_come_in_order_each_as_if_alone(tokenizer: Tokenizer) -> None
     assert report.trained_tokens == sum(int(t.chosen.loss_mask.sum() + t.rejected.loss_mask.sum()) for t in kept)
 
 
-def test_identical_answers_are_kept_counted_and_said_once(
-    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_identical_answers_are_kept_counted_and_said_once(tokenizer: Tokenizer) -> None:
     same = pair("q", chosen="a", rejected="a", source="p.jsonl:2")
     kept, report = tokenize_pairs(
         [pair("q", chosen="a", rejected="b"), same, same], tokenizer, CHATML_TEMPLATE, cutoff_len=99
@@ -158,15 +157,15 @@ def test_identical_answers_are_kept_counted_and_said_once(
     for tokenized in kept:
         check(tokenized)
     assert (report.kept, report.identical) == (3, 2)
-    assert caplog.messages == [
+    assert list(report.warnings) == [
         "2 of 3 pairs have the same tokens on both sides, so they show no preference (first: p.jsonl:2)"
     ]
 
 
-def test_special_tokens_in_any_text_are_said(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+def test_special_tokens_in_any_text_are_said(tokenizer: Tokenizer) -> None:
     given = [pair("q", chosen="a", rejected="b"), pair("q", chosen="a", rejected="<s>")]
     _, report = tokenize_pairs(given, tokenizer, CHATML_TEMPLATE, cutoff_len=99)
-    assert report.special_in_content == 1 and "(first: <s> in p.jsonl:1)" in caplog.messages[0]
+    assert report.special_in_content == 1 and "(first: <s> in p.jsonl:1)" in report.warnings[0]
 
 
 def test_a_refused_prompt_is_named_with_the_templates_words(tokenizer: Tokenizer) -> None:
@@ -188,7 +187,7 @@ def test_a_prompt_without_a_token_of_its_own_is_refused(tokenizer: Tokenizer) ->
 # --- cutoff_len
 
 
-def test_one_cut_of_the_prompt_serves_both_rows(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_cut_of_the_prompt_serves_both_rows(tokenizer: Tokenizer) -> None:
     example = pair("one two three four", "b", "the six", chosen="five", rejected="five six seven", system="sys")
     full, _ = one(tokenizer, example)
     tokenized, report = one(tokenizer, example, cutoff_len=len(full.rejected.tokens) - 2)
@@ -200,12 +199,12 @@ def test_one_cut_of_the_prompt_serves_both_rows(tokenizer: Tokenizer, caplog: py
     )
     assert len(tokenized.rejected.tokens) == len(full.rejected.tokens) - 2
     assert (report.shortened, report.answer_cut, report.without_target) == (1, 0, 0)
-    assert caplog.messages == [
+    assert list(report.warnings) == [
         f"1 of 1 pairs lost user text to fit cutoff_len {len(tokenized.rejected.tokens)} (first: {example.source})"
     ]
 
 
-def test_a_longer_answer_alone_loses_its_end(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_longer_answer_alone_loses_its_end(tokenizer: Tokenizer) -> None:
     example = pair("one two", chosen="five", rejected="five six seven eight")
     emptied, _ = one(tokenizer, pair("", chosen="five", rejected="five six seven eight"))
     cutoff = len(emptied.chosen.tokens)
@@ -215,15 +214,13 @@ def test_a_longer_answer_alone_loses_its_end(tokenizer: Tokenizer, caplog: pytes
     assert tokenized.rejected.tokens.tolist() == emptied.rejected.tokens[:cutoff].tolist()
     assert (report.kept, report.shortened, report.emptied, report.answer_cut) == (1, 1, 1, 1)
     first = f"(first: {example.source})"
-    assert caplog.messages == [
+    assert list(report.warnings) == [
         f"1 of 1 pairs lost user text to fit cutoff_len {cutoff}, 1 of them all of it {first}",
         f"1 of 1 pairs lost the end of an answer to fit cutoff_len {cutoff} {first}",
     ]
 
 
-def test_a_pair_that_loses_an_answer_is_dropped_and_counted(
-    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_pair_that_loses_an_answer_is_dropped_and_counted(tokenizer: Tokenizer) -> None:
     lost = pair("q", chosen="a", rejected="b", system="one two three four five six seven eight")
     kept, report = tokenize_pairs(
         [lost, pair("q", chosen="a", rejected="b")], tokenizer, CHATML_TEMPLATE, cutoff_len=12
@@ -231,7 +228,7 @@ def test_a_pair_that_loses_an_answer_is_dropped_and_counted(
     assert len(kept) == 1 and report == PairReport(
         examples=2, kept=1, without_target=1, tokens=2 * 12, trained_tokens=2 * 3
     )
-    assert caplog.messages == [
+    assert list(report.warnings) == [
         f"1 of 2 pairs are left out: cutoff_len 12 leaves no answer on one side (first: {lost.source})"
     ]
     with pytest.raises(DataError, match="none of the 1 pair can be trained on: cutoff_len 12 leaves 1 without an ans"):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.chat_templates import build
+from support.data_rows import encode, read_examples, read_pairs, take, tokenize_pairs
 from support.tiny_tokenizer import TEMPLATES, write_tiny_model
 from support.toy_backend import write_pairs, write_rows
 
-from macft.data.formats.dataset import read_examples, read_pairs
-from macft.data.tokenization.conversations import encode_examples, take_examples
-from macft.data.tokenization.pairs import take_pairs, tokenize_pairs
+from macft.data.kinds import DPO, SFT
 from macft.data.tokenization.table import Examples, Pairs, fingerprints
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 
@@ -24,8 +23,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def test_rows_are_a_list_that_is_read_as_it_is_asked(tmp_path, tokenizer):
     path = write_rows(tmp_path / "rows.jsonl", 12)
-    table = encode_examples(read_examples(str(path), ".", None), tokenizer, CHATML, cutoff_len=40)
-    rows, _ = take_examples(table, tokenizer, CHATML, cutoff_len=40, indices=np.array([7, 3, 9]))
+    table = encode(SFT, read_examples(str(path), ".", None), tokenizer, CHATML, cutoff_len=40)
+    rows, _ = take(SFT, table, tokenizer, CHATML, cutoff_len=40, indices=np.array([7, 3, 9]))
     assert isinstance(rows, Examples) and len(rows) == 3 and rows
     whole = [table.row(i) for i in range(12)]
     for found, expected in zip(rows, (whole[7], whole[3], whole[9]), strict=True):
@@ -52,5 +51,5 @@ def test_pairs_carry_the_references_they_are_given(tmp_path, tokenizer):
     assert given.lengths.tolist() == [max(len(p.chosen.tokens), len(p.rejected.tokens)) for p in pairs]
     assert given.prompt_lengths.tolist() == [pair.prompt_length for pair in pairs]
     assert fingerprints(pairs).tolist() == fingerprints(list(pairs)).tolist()
-    kept, _ = take_pairs(pairs.table, tokenizer, CHATML, cutoff_len=99, indices=np.array([4]))
+    kept, _ = take(DPO, pairs.table, tokenizer, CHATML, cutoff_len=99, indices=np.array([4]))
     assert np.array_equal(kept[0].rejected.tokens, pairs[4].rejected.tokens)

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.data_rows import encode, take, tokenize_texts
 from support.rows import WORDS, write_texts
 from support.tiny_tokenizer import write_tiny_model
 from support.toy_backend import ENGINES, curve, toy_settings
 
 from macft.data.batches import collate, row_length
-from macft.data.formats.conversations import Text
+from macft.data.formats.texts import PlainText
+from macft.data.kinds import PT
+from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.packing import PackedRows
-from macft.data.tokenization.texts import end_token, preview_text_json, take_texts, tokenize_texts
+from macft.data.tokenization.row_preview import preview_text
+from macft.data.tokenization.texts import end_token
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import DataError, ModelError
 from macft.training.prepare import prepare
@@ -26,11 +30,11 @@ from macft.training.run import train
 pytestmark = pytest.mark.usefixtures("small_threads")
 
 
-def texts_of(*contents: str) -> list[Text]:
-    return [Text(content, f"texts.jsonl:{i}") for i, content in enumerate(contents, 1)]
+def texts_of(*contents: str) -> list[PlainText]:
+    return [PlainText(content, f"texts.jsonl:{i}") for i, content in enumerate(contents, 1)]
 
 
-def stream(texts: list[Text], tokenizer: Tokenizer) -> list[int]:
+def stream(texts: list[PlainText], tokenizer: Tokenizer) -> list[int]:
     """All tokens of all texts, the end token after each, one text at a time."""
     return [id_ for text in texts if text.text for id_ in [*tokenizer.encode(text.text).ids, end_token(tokenizer)]]
 
@@ -91,22 +95,21 @@ def test_rows_are_cut_by_hand(tokenizer):
 def test_a_part_of_the_texts_makes_the_rows_of_those_alone(tokenizer):
     texts = texts_of("the quick", "one two three", "", "lazy dog")
     rows, _ = tokenize_texts([texts[0], texts[3]], tokenizer, cutoff_len=5, packing=True)
-    from macft.data.tokenization.texts import encode_texts
-
-    table = encode_texts(texts, tokenizer)
-    some, report = take_texts(table, tokenizer, cutoff_len=5, packing=True, indices=np.array([0, 2, 3]))
+    table = encode(PT, texts, tokenizer, cutoff_len=5)
+    some, report = take(PT, table, tokenizer, cutoff_len=5, packing=True, indices=np.array([0, 2, 3]))
     assert [[part.tokens.tolist() for part in row.parts] for row in some] == [
         [part.tokens.tolist() for part in row.parts] for row in rows
     ]
     assert (report.examples, report.kept, report.without_target) == (3, 2, 1)
 
 
-def test_empty_texts_are_left_out_and_named(tokenizer, caplog):
-    with caplog.at_level(logging.WARNING, logger="macft"):
-        _, report = tokenize_texts(texts_of("the", "", "<|im_end|> fox"), tokenizer, cutoff_len=9, packing=True)
+def test_empty_texts_are_left_out_and_named(tokenizer):
+    _, report = tokenize_texts(texts_of("the", "", "<|im_end|> fox"), tokenizer, cutoff_len=9, packing=True)
     assert (report.kept, report.without_target, report.special_in_content) == (2, 1, 1)
-    assert "1 of 3 texts are empty and are left out (first: texts.jsonl:2)" in caplog.text
-    assert "1 of 3 texts hold special tokens in their text, which stay special (first: <|im_end|> in" in caplog.text
+    assert "1 of 3 texts are empty and are left out (first: texts.jsonl:2)" in "\n".join(report.warnings)
+    assert "1 of 3 texts hold special tokens in their text, which stay special (first: <|im_end|> in" in "\n".join(
+        report.warnings
+    )
     with pytest.raises(DataError, match="none of the 2 texts has a token to train on"):
         tokenize_texts(texts_of("", ""), tokenizer, cutoff_len=9, packing=True)
 
@@ -119,7 +122,7 @@ def test_a_tokenizer_without_an_end_token_is_an_error(tmp_path):
 
 
 def test_a_preview_shows_the_text_and_the_end_token_as_trained(tokenizer):
-    shown = preview_text_json(texts_of("the quick fox"), 0, tokenizer, cutoff_len=4)
+    shown = preview_text(texts_of("the quick fox")[0], Encoding(tokenizer, None, 4)).value
     assert "".join(piece["text"] for piece in shown["pieces"]) == "the quick fox<|im_end|>"
     assert [piece["trained"] for piece in shown["pieces"]] == [False, True]
     assert shown["num_tokens"] == len(shown["tokens"]) == shown["num_trained"] + 1
@@ -129,12 +132,12 @@ def test_a_preview_shows_the_text_and_the_end_token_as_trained(tokenizer):
 # A run
 
 
-PT = {"stage": "pt", "cutoff_len": 40, "learning_rate": 1e-3}
+RUN_PT = {"stage": "pt", "cutoff_len": 40, "learning_rate": 1e-3}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_reads_every_token_once_an_epoch_in_full_rows(engine, model, tmp_path, caplog):
-    settings = toy_settings(model, write_texts(tmp_path / "t.jsonl"), tmp_path / "run", engine, **PT, val_size=2)
+    settings = toy_settings(model, write_texts(tmp_path / "t.jsonl"), tmp_path / "run", engine, **RUN_PT, val_size=2)
     with caplog.at_level(logging.INFO, logger="macft"):
         train(settings)
     prepared = prepare(settings)
@@ -152,7 +155,7 @@ def test_both_engines_give_one_curve(model, tmp_path):
     data = write_texts(tmp_path / "t.jsonl")
     curves = []
     for engine in ("mlx", "torch"):
-        train(toy_settings(model, data, tmp_path / engine, engine, **PT))
+        train(toy_settings(model, data, tmp_path / engine, engine, **RUN_PT))
         curves.append(np.array(curve(tmp_path / engine)))
     np.testing.assert_allclose(curves[0][:, 1], curves[1][:, 1], rtol=1e-5)
 
@@ -165,6 +168,6 @@ def test_a_base_model_needs_no_chat_template(model, tmp_path):
     del config["chat_template"]
     (bare / "tokenizer_config.json").write_text(json.dumps(config))
     data = write_texts(tmp_path / "t.jsonl")
-    train(toy_settings(bare, data, tmp_path / "run", "torch", **PT, max_steps=1))
+    train(toy_settings(bare, data, tmp_path / "run", "torch", **RUN_PT, max_steps=1))
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "run" / "chat_template.jinja").exists()

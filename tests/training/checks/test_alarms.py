@@ -13,8 +13,7 @@ from support.tiny_tokenizer import CHATML, LLAMA3, write_tiny_model
 
 from macft.config.settings import Settings
 from macft.data.templates.chat_template import ChatTemplate, load_template
-from macft.data.tokenization.conversations import TokenizedExample
-from macft.data.tokenization.pairs import Reference, TokenizedPair
+from macft.data.tokenization.table import Reference, TokenizedExample, TokenizedPair
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import MacftError
 from macft.models.locate import resolve_model

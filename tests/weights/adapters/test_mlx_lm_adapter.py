@@ -21,7 +21,7 @@ from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import ModelSpec
 from macft.conversion.adapter import convert_adapter
 from macft.data.batches import collate
-from macft.data.tokenization.conversations import TokenizedExample
+from macft.data.tokenization.table import TokenizedExample
 from macft.errors import ModelError
 from macft.inference.load import compare_answers
 from macft.objectives.losses import Sft

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import LoraSpec, ModelSpec
 from macft.data.batches import collate
-from macft.data.tokenization.conversations import TokenizedExample
+from macft.data.tokenization.table import TokenizedExample
 from macft.errors import ConfigError, ModelError
 from macft.inference.load import load_chat_model
 from macft.objectives.batch import NumpyBatch

@@ -1,0 +1,118 @@
+"""List the kinds of data that a stage may train on: how each is read, tokenized, streamed and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from macft.data.formats.conversations import EXAMPLES
+from macft.data.formats.pairs import PAIRS, holds_pairs
+from macft.data.formats.reader import RowReader
+from macft.data.formats.texts import TEXTS, holds_texts
+from macft.data.sources.resolve import DataSource
+from macft.data.sources.rows import first_keys
+from macft.data.tokenization import conversations, pairs, texts
+from macft.data.tokenization.encoding import Encoding
+from macft.data.tokenization.packing import PackedExample, PackedRows
+from macft.data.tokenization.report import SkipReason, TokenizeReport
+from macft.data.tokenization.row_preview import RowPreview, preview_example, preview_pair, preview_text
+from macft.data.tokenization.table import Rows, Table, TokenizedExample
+from macft.errors import DataError
+
+Streamed = TokenizedExample | PackedExample
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the rows of some data are, and everything that is done differently for them.
+
+    `encode` makes a table of rows (the mapping numbers their files); `take` gives what is trained on of some rows of
+    a table, packed if asked to; `stream` gives the same of one table after the other.
+    """
+
+    name: str  # as keys of the cache and of checkpoints have it
+    stages: tuple[str, ...]  # the first is what a file without a config is looked at for
+    noun: str  # a row, once it is tokenized
+    row_noun: str  # a row, as it stands in a file
+    holds: Callable[[DataSource, Collection[str]], bool]  # whether keys of the first row show this kind
+    reader: RowReader[Any]
+    encode: Callable[[Sequence[Any], Encoding, Mapping[str, int] | None], Table]
+    take: Callable[..., tuple[Rows | PackedRows, TokenizeReport]]
+    preview: Callable[[Any, Encoding], RowPreview]
+    skip_reasons: tuple[SkipReason, ...]  # as tables number them, from 1 on
+    stream: Callable[[Iterable[Table], Encoding, bool], Iterator[Streamed]] | None = None
+    width: int = 1  # rows of tokens that a row becomes
+    has_template: bool = True
+    has_masks: bool = False  # whether train_on_prompt and mask_history apply
+    # whether rows of cutoff_len are cut from it when it is taken; else it is shortened when it is encoded
+    fills_rows: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return kind_named, (self.name,)
+
+
+SFT = Kind(
+    name="sft",
+    stages=("sft",),
+    noun="example",
+    row_noun="row",
+    holds=lambda *_: True,
+    reader=EXAMPLES,
+    encode=conversations.encode_examples,
+    take=conversations.take_examples,
+    preview=preview_example,
+    skip_reasons=conversations.SKIP_REASONS,
+    stream=conversations.stream_examples,
+    has_masks=True,
+)
+PT = Kind(
+    name="pt",
+    stages=("pt",),
+    noun="text",
+    row_noun="text",
+    holds=holds_texts,
+    reader=TEXTS,
+    encode=texts.encode_texts,
+    take=texts.take_texts,
+    preview=preview_text,
+    skip_reasons=texts.SKIP_REASONS,
+    stream=texts.stream_texts,
+    has_template=False,
+    fills_rows=True,
+)
+DPO = Kind(
+    name="pairs",
+    stages=("dpo", "foodpo"),
+    noun="pair",
+    row_noun="pair",
+    holds=holds_pairs,
+    reader=PAIRS,
+    encode=pairs.encode_pairs,
+    take=pairs.take_pairs,
+    preview=preview_pair,
+    skip_reasons=pairs.SKIP_REASONS,
+    width=2,
+)
+# the first that holds what a file without a config shows is what it is taken for
+KINDS = (DPO, PT, SFT)
+
+
+def kind_named(name: str) -> Kind:
+    """The kind of this name."""
+    return next(kind for kind in KINDS if kind.name == name)
+
+
+def kind_of_stage(stage: str) -> Kind:
+    """What a stage trains on."""
+    return next(kind for kind in KINDS if stage in kind.stages)
+
+
+def kind_of_source(source: DataSource) -> Kind:
+    """What the first row of a data set shows; conversations where it cannot be read."""
+    try:
+        # a declared format says it without them
+        keys = first_keys(source.files[0]) if source.row_format is None else []
+    except DataError:
+        keys = []
+    return next(kind for kind in KINDS if kind.holds(source, keys))

@@ -1,0 +1,25 @@
+"""Hold everything that the tokens of a row depend on besides the row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from macft.data.templates.chat_template import ChatTemplate
+from macft.data.tokenization.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become tokens and loss masks; it can be sent to another process."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None  # texts need none
+    cutoff_len: int
+    train_on_prompt: bool = False
+    mask_history: bool = False
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """The template, for rows that cannot do without."""
+        assert self.template is not None, "conversations need a chat template"
+        return self.template
