@@ -47,7 +47,7 @@ def _collate_packed(rows: Sequence[PackedExample]) -> NumpyBatch:
     for i, row in enumerate(rows):
         lengths = [len(part.tokens) for part in row.parts]
         segment_ids[i, : sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    # what stands before the first token of an example is no part of it, and says nothing about it
+    # what stands before the first token of an example does not belong to it, and says nothing about it
     begins = np.diff(segment_ids, axis=1, prepend=0) != 0
     return replace(batch, loss_mask=batch.loss_mask & ~begins, segment_ids=segment_ids)
 

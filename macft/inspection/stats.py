@@ -82,7 +82,7 @@ def measure(
     """Tokenize all rows, whole and at each of `cutoffs`, in memory that grows only with their number.
 
     `packing` is for texts; `advance` is told how many more rows are done. Raises DataError as reading and rendering
-    do, or when there is no row at all.
+    do, or when there are no rows.
     """
     stats = Stats(encoder.kind, cuts=[CutCounts(cutoff_len) for cutoff_len in cutoffs])
     whole, *shorter = (

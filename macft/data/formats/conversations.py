@@ -9,7 +9,7 @@ from typing import Any
 
 from macft.data.formats.columns import SIDES, RowFormat, likely_key, message_keys_of, recognize_format
 from macft.data.formats.messages import RowErrors, Tools, check_alternation, check_messages, check_text, read_tools
-from macft.data.formats.reader import RowReader
+from macft.data.formats.reader import DataRow, RowReader
 from macft.data.sources.resolve import DataSource
 from macft.data.sources.rows import Row, first_keys, kind_of, place_of
 from macft.data.templates.chat_template import Message
@@ -21,40 +21,13 @@ _ACCEPTED = (
 )
 
 
-def contents_of(messages: Sequence[Message]) -> tuple[str, ...]:
-    """The texts of messages."""
-    return tuple(message["content"] for message in messages)
-
-
-def count_answers(messages: Sequence[Message]) -> int:
-    """How many of the messages the assistant wrote."""
-    return sum(message["role"] == "assistant" for message in messages)
-
-
 @dataclass(frozen=True)
-class Example:
+class Example(DataRow):
     """One conversation, with the tools it may call; `source` says where it stands, as file:line."""
 
     messages: tuple[Message, ...]
     source: str
     tools: Tools | None = None
-
-    opposite = None
-
-    @property
-    def turns(self) -> tuple[Message, ...]:
-        """See DataRow."""
-        return self.messages
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """See DataRow."""
-        return contents_of(self.messages)
-
-    @property
-    def answers(self) -> int:
-        """See DataRow."""
-        return count_answers(self.messages)
 
     @property
     def has_tools(self) -> bool:

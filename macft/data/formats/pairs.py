@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from macft.data.formats.columns import ALPACA, SIDES, RowFormat, message_keys_of
-from macft.data.formats.conversations import alpaca_turns, contents_of, conversation_turns, count_answers
+from macft.data.formats.conversations import alpaca_turns, conversation_turns
 from macft.data.formats.messages import RowErrors, check_message, check_messages, check_text
-from macft.data.formats.reader import RowReader
+from macft.data.formats.reader import DataRow, RowReader
 from macft.data.sources.resolve import DataSource
 from macft.data.sources.rows import Row, kind_of, place_of
 from macft.data.templates.chat_template import Message
@@ -28,15 +28,13 @@ class _Turns:
 
 
 @dataclass(frozen=True)
-class PairExample:
+class PairExample(DataRow):
     """A prompt with the answer that is preferred and the one that is not; `source` is its file:line."""
 
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     source: str
-
-    has_tools = False
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -49,14 +47,9 @@ class PairExample:
         return self.prompt
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """See DataRow."""
-        return contents_of(self.messages)
-
-    @property
     def answers(self) -> int:
         """See DataRow."""
-        return count_answers((*self.prompt, *self.chosen))
+        return sum(message["role"] == "assistant" for message in (*self.prompt, *self.chosen))
 
     @property
     def identity(self) -> Any:

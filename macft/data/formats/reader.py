@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from macft.data.formats.columns import KNOWN_KEYS, RowFormat
 from macft.data.formats.messages import RowErrors
@@ -24,44 +24,55 @@ _SHOWN = 8
 PLACEHOLDERS = ("{{name}}", "{{author}}")
 
 
-class DataRow(Protocol):
-    """What every kind of row has; `identity`, `question` and `opposite` are JSON values, to be compared."""
+class DataRow:
+    """What every kind of row has; what it leaves out is said of a conversation without tools.
 
-    @property
-    def source(self) -> str:
-        """Where it stands, as file:line."""
+    `identity`, `question` and `opposite` are JSON values, to be compared.
+    """
 
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """Every message, of all answers; a text has none."""
+    if TYPE_CHECKING:
+
+        @property
+        def source(self) -> str:
+            """Where it stands, as file:line."""
+
+        @property
+        def messages(self) -> tuple[Message, ...]:
+            """Every message, of all answers; a text has none."""
+
+        @property
+        def identity(self) -> Any:
+            """Equal for two rows that say the same."""
 
     @property
     def turns(self) -> tuple[Message, ...]:
         """The messages that follow each other: without answers to choose from."""
+        return self.messages
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Everything that is written in it."""
+        return tuple(message["content"] for message in self.messages)
 
     @property
     def answers(self) -> int:
         """How many assistant messages one conversation of it has."""
+        return sum(message["role"] == "assistant" for message in self.messages)
 
     @property
     def has_tools(self) -> bool:
         """Whether it defines tools."""
-
-    @property
-    def identity(self) -> Any:
-        """Equal for two rows that say the same."""
+        return False
 
     @property
     def question(self) -> Any:
         """Equal for two rows that ask the same; None where nothing is asked."""
+        return None
 
     @property
     def opposite(self) -> Any:
         """The identity of a row that contradicts it; None: there is none."""
+        return None
 
 
 T = TypeVar("T", bound=DataRow)

@@ -10,22 +10,20 @@ from typing import Any
 from macft.data.formats.columns import RowFormat, recognize_format
 from macft.data.formats.conversations import optional_text, refuse_ranking
 from macft.data.formats.messages import RowErrors, check_text
-from macft.data.formats.reader import RowReader
+from macft.data.formats.reader import DataRow, RowReader
 from macft.data.sources.resolve import DataSource
 from macft.data.sources.rows import Row, place_of
 from macft.errors import DataError
 
 
 @dataclass(frozen=True)
-class PlainText:
+class PlainText(DataRow):
     """One text; `source` says where it stands, as file:line."""
 
     text: str
     source: str
 
-    messages = turns = ()
-    answers, has_tools = 0, False
-    question = opposite = None
+    messages = ()
 
     @property
     def texts(self) -> tuple[str, ...]:

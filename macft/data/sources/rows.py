@@ -45,7 +45,7 @@ def iter_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
     """The rows of a file one by one, in bounded memory unless it is a JSON list.
 
     Of a table only `columns` are read. Nothing follows the first problem. Raises DataError: file missing,
-    damaged or empty, and, once all is read, with every line that is no row.
+    damaged or empty, and, once all is read, with every line that does not hold a row.
     """
     problems: list[str] = []
     for item in scan(path, columns):

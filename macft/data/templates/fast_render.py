@@ -1,8 +1,8 @@
-"""A chat template in; a renderer without Jinja out, for the conversations where that is the same.
+"""Render conversations without Jinja where the result is proven to be the same.
 
 For each order of roles the template is rendered once with marks for contents. The marks see what
 the template does to a content: if it only places, strips, or looks into it, the text between the
-marks is the same for every conversation of that order on which each look has the same result.
+marks is the same for every conversation of that order in which each look finds nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Slot(NamedTuple):
     strips: tuple[Strip, ...]
 
 
-class Look(NamedTuple):
+class ContentProbe(NamedTuple):
     """What the template looked for in a content, and was told is not there; `text` None: any character at all."""
 
     slot: Slot
@@ -61,11 +61,11 @@ class Skeleton:
     """A conversation's text without its contents; right where no look finds anything."""
 
     items: Items
-    looks: frozenset[Look]
+    probes: frozenset[ContentProbe]
 
 
 @dataclass(frozen=True)
-class Text:
+class JoinedText:
     """A rendered conversation, and the trained span of each assistant message by its index."""
 
     text: str
@@ -73,22 +73,22 @@ class Text:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _JoinPlan:
     items: Items
-    looks: frozenset[Look]
+    probes: frozenset[ContentProbe]
     # (assistant message, first item of its span, characters of that item before it, and the same of its end)
     spans: tuple[tuple[int, int, int, int, int], ...]
 
 
 class FastRenderer:
-    """Renders conversations of roles and contents alone, with their spans."""
+    """Renders conversations that have only roles and contents, with their spans."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._met: dict[tuple[str, ...], int] = {}
-        self._plans: dict[tuple[str, ...], _Plan | None] = {}
+        self._plans: dict[tuple[str, ...], _JoinPlan | None] = {}
 
-    def render(self, messages: Sequence[Message]) -> Text | None:
+    def render(self, messages: Sequence[Message]) -> JoinedText | None:
         """The text and spans that Jinja would give; None where it has to be asked."""
         if any(len(message) != 2 or not isinstance(message.get("content"), str) for message in messages):
             return None
@@ -96,7 +96,7 @@ class FastRenderer:
         plan = self._plan(roles)
         return None if plan is None else _fill(plan, [message["content"] for message in messages])
 
-    def _plan(self, roles: tuple[str, ...]) -> _Plan | None:
+    def _plan(self, roles: tuple[str, ...]) -> _JoinPlan | None:
         if roles in self._plans:
             return self._plans[roles]
         met = self._met[roles] = self._met.get(roles, 0) + 1
@@ -115,7 +115,7 @@ def compile_template(template: ChatTemplate) -> FastRenderer | None:
 
 
 def skeleton(template: ChatTemplate, roles: Sequence[str], *, add_generation_prompt: bool = False) -> Skeleton | None:
-    """The text of a conversation of these roles around its contents; None if it depends on them otherwise."""
+    """The text of a conversation of these roles around its contents; None if it depends on them in another way."""
     book = _Book()
     messages = [{"role": role, "content": book.mark(Slot(i, ()))} for i, role in enumerate(roles)]
     try:
@@ -125,7 +125,7 @@ def skeleton(template: ChatTemplate, roles: Sequence[str], *, add_generation_pro
     items: list[str | Slot] = []
     for i, piece in enumerate(_MARK.split(text)):
         items += [book.slots[int(piece)]] if i % 2 else [piece] * bool(piece)
-    return Skeleton(tuple(items), frozenset(book.looks))
+    return Skeleton(tuple(items), frozenset(book.probes))
 
 
 def _can_be_followed(tree: nodes.Template) -> bool:
@@ -156,7 +156,7 @@ class _Book:
 
     def __init__(self) -> None:
         self.slots: list[Slot] = []
-        self.looks: set[Look] = set()
+        self.probes: set[ContentProbe] = set()
 
     def mark(self, slot: Slot) -> _Marked:
         self.slots.append(slot)
@@ -178,7 +178,7 @@ class _Marked(str):
     def _look(self, text: str | None) -> None:
         if self._slot is None:
             raise _UnknownUseError
-        self._book.looks.add(Look(self._slot, text))
+        self._book.probes.add(ContentProbe(self._slot, text))
 
     def _stripped(self, how: str, characters: str | None) -> _Marked:
         if self._slot is None:
@@ -240,12 +240,12 @@ for _name in set(dir(str)) - set(dir(object)) - _FOLLOWED | {"__eq__", "__ne__"}
     setattr(_Marked, _name, _unknown)
 
 
-def _make_plan(template: ChatTemplate, roles: tuple[str, ...]) -> _Plan | None:
+def _make_plan(template: ChatTemplate, roles: tuple[str, ...]) -> _JoinPlan | None:
     """How to render conversations of these roles; None where Jinja has to."""
     full = skeleton(template, roles)
     if full is None:
         return None
-    looks = set(full.looks)
+    probes = set(full.probes)
     spans = []
     for turn in (i for i, role in enumerate(roles) if role == "assistant"):
         prompt = skeleton(template, roles[:turn], add_generation_prompt=True)
@@ -255,9 +255,9 @@ def _make_plan(template: ChatTemplate, roles: tuple[str, ...]) -> _Plan | None:
         begin, end = _end_of(prompt.items, full.items), _end_of_turn(answered.items, full.items, turn)
         if begin is None or end is None:
             return None
-        looks |= prompt.looks | answered.looks
+        probes |= prompt.probes | answered.probes
         spans.append((turn, *begin, *end))
-    plan = _Plan(full.items, frozenset(looks), tuple(spans))
+    plan = _JoinPlan(full.items, frozenset(probes), tuple(spans))
     return plan if _holds(template, roles, plan) else None
 
 
@@ -275,7 +275,7 @@ def _end_of(start: Items, items: Items) -> tuple[int, int] | None:
 
 
 def _end_of_turn(answered: Items, items: Items, turn: int) -> tuple[int, int] | None:
-    """Where the turn that ends `answered` ends in `items`, although it may be rendered there otherwise."""
+    """Where the turn that ends `answered` ends in `items`, although it may be rendered differently there."""
     if (end := _end_of(answered, items)) is not None:
         return end
     places = [[i for i, item in enumerate(each) if _is_of(item, turn)] for each in (answered, items)]
@@ -291,15 +291,15 @@ def _is_of(item: str | Slot, message: int) -> bool:
     return isinstance(item, Slot) and item.message == message
 
 
-def _fill(plan: _Plan, contents: Sequence[str]) -> Text | None:
-    for slot, text in plan.looks:
+def _fill(plan: _JoinPlan, contents: Sequence[str]) -> JoinedText | None:
+    for slot, text in plan.probes:
         content = _stripped(contents[slot.message], slot.strips)
         if not content if text is None else text in content:
             return None
     pieces = [item if isinstance(item, str) else _stripped(contents[item.message], item.strips) for item in plan.items]
     starts = [0, *accumulate(map(len, pieces))]
     spans = {turn: (starts[a] + b, starts[c] + d) for turn, a, b, c, d in plan.spans}
-    return Text("".join(pieces), spans)
+    return JoinedText("".join(pieces), spans)
 
 
 def _stripped(content: str, strips: tuple[Strip, ...]) -> str:
@@ -312,7 +312,7 @@ def _stripped(content: str, strips: tuple[Strip, ...]) -> str:
 _ODD = ("", " ", "\n a \n", "a", '"<&>\\ {{ x }}', "你好 \t", "[x]", "0")
 
 
-def _holds(template: ChatTemplate, roles: tuple[str, ...], plan: _Plan) -> bool:
+def _holds(template: ChatTemplate, roles: tuple[str, ...], plan: _JoinPlan) -> bool:
     """Whether Jinja renders odd contents as the plan does."""
     for shift in range(len(_ODD)):
         contents = [_ODD[(shift + 3 * i) % len(_ODD)] for i in range(len(roles))]

@@ -21,7 +21,7 @@ class Slots:
     default_system: str = ""
     # the system text opens the first question instead of standing before it
     system_in_user: bool = False
-    # the eos token follows the last answer alone
+    # the eos token follows only the last answer
     eos_once: bool = False
     # tools are described, called and answered as in Qwen2.5 (Hermes' tags)
     tools: bool = False

@@ -1,4 +1,4 @@
-"""The strings of a named template in; Jinja source that any tool can render out."""
+"""Write the Jinja source of a named template, for any tool to render."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SECTION = re.compile(r"^ *\{#- begin (\w+) #\}\n(.*?)^ *\{#- end \1 #\}\n", re.
 _VARIABLE = re.compile(r"\{(content|eos|bos)\}")
 # a token that the model does not name is rendered as nothing
 _EXPRESSIONS = {"eos": "eos_token", "bos": "(bos_token or '')"}
-# in the source of a template that renders an earlier answer otherwise than the last one: why
+# in the source of a template that renders an earlier answer differently from the last one: why
 _ONE_ANSWER = re.compile(r"\{#- One answer of a conversation is trained on: (.*?)\. #\}")
 
 

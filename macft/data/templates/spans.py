@@ -1,4 +1,4 @@
-"""A chat template and a conversation in; its rendered text with the character spans trained on out."""
+"""Render a conversation and find the spans of its text that are trained on."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def render_with_spans(
 def render_turn(
     template: ChatTemplate, messages: Sequence[Message], turn: int, *, tools: Tools | None = None
 ) -> Rendered:
-    """Render once, with the span of the assistant message `turn` alone; errors as `render_with_spans`."""
+    """Render once, with the span of only the assistant message `turn`; errors as `render_with_spans`."""
     return _render(template, messages, tools, [turn])
 
 
@@ -89,7 +89,7 @@ def _turn_span(render: _Renderer, messages: Sequence[Message], turn: int, full: 
             return _content_bounds(render, messages[: turn + 1], turn, up_to_turn)[0], len(up_to_turn)
         return _common_prefix(prompt, full), len(up_to_turn)
 
-    # the template renders an earlier turn otherwise once more follows, e.g. without its thinking
+    # the template renders an earlier turn differently once more follow, e.g. without its thinking
     begin, end = _content_bounds(render, messages, turn, full)
     before, tail = _around_content(render, messages[: turn + 1], turn, up_to_turn)
     if not up_to_turn.endswith(tail) or not full.startswith(tail, end):

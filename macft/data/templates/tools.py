@@ -1,4 +1,4 @@
-"""Messages that call tools, and the tools; a refusal out where a chat template has no place for them."""
+"""Prepare tool calls for a chat template, and refuse them where it has no place for them."""
 
 from __future__ import annotations
 

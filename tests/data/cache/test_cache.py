@@ -24,6 +24,7 @@ from support.toy_backend import toy_settings, write_pairs, write_rows
 
 from macft.data.cache import cache
 from macft.data.cache.cache import SMALL, cache_key, contents
+from macft.data.cache.store import read_part, write_part
 from macft.data.cache.workers import CHUNK_ROWS
 from macft.data.formats.dataset import Mixture, Request
 from macft.data.kinds import DPO, PT, SFT, kind_named
@@ -305,6 +306,39 @@ def test_a_damaged_table_is_built_again(tmp_path, place, tokenizer, name, damage
     for column, values in expected.items():
         assert np.array_equal(getattr(again, column), values)
     (folder / name).read_bytes()
+
+
+# what the columns were called before
+_OLD_NAMES = {"skip_reason": "obstacle", "boundary_tokens": "straddling"}
+
+
+def with_old_names(columns: np.ndarray) -> np.ndarray:
+    return columns.view([(_OLD_NAMES.get(name, name), columns.dtype[name]) for name in columns.dtype.names])
+
+
+def test_a_table_whose_columns_have_other_names_is_built_again(tmp_path, place, tokenizer):
+    request = request_of(write_rows(tmp_path / "rows.jsonl", 30))
+    whole = tokenized(request, tokenizer, CHATML)
+    expected, [folder] = whole.columns.copy(), tables(place)
+    path, manifest = folder / "columns.npy", json.loads((folder / "manifest.json").read_text())
+    content = bytearray(path.read_bytes())
+    old = np.lib.format.dtype_to_descr(with_old_names(expected).dtype)
+    header = repr({"descr": old, "fortran_order": False, "shape": (30,)}).encode()
+    content[10:1023] = header.ljust(1013)
+    path.write_bytes(content)
+    assert np.load(path, allow_pickle=False).dtype.names[2] == "obstacle"
+    # as it was written then: sound, with notes that hold their file's number as text
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"notes": ["\0000\000: keys that are not used: id"]}))
+    assert np.array_equal(tokenized(request, tokenizer, CHATML).columns, expected)
+    assert np.load(path, allow_pickle=False).dtype.names[2] == "skip_reason"
+
+
+def test_a_part_whose_columns_have_other_names_is_built_again(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "rows.jsonl", 30)
+    table = encode(SFT, read_examples(str(path), ".", None), tokenizer, CHATML, cutoff_len=40)
+    write_part(tmp_path / "new.npz", table)
+    write_part(tmp_path / "old.npz", replace(table, columns=with_old_names(table.columns)))
+    assert read_part(tmp_path / "new.npz") is not None and read_part(tmp_path / "old.npz") is None
 
 
 def test_overwrite_builds_again(tmp_path, place, tokenizer):

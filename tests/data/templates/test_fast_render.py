@@ -13,7 +13,7 @@ from support.tiny_tokenizer import CHATML, MISTRAL, TEMPLATES
 
 from macft.data.templates import spans
 from macft.data.templates.chat_template import ChatTemplate, load_template
-from macft.data.templates.fast_render import FastRenderer, Look, Slot, compile_template, skeleton
+from macft.data.templates.fast_render import ContentProbe, FastRenderer, Slot, compile_template, skeleton
 from macft.data.templates.llamafactory import NAMED
 from macft.data.templates.spans import Rendered, render_with_spans
 from macft.data.tokenization.tokenizer import load_tokenizer
@@ -121,7 +121,7 @@ def test_a_template_that_does_more_to_a_content_is_left_to_jinja(source: str) ->
 
 def test_a_look_into_a_content_holds_only_where_it_finds_nothing() -> None:
     found = skeleton(build(TEMPLATES["qwen3"]), ("user", "assistant"))
-    assert found is not None and found.looks == {Look(Slot(1, ()), "</think>")}
+    assert found is not None and found.probes == {ContentProbe(Slot(1, ()), "</think>")}
     fast = FastRenderer(build(TEMPLATES["qwen3"]))
     texts = [fast.render(chat("q", answer)) for answer in ("a", "b", "c", "<think>x</think>d")]
     assert [text is not None for text in texts] == [False, False, True, False]  # the third of a kind is worth it
