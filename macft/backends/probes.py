@@ -34,7 +34,7 @@ def probe_pairs() -> tuple[BatchLayout, BatchLayout]:
 
 
 def probe_packed() -> tuple[BatchLayout, BatchLayout]:
-    """The same positions of five examples, in two packed rows and one a row."""
+    """The same positions of five examples, in two packed rows and in rows of their own."""
     lengths = np.array([[5, 1, 7], [4, 8, 0]])
     tokens = (np.arange(28, dtype=np.int32).reshape(2, 14) * 5) % 7
     segment_ids = np.zeros_like(tokens)

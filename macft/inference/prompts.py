@@ -1,4 +1,4 @@
-"""A file of prompts goes in; one conversation per prompt comes out."""
+"""Read a file of prompts into one conversation per prompt."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from macft.data.sources.rows import Row, nearest_file, read_rows
 from macft.data.templates.chat_template import Message
 from macft.errors import DataError, join_problems
 
-_WANTED = 'expected {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+_EXPECTED = 'expected {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
 
 def read_prompts(path: Path) -> list[list[Message]]:
-    """The conversations to answer: one prompt per line, or in a .jsonl file `prompt` or `messages` rows.
+    """Read the conversations to answer: one prompt per line, or in a .jsonl file `prompt` or `messages` rows.
 
     Answers at the end of a `messages` row are left out. Raises DataError naming every invalid line.
     """
@@ -26,7 +26,7 @@ def read_prompts(path: Path) -> list[list[Message]]:
         raise DataError(f"{path}: not readable as UTF-8 text ({error}); save it as UTF-8") from None
     prompts = [user_turn(line) for line in lines if line.strip()]
     if not prompts:
-        raise DataError(f"{path}: holds no prompt; write one per line")
+        raise DataError(f"{path}: has no prompt; write one per line")
     return prompts
 
 
@@ -36,7 +36,7 @@ def user_turn(text: str) -> list[Message]:
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:
-    """The conversation behind a system prompt, unless it brings its own."""
+    """The conversation with a system prompt in front, unless it has its own."""
     if system is None or (messages and messages[0]["role"] == "system"):
         return messages
     return [{"role": "system", "content": system}, *messages]
@@ -52,7 +52,7 @@ def _from_rows(path: Path, rows: list[Row]) -> list[list[Message]]:
     for row in rows:
         prompt = _conversation(row)
         if prompt is None:
-            problems.append(f"line {row.number}: found keys {', '.join(row.value) or 'none'}; {_WANTED}")
+            problems.append(f"line {row.number}: found keys {', '.join(row.value) or 'none'}; {_EXPECTED}")
         else:
             prompts.append(prompt)
     if problems:

@@ -46,7 +46,7 @@ class Prepared:
     group: ProcessGroup
     base: ModelFolder
     from_scratch: bool  # `base` has no weights
-    start: Adapter | None  # the adapter to go on training
+    start: Adapter | None  # the adapter to train further
     merged_adapter: Adapter | None  # the adapter that becomes part of the base
     reference: NamedReference | None  # None: the policy at its start, or no reference
     tokenizer: Tokenizer
@@ -123,7 +123,7 @@ def _data(
 
 
 def _adapters(settings: Settings, base: ModelFolder) -> tuple[Adapter | None, Adapter | None]:
-    """(the adapter to go on training, the adapter that becomes part of the base); at most one of them."""
+    """(the adapter to train further, the adapter that becomes part of the base); at most one of them."""
     if settings.adapter_name_or_path is None:
         return None, None
     adapter = read_any_adapter(resolve_adapter(settings.adapter_name_or_path), read_config(base.path))
@@ -132,8 +132,8 @@ def _adapters(settings: Settings, base: ModelFolder) -> tuple[Adapter | None, Ad
         return adapter, None
     if adapter.config.use_dora:
         raise ConfigError(
-            f"create_new_adapter: {adapter.folder} is a DoRA adapter, which cannot be stacked; remove the key to go on "
-            "training it"
+            f"create_new_adapter: {adapter.folder} is a DoRA adapter, which cannot be stacked; remove the key to train "
+            "it further"
         )
     warn_of_other_base(adapter, base)
     return None, adapter
@@ -156,12 +156,12 @@ def _named_reference(settings: Settings, base: ModelFolder, tokenizer: Tokenizer
 
 
 def _hash(order: str) -> str:
-    """Names the data and its order: a checkpoint's position means something only for these."""
+    """Identify the data and its order: a checkpoint's position only means something with these."""
     return hashlib.sha256(order.encode()).hexdigest()
 
 
 def _check_start(settings: Settings, start: Adapter, base: ModelFolder) -> None:
-    """A loaded adapter's own shape wins; a key that was set to something else is an error."""
+    """Raise ConfigError for keys that contradict the loaded adapter, whose own shape is used."""
     own = {
         "lora_rank": start.config.rank,
         "lora_alpha": start.config.alpha,
@@ -220,9 +220,9 @@ def model_spec(settings: Settings, prepared: Prepared) -> ModelSpec:
 
 
 def resolved(settings: Settings, prepared: Prepared, backend_name: str) -> Settings:
-    """The settings with what the run found out filled in: the backend, and a loaded adapter's own shape.
+    """The settings with what the run found out: the backend, and a loaded adapter's own shape.
 
-    What was said only about this folder is left out: run again, the file must not delete this run.
+    Keys about this one run are left out: used again, the file must not delete this run.
     """
     update: dict[str, object] = {
         "backend": backend_name,

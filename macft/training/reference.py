@@ -1,7 +1,7 @@
-"""Ask the reference about every row once, before the first step, and keep the numbers on disk for later runs.
+"""Compute the reference's log-probabilities of every row before the first step, and cache them for later runs.
 
-The reference is the policy itself at step 0, or another model that the settings name. Either way no two models
-are in memory at the same time.
+The reference is the policy itself at step 0, or another model that the settings name. In both cases only one model
+is in memory at a time.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ class _Scorer:
 
 
 def policy_references(settings: Settings, prepared: Prepared, model: Model) -> Prepared:
-    """The rows with what the policy says of them now, before its first step."""
-    # what is merged, and what is trained in full, is rounded at other places: in 16 bits other numbers
+    """The rows with the policy's own log-probabilities of them, before its first step."""
+    # merged and fully trained models round at other places: in 16 bits they give other numbers
     form = {"full": settings.finetuning_type == "full", "merged": _name(prepared.merged_adapter)}
     identity = _identity(settings, model.info, prepared.base, form | {"adapter": _name(prepared.start)})
     return _fill(settings, prepared, _Scorer(model, identity))
 
 
 def named_references(settings: Settings, prepared: Prepared, reference: NamedReference) -> Prepared:
-    """The rows with what another model says of them; it is loaded, asked and released."""
+    """The rows with another model's log-probabilities of them; that model is loaded, asked and freed."""
     base, adapter = reference.base, reference.adapter
     lora = spec_of_adapter(adapter) if adapter is not None else None
     spec = replace(model_spec(settings, prepared), folder=base.path, lora=lora, merged_adapter=None, full=False)
@@ -207,7 +207,7 @@ def _read(path: Path, shape: tuple[int, int], needed: int) -> np.ndarray | None:
 
 
 def _keep(path: Path, columns: np.ndarray) -> None:
-    """Write the cache; without it the run goes on all the same, and the next one computes again."""
+    """Write the cache; if that fails, this run continues and the next one computes again."""
     try:
         write_state(path, {"columns": columns}, dtype=np.float64)
     except OSError as error:

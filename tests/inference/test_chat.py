@@ -90,7 +90,7 @@ def test_saved_conversations_are_read_back_as_a_dataset(folder, tmp_path):
     model = make_model(folder)
     path = tmp_path / "chat.jsonl"
     _, notes = talk(model, "/save", f"/save {path}", "你好", "two", f"/save {path}", system="be kind")
-    assert "wants a file name" in notes and "nothing to save" in notes and f"saved 4 messages to {path}" in notes
+    assert "needs a file name" in notes and "nothing to save" in notes and f"saved 4 messages to {path}" in notes
     (example,) = read_examples(str(path), str(tmp_path), None)
     assert [(message["role"], message["content"]) for message in example.messages] == [
         ("system", "be kind"),
@@ -114,7 +114,7 @@ def test_commands_are_never_sent_to_the_model(folder):
     model = make_model(folder)
     out, notes = talk(model, "/sytem x", "/help", "/quit", "never")
     assert out == "" and model.model.asked == []
-    assert "/sytem is no command; there are /reset, /system, /save, /help, /quit" in notes
+    assert "/sytem is not a command; expected one of /reset, /system, /save, /help, /quit" in notes
     assert "forget the conversation" in notes
 
 
@@ -154,7 +154,7 @@ def test_a_question_longer_than_the_model_is_refused_in_one_line_and_forgotten(f
     model = make_model(folder, context_length=60, max_new_tokens=20)
     out, notes = talk(model, "x1y2" * 40, "one")
     assert out == "ONE\n"
-    assert "tokens, the model holds 60 with its answer; shorten it" in notes
+    assert "tokens, the model holds 60 including its answer; shorten it" in notes
     assert "x1y2" not in model.model.asked[0]
 
 
@@ -184,7 +184,7 @@ def test_without_a_template_each_line_is_continued_as_it_is(folder):
     model = make_model(folder, raw=True)
     _, notes = talk(model, "once upon", "a time", "/system be kind")
     assert model.model.asked == ["once upon", "a time"]
-    assert notes == "there is no system prompt where text is continued as it is\n"
+    assert notes == "--raw continues text as it is, without a system prompt\n"
 
 
 def test_one_shot_prompts_print_only_answers_each_from_the_same_seed(folder):

@@ -29,7 +29,7 @@ def test_all_problems_of_a_prompt_file_are_named_at_once(tmp_path):
         read_prompts(path)
     assert "line 2: found keys text; expected" in str(caught.value) and "line 3:" in str(caught.value)
     (tmp_path / "prompts.txt").write_text(" \n")
-    with pytest.raises(DataError, match="holds no prompt; write one per line"):
+    with pytest.raises(DataError, match="has no prompt; write one per line"):
         read_prompts(tmp_path / "prompts.txt")
     with pytest.raises(DataError, match=r"no such prompt file; did you mean .*prompts\.txt"):
         read_prompts(tmp_path / "promts.txt")

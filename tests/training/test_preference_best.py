@@ -201,7 +201,7 @@ def test_the_metrics_that_are_promised_are_those_that_come(loss, model, data, tm
     keys = {"pref_loss": loss, "metric_for_best_model": "nonsense", "max_steps": 1, "pref_ftx": 0.1}
     with pytest.raises(ConfigError) as error:
         train(settings_of(model, data, tmp_path / "out", "mlx", **keys))
-    promised = set(str(error.value).rpartition("has: ")[2].split(", "))
+    promised = set(str(error.value).rpartition("evaluation: ")[2].split(", "))
     train(settings_of(model, data, tmp_path / "out", "mlx", **keys | {"metric_for_best_model": None}))
     [row] = evaluations(tmp_path / "out")
     assert {name for name in row if name.startswith("eval_")} == promised
