@@ -43,7 +43,7 @@ def configuration_page() -> str:
     parts += _table("Other names", "Of transformers, TRL, ms-swift and older releases.", ("written", "means"), meanings)
     parts += _table(
         "Accepted without effect",
-        "Said once in a warning, unless the value asks for nothing (`false`, `0`, `null`).",
+        "Named once in a warning, unless the value asks for nothing (`false`, `0`, `null`).",
         ("key", "why"),
         NO_EFFECT,
     )
@@ -55,7 +55,7 @@ def configuration_page() -> str:
     )
     parts += ["", "## Files of mlx-lm", ""]
     parts += [
-        "Recognized by their keys; what they leave out has mlx-lm's default. Differences are said at the start.",
+        "Recognized by their keys; what they leave out has mlx-lm's defaults. A run begins with a list of the differences.",
         "",
     ]
     parts += ["| mlx-lm | here | difference |", "| --- | --- | --- |"]
@@ -103,7 +103,7 @@ def _type(annotation: Any) -> str:
 
 
 def conversion_table() -> str:
-    """Markdown: for each model type, which of the conversions know it; merging into HF layout knows all."""
+    """The table of docs/weights.md: which conversions know a model type; merging into HF layout knows all of them."""
     from_gguf = set(IMPORTED.values())
     from_litgpt = set(model_types())
     rows = [
@@ -119,7 +119,7 @@ def _yes(is_known: bool) -> str:
 
 
 def layout_table() -> str:
-    """The table as Markdown: what changes between HF and MLX for each model type."""
+    """The table of docs/weights.md: what changes between HF and MLX for each model type."""
     groups: dict[str, list[str]] = {}
     for model_type, layout in LAYOUTS.items():
         changes = "; ".join(rule.note for rule in layout.rules if rule is not DROP_ROTARY)

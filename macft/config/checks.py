@@ -1,4 +1,4 @@
-"""Settings whose values are each sound in, the sentences on how they do not go together out."""
+"""Find settings that contradict each other."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from macft.objectives.preference_losses import LOSSES, losses_where, losses_with
 
 
 class Check(NamedTuple):
-    """A contradiction: the keys it looks at, whether it is there, and the line that says so."""
+    """A possible contradiction: the keys involved, whether it is present, and the line that reports it."""
 
     keys: str
     is_wrong: object
     text: str
 
 
-def contradictions(settings: Settings, unsound: Set[str] = frozenset()) -> list[str]:
-    """One line a contradiction; what looks at a key of `unsound`, whose value is not known, is left out."""
+def contradictions(settings: Settings, invalid: Set[str] = frozenset()) -> list[str]:
+    """One line per contradiction; checks of a key in `invalid`, whose value is not known, are left out."""
     checks = (
         *_run_checks(settings),
         *_schedule_checks(settings),
@@ -30,7 +30,7 @@ def contradictions(settings: Settings, unsound: Set[str] = frozenset()) -> list[
         *_evaluation_checks(settings),
     )
     found = (check for check in checks if check.is_wrong)
-    return [check.text for check in found if unsound.isdisjoint(check.keys.split())]
+    return [check.text for check in found if invalid.isdisjoint(check.keys.split())]
 
 
 def _run_checks(settings: Settings) -> Iterator[Check]:
@@ -187,12 +187,12 @@ def _stream_checks(settings: Settings) -> Iterator[Check]:
     yield Check(
         "streaming max_samples",
         settings.max_samples is not None,
-        "streaming and max_samples exclude each other; set max_steps alone",
+        "streaming and max_samples exclude each other; set only max_steps",
     )
     yield Check(
         "streaming val_size",
         0 < settings.val_size < 1,
-        f"val_size {settings.val_size:g} is a share, and of a stream no share is known; write a count",
+        f"val_size {settings.val_size:g} is a share, which a stream does not have; write a count",
     )
     for key, value in (("save_strategy", settings.save_strategy), ("eval_strategy", settings.eval_strategy)):
         yield Check(f"streaming {key}", value == "epoch", f"streaming has no epochs; set {key} to steps")
@@ -313,7 +313,7 @@ _CHAT_KEYS = ("template", "default_system", "enable_thinking")
 
 
 def without_effect(settings: Settings) -> list[str]:
-    """Keys set to something that this run does not look at."""
+    """Keys that are set but that this run does not use."""
     is_plain = settings.stage == "foodpo" and settings.pref_beta_scale <= 0
     is_all_streamed = settings.streaming and settings.eval_dataset is None
     seeks_best = settings.load_best_model_at_end or settings.early_stopping_steps is not None
@@ -345,7 +345,7 @@ _MANY_EPOCHS = 10
 
 
 def doubts(settings: Settings) -> list[str]:
-    """Values that are allowed and hardly meant."""
+    """Values that are allowed but probably not meant."""
     found = []
     has_evaluation = settings.eval_dataset is not None or settings.val_size > 0
     if settings.num_train_epochs >= _MANY_EPOCHS and settings.max_steps <= 0 and not has_evaluation:

@@ -1,4 +1,4 @@
-"""A loaded configuration in, every value with where it came from out: as a colored table or as JSON."""
+"""Show every value of a configuration and where it came from, as a colored table or as JSON."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from macft.config.load import Loaded
+from macft.config.load import LoadedConfig
 from macft.config.parse import COMMAND_LINE
 from macft.config.settings import Settings
 from macft.config.translate import shown
 
 
 class Value(NamedTuple):
-    """What a key is in this run, and whence: of a default that follows from other keys, from which."""
+    """The value of a key in this run and its origin; for a default that follows from other keys, from which."""
 
     value: Any
     origin: str  # default, command line, line 3, ...
@@ -24,7 +24,7 @@ class Value(NamedTuple):
     follows_from: str | None
 
 
-def values(loaded: Loaded) -> dict[str, Value]:
+def values(loaded: LoadedConfig) -> dict[str, Value]:
     """Every key in the order of the settings."""
     found = {}
     followed = _followed(loaded.settings)
@@ -39,7 +39,7 @@ def values(loaded: Loaded) -> dict[str, Value]:
     return found
 
 
-def as_json(loaded: Loaded, config: Path | None) -> dict[str, Any]:
+def as_json(loaded: LoadedConfig, config: Path | None) -> dict[str, Any]:
     """What `--json` prints."""
     return {
         "config": str(config) if config is not None else None,
@@ -50,21 +50,21 @@ def as_json(loaded: Loaded, config: Path | None) -> dict[str, Any]:
     }
 
 
-def show(loaded: Loaded, config: Path | None, console: Console) -> None:
-    """The table: what was written stands out, defaults are dim."""
+def show(loaded: LoadedConfig, config: Path | None, console: Console) -> None:
+    """Print the table; what was written stands out, defaults are dim."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("key", "value", "from"):
         table.add_column(column, overflow="fold")
     for key, value in values(loaded).items():
         style = {"default": "dim", COMMAND_LINE: "yellow"}.get(value.origin, "green")
         text = value.value if isinstance(value.value, str) else shown(value.value)
-        table.add_row(Text(key, style), Text(text, style), Text(_whence(value, config), style))
+        table.add_row(Text(key, style), Text(text, style), Text(_origin(value, config), style))
     console.print(table)
     for key, reason in loaded.unused.items():
         console.print(Text(f"no effect: {key} ({reason})", "magenta"))
 
 
-def _whence(value: Value, config: Path | None) -> str:
+def _origin(value: Value, config: Path | None) -> str:
     place = f"{config.name} {value.origin}" if config is not None and value.origin.startswith("line ") else value.origin
     if value.follows_from is not None:
         place += f", from {value.follows_from}"

@@ -1,4 +1,4 @@
-"""A YAML file and overrides in, checked `Settings` out; every problem in one message."""
+"""Load a YAML file and overrides into checked `Settings`, or list every problem in one message."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from macft.config import mlx_lm
 from macft.config.checks import contradictions, doubts, without_effect
-from macft.config.names import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES, Verdict, judge
-from macft.config.parse import Entry, parse_overrides, read_yaml
+from macft.config.names import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES, UnsupportedKey, judge
+from macft.config.parse import ConfigEntry, parse_overrides, read_yaml
 from macft.config.settings import Settings
 from macft.config.translate import TRANSLATIONS, own_name, shown, to_own_names
 from macft.errors import ConfigError, join_problems
@@ -27,11 +27,11 @@ _LONGEST_VALUE = 40  # characters of a value in a message
 
 
 @dataclass
-class Loaded:
-    """The settings of a run, where each was written, and what is to be said about it."""
+class LoadedConfig:
+    """The settings of a run, where each was written, and notes and warnings about them."""
 
     settings: Settings
-    entries: dict[str, Entry]
+    entries: dict[str, ConfigEntry]
     unused: dict[str, str] = field(default_factory=dict)  # keys without effect -> why
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -49,14 +49,14 @@ def load_settings(config: Path | None, overrides: Sequence[str]) -> Settings:
     return loaded.settings
 
 
-def load(config: Path | None, overrides: Sequence[str]) -> Loaded:
-    """As `load_settings`, with where everything came from; logs nothing."""
+def load(config: Path | None, overrides: Sequence[str]) -> LoadedConfig:
+    """Like `load_settings`, but with the origin of every value; logs nothing."""
     written = read_yaml(config) if config is not None else {}
     given = parse_overrides(overrides, own_name)
     problems: list[str] = []
     notes: list[str] = []
     warnings: list[str] = []
-    verdicts: dict[str, Verdict] = {}
+    unsupported_keys: dict[str, UnsupportedKey] = {}
     if mlx_lm.is_mlx_lm(written or given):
         # mlx-lm's own keys on the command line stand for those of the file before anything is translated
         theirs = written | {key: entry for key, entry in given.items() if key in mlx_lm.DEFAULTS or not written}
@@ -65,29 +65,29 @@ def load(config: Path | None, overrides: Sequence[str]) -> Loaded:
         problems += translation.problems
         notes += [f"{config or 'command line'}: a configuration of mlx-lm", *translation.notes]
         warnings += translation.warnings
-        verdicts = dict(translation.unused)
+        unsupported_keys = dict(translation.unused)
     # each source by itself, so that the command line may override a key by its other name
     entries = to_own_names(written, problems) | to_own_names(given, problems)
     _complete(entries)
-    known: dict[str, Entry] = {}
+    known: dict[str, ConfigEntry] = {}
     for key, entry in entries.items():
         if key in Settings.model_fields:
             known[key] = entry
-        elif (verdict := _verdict(key, entry, problems)) is not None:
-            verdicts[key] = verdict
+        elif (unsupported := _unsupported(key, entry, problems)) is not None:
+            unsupported_keys[key] = unsupported
     settings = _checked_settings(known, problems)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         headline = f"{config}: " if config is not None else ""
         raise ConfigError(join_problems(f"{headline}{count} in the configuration", problems))
-    unused = {key: verdict.reason for key, verdict in verdicts.items()}
+    unused = {key: unsupported.reason for key, unsupported in unsupported_keys.items()}
     if useless := without_effect(settings):
         warnings.append(f"no effect here: {'; '.join(useless)}")
     if "packing" in known and settings.packing and known["packing"].written != "neat_packing":
         notes.append(
             "packing is block-diagonal: packed examples do not see each other, as with neat_packing of LLaMA-Factory"
         )
-    return Loaded(settings, known, unused, notes, [*warnings, *doubts(settings)])
+    return LoadedConfig(settings, known, unused, notes, [*warnings, *doubts(settings)])
 
 
 def overridden_keys(overrides: Sequence[str]) -> set[str]:
@@ -95,38 +95,38 @@ def overridden_keys(overrides: Sequence[str]) -> set[str]:
     return set(to_own_names(parse_overrides(overrides, own_name), []))
 
 
-def _complete(entries: dict[str, Entry]) -> None:
-    """What follows from several keys, or from the environment."""
+def _complete(entries: dict[str, ConfigEntry]) -> None:
+    """Fill in what follows from several keys, or from the environment."""
     if (tracker := entries.pop("use_swanlab", None)) is not None:
-        report = entries.get("report_to", Entry(None, tracker.origin))
+        report = entries.get("report_to", ConfigEntry(None, tracker.origin))
         others = [] if report.value in (None, False, "", "none") else report.value
         names = others if isinstance(others, list) else [others]
         if not any("swanlab" in str(name) for name in names):
-            entries["report_to"] = Entry([*names, "swanlab"], tracker.origin, "use_swanlab")
+            entries["report_to"] = ConfigEntry([*names, "swanlab"], tracker.origin, "use_swanlab")
     loss, stage = entries.get("pref_loss"), entries.get("stage")
     name = None if stage is None else stage.value
     if loss is not None and (loss.value, name) in (("nll", None), ("nll", "pt"), ("nll", "sft"), ("kto", "kto")):
         del entries["pref_loss"]  # what these stages train on anyway
     if "hub" not in entries and asks_modelscope(None):
-        entries["hub"] = Entry("modelscope", MODELSCOPE_VARIABLE)
+        entries["hub"] = ConfigEntry("modelscope", MODELSCOPE_VARIABLE)
 
 
-def _verdict(key: str, entry: Entry, problems: list[str]) -> Verdict | None:
-    """Why a key that is none of macft's has no effect; one that cannot be left out is a problem."""
+def _unsupported(key: str, entry: ConfigEntry, problems: list[str]) -> UnsupportedKey | None:
+    """Why a key that macft does not have has no effect; one that would change the result is a problem."""
     try:
-        verdict = judge(key, entry.value)
+        unsupported = judge(key, entry.value)
     except KeyError:
         problems.append(_unknown(key, entry))
         return None
-    if verdict is not None and verdict.is_refused:
+    if unsupported is not None and unsupported.is_refused:
         value = shown(entry.value)
         what = f": {value}" if len(value) <= _LONGEST_VALUE else ""
-        problems.append(f"{key} ({entry.origin}){what} is not supported; {verdict.reason}")
+        problems.append(f"{key} ({entry.origin}){what} is not supported; {unsupported.reason}")
         return None
-    return verdict
+    return unsupported
 
 
-def _unknown(key: str, entry: Entry) -> str:
+def _unknown(key: str, entry: ConfigEntry) -> str:
     if key in mlx_lm.TABLE or key in mlx_lm.DEFAULTS:
         own, _ = mlx_lm.TABLE.get(key, ("none", ""))
         hint = f" here; write {own}" if own != "none" else " here; remove it"
@@ -136,25 +136,25 @@ def _unknown(key: str, entry: Entry) -> str:
     return f"{key} ({entry.origin}): unknown key{hint}"
 
 
-def _checked_settings(entries: Mapping[str, Entry], problems: list[str]) -> Settings:
-    """The settings, whose unsound keys have their defaults; the problems are added to `problems`."""
+def _checked_settings(entries: Mapping[str, ConfigEntry], problems: list[str]) -> Settings:
+    """The settings, with defaults for invalid keys; what is wrong is added to `problems`."""
     values = {key: entry.value for key, entry in entries.items()}
-    unsound: set[str] = set()
+    invalid: set[str] = set()
     try:
         settings = Settings(**values)
     except ValidationError as error:
         # one problem a key: a key of several types gives one error for each of them
         details = {str(detail["loc"][0]): detail for detail in reversed(error.errors())}
         problems += [_describe(detail, entries) for detail in reversed(details.values())]
-        unsound = set(details)
-        sound = {key: value for key, value in values.items() if key not in unsound}
-        settings = Settings(**sound | {key: "" for key in unsound if Settings.model_fields[key].is_required()})
-    problems += contradictions(settings, unsound)
+        invalid = set(details)
+        valid = {key: value for key, value in values.items() if key not in invalid}
+        settings = Settings(**valid | {key: "" for key in invalid if Settings.model_fields[key].is_required()})
+    problems += contradictions(settings, invalid)
     return settings
 
 
 # kinds of pydantic errors -> what is expected, in a user's words
-_WANTED = {
+_EXPECTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
     "int_from_float": "a whole number",
@@ -170,7 +170,7 @@ _WANTED = {
 _COUNTS = ("logging_steps", "save_steps", "eval_steps")
 
 
-def _describe(detail: Any, entries: Mapping[str, Entry]) -> str:
+def _describe(detail: Any, entries: Mapping[str, ConfigEntry]) -> str:
     key = str(detail["loc"][0])
     if detail["type"] == "missing":
         return f"{key}: missing; {Settings.model_fields[key].description}"
@@ -179,7 +179,7 @@ def _describe(detail: Any, entries: Mapping[str, Entry]) -> str:
     reason = REFUSED_VALUES.get((key, entry.value)) if isinstance(entry.value, str) else None
     if reason is not None:
         return f"{place}: {entry.value} is not supported; {reason}"
-    expected = _WANTED.get(detail["type"]) or str(detail["msg"]).removeprefix("Input should be ")
+    expected = _EXPECTED.get(detail["type"]) or str(detail["msg"]).removeprefix("Input should be ")
     if key == "resume_from_checkpoint":
         expected = "true, false or the path of a checkpoint"
     if key == "enable_thinking" and entry.value is None:

@@ -1,4 +1,4 @@
-"""A LoRA configuration of mlx-lm in, the same run in macft's keys out, with what it means otherwise."""
+"""Translate a LoRA configuration of mlx-lm into macft's keys, with notes on what differs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from macft.config.names import Verdict
-from macft.config.parse import Entry
+from macft.config.names import UnsupportedKey
+from macft.config.parse import ConfigEntry
 from macft.config.translate import shown
 
 # mlx-lm's own keys and defaults, without those that mean the same elsewhere: model, learning_rate, seed, report_to
@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "clear_cache_threshold": 0,
     "hf_dataset": None,
 }
-# What its defaults are where macft's are others.
+# Its defaults where macft's differ.
 _OTHER_DEFAULTS = {"learning_rate": 1e-5, "seed": 0}
 DEFAULT = "mlx-lm's default"
 # keys that no other program's training configuration has
@@ -55,7 +55,7 @@ TABLE = {
     ),
     "fine_tune_type": ("finetuning_type, use_dora", ""),
     "lora_parameters": ("lora_rank, lora_alpha, lora_dropout, lora_target", "alpha is scale x rank"),
-    "num_layers": ("none", "every layer gets an adapter; theirs: the last ones alone"),
+    "num_layers": ("none", "every layer gets an adapter; theirs: only the last ones"),
     "mask_prompt": (
         "mask_history, train_on_prompt",
         "true: the last answer is trained on; false: every token, the prompt too",
@@ -65,7 +65,10 @@ TABLE = {
     "grad_accumulation_steps": ("gradient_accumulation_steps", ""),
     "learning_rate": ("learning_rate", "constant unless lr_schedule says otherwise"),
     "lr_schedule": ("lr_scheduler_type, learning_rate, warmup_steps", "ours ends with the last step"),
-    "optimizer": ("adam_beta1, adam_beta2, adam_epsilon, weight_decay", "moments are bias-corrected; nothing clips"),
+    "optimizer": (
+        "adam_beta1, adam_beta2, adam_epsilon, weight_decay",
+        "moments are bias-corrected; no clipping",
+    ),
     "max_seq_length": ("cutoff_len", "theirs cuts the end of a row; here user text is shortened first"),
     "grad_checkpoint": ("gradient_checkpointing", ""),
     "steps_per_report": ("logging_steps", ""),
@@ -78,23 +81,23 @@ TABLE = {
 
 
 @dataclass
-class Translation:
+class MlxLmRun:
     """The run in macft's keys, the differences, problems, and keys without effect."""
 
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, ConfigEntry] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    unused: dict[str, Verdict] = field(default_factory=dict)
+    unused: dict[str, UnsupportedKey] = field(default_factory=dict)
 
 
-def is_mlx_lm(entries: Mapping[str, Entry]) -> bool:
+def is_mlx_lm(entries: Mapping[str, ConfigEntry]) -> bool:
     """Whether these keys are a configuration of mlx-lm."""
     return not _MARKS.isdisjoint(entries) and _OF_OTHERS.isdisjoint(entries)
 
 
-def translate(entries: Mapping[str, Entry]) -> Translation:
-    """Keys that mlx-lm has not, and those that mean the same, are left as they are."""
+def translate(entries: Mapping[str, ConfigEntry]) -> MlxLmRun:
+    """Translate mlx-lm's keys; those that it does not have, or that mean the same, are left as they are."""
     translator = _Translator(entries)
     for step in (
         translator.data,
@@ -114,9 +117,9 @@ def translate(entries: Mapping[str, Entry]) -> Translation:
 class _Translator:
     """Reads mlx-lm's keys one group after the other; each value keeps the place where it was written."""
 
-    def __init__(self, entries: Mapping[str, Entry]):
+    def __init__(self, entries: Mapping[str, ConfigEntry]):
         self.written = entries
-        self.result = Translation()
+        self.result = MlxLmRun()
         accumulation = self.count("grad_accumulation_steps")
         self.accumulation = accumulation if accumulation > 0 else 1
 
@@ -127,7 +130,7 @@ class _Translator:
         return entry.value
 
     def count(self, key: str) -> int:
-        """A whole number; the default if it is none, which is a problem."""
+        """The value as a whole number; anything else is a problem, and the default is returned."""
         value = self.value(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
             self.problem(key, "a whole number")
@@ -135,10 +138,10 @@ class _Translator:
         return int(value)
 
     def set(self, name: str, value: Any, key: str, how: str | None = None) -> None:
-        """Put macft's key `name`, which comes from mlx-lm's `key`."""
+        """Set macft's key `name`, which comes from mlx-lm's `key`."""
         entry = self.written.get(key)
         origin = entry.origin if entry is not None and entry.value is not None else DEFAULT
-        self.result.entries[name] = Entry(value, origin, how or (key if key != name else None))
+        self.result.entries[name] = ConfigEntry(value, origin, how or (key if key != name else None))
 
     def problem(self, key: str, expected: str) -> None:
         entry = self.written[key]
@@ -243,7 +246,7 @@ class _Translator:
                 "with steps_per_report, steps_per_eval and save_every"
             )
         self.set("gradient_checkpointing", self.value("grad_checkpoint"), "grad_checkpoint")
-        self.note("pad tokens are not trained on; mlx-lm's loss counts one a row")
+        self.note("pad tokens are not trained on; mlx-lm's loss counts one per row")
         self.note("rows longer than max_seq_length lose user text first; mlx-lm cuts their end")
 
     def course(self) -> None:
@@ -289,9 +292,9 @@ class _Translator:
             self.set("adam_epsilon", options["eps"], "optimizer_config", how)
         decay = options.get("weight_decay", 0.01) if name == "adamw" else 0.0
         self.set("weight_decay", decay, "optimizer_config" if "weight_decay" in options else "optimizer", how)
-        self.set("max_grad_norm", 0.0, "optimizer", "optimizer, which clips nothing")
+        self.set("max_grad_norm", 0.0, "optimizer", "optimizer, which does not clip")
         if not options.get("bias_correction"):
-            self.note(f"{name} corrects its moments for their start at 0 (bias_correction): its first steps are other")
+            self.note(f"{name} corrects its moments for their start at 0 (bias_correction): its first steps differ")
 
     def output(self) -> None:
         self.set("output_dir", self.value("adapter_path"), "adapter_path")
@@ -313,7 +316,7 @@ class _Translator:
             entry = self.written.get(key)
             is_asked = entry is not None and entry.value not in (None, False, 0)
             if is_asked and not (key == "val_batches" and entry is not None and entry.value == -1):
-                self.result.unused[key] = Verdict(False, reason)
+                self.result.unused[key] = UnsupportedKey(False, reason)
 
 
 class _Course(NamedTuple):
@@ -324,7 +327,7 @@ class _Course(NamedTuple):
 
 
 def _course(schedule: Any) -> _Course | None:
-    """What `lr_schedule` says, as macft's course; None if macft has none like it."""
+    """`lr_schedule` as a schedule of macft; None if macft has none like it."""
     if not isinstance(schedule, dict):
         return None
     name, numbers = schedule.get("name"), schedule.get("arguments")
@@ -342,7 +345,7 @@ def _course(schedule: Any) -> _Course | None:
 
 
 def _holds_texts(path: Path) -> bool:
-    """Whether the first row is a text, as mlx-lm decides it; problems of the file are for those who read it whole."""
+    """Whether the first row is a text, as mlx-lm decides it; problems of the file are reported later."""
     try:
         with path.open(encoding="utf-8") as file:
             row = json.loads(file.readline())

@@ -1,4 +1,4 @@
-"""Names of other programs for what macft has, and their keys for what it has not, each with the reason."""
+"""List other programs' names for macft's keys, and their keys that macft does not have, with the reasons."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ ALIASES = {
 # Why a key has no effect here -> the keys.
 _NO_EFFECT = {
     "code from a model repository is never run": "trust_remote_code",
-    "the device is found by itself": "use_mps_device no_cuda use_cpu device_map quantization_device_map offload_folder",
-    "tokenized data is cached by itself, and this run trains": "tokenized_path data_shared_file_system",
+    "the device is found automatically": "use_mps_device no_cuda use_cpu device_map "
+    "quantization_device_map offload_folder",
+    "tokenized data is cached automatically, and this run trains": "tokenized_path data_shared_file_system",
     "tokenizing needs no such setting": "preprocessing_batch_size dataset_batch_size dataset_kwargs",
     "batches are made in the training process": "dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "
@@ -57,7 +58,7 @@ _NO_EFFECT = {
     "ddp_static_graph ddp_backend local_rank master_addr master_port log_on_each_node save_on_each_node "
     "average_tokens_across_devices ray_init_kwargs ray_run_name ray_storage_path resources_per_worker "
     "placement_strategy parallelism_config fsdp_config fsdp_transformer_layer_cls_to_wrap deepspeed_plugin",
-    "one process trains, and what this splits are memory and time, not results": "deepspeed fsdp",
+    "one process trains; this splits memory and time and does not change results": "deepspeed fsdp",
     "one process trains: a step holds the examples of one worker, not of all": "ray_num_workers num_workers",
     "the fast tokenizer is the only one": "use_fast_tokenizer",
     "the engine's own fast attention is used": "flash_attn attn_implementation",
@@ -76,7 +77,7 @@ _NO_EFFECT = {
     "the reference is computed once, before the first step": "precompute_ref_log_probs precompute_ref_batch_size",
     "there is one limit, cutoff_len: user text is shortened before answers are": "max_prompt_length "
     "max_completion_length max_target_length max_source_length truncation_mode model_max_length",
-    "answers alone are trained on; train_on_prompt: true trains on every token": "assistant_only_loss "
+    "only answers are trained on; train_on_prompt: true trains on every token": "assistant_only_loss "
     "completion_only_loss",
     "padding is told by length, not by a token": "pad_token ignore_bias_buffers",
     "packed rows are filled as well as they go": "packing_strategy eval_packing",
@@ -120,7 +121,7 @@ _NO_EFFECT = {
     "kt_lora_expert_intermediate_size kt_config kt_optimize_rule cpu_infer chunk_size enable_torch_profiler "
     "profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps profiler_repeat "
     "profiler_record_shapes profiler_profile_memory profiler_with_stack profile_modules",
-    "texts alone are trained on": "media_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches "
+    "only texts are trained on": "media_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches "
     "video_max_pixels video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate "
     "freeze_vision_tower freeze_multi_modal_projector train_mm_proj_only image_resolution video_resolution "
     "visual_inputs",
@@ -141,7 +142,7 @@ _REFUSED = {
     "preference training has no dropout": "disable_dropout",
     "an adapter starts as LoRA's authors say: A random, B zero": "pissa_init init_lora_weights",
     "adapter and layers have one learning rate": "loraplus_lr_ratio lora_lr_ratio",
-    "an adapter is of linear layers inside the blocks alone": "additional_target lora_modules_to_save modules_to_save "
+    "an adapter is only on linear layers inside the blocks": "additional_target lora_modules_to_save modules_to_save "
     "lora_target_parameters",
     "macft trains with AdamW": "optim use_galore use_apollo use_badam use_muon use_adam_mini adafactor optim_args "
     "optim_target_modules",
@@ -189,7 +190,7 @@ _FALSE_ASKS = frozenset(
     }
 )
 _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla", "adamw")
-# What macft does as the key says it.
+# Values that ask for what macft does anyway.
 _ASKED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(_FALSE_ASKS, (True,)),
     "flash_attn": ("auto",),
@@ -211,7 +212,7 @@ _ASKED: dict[str, tuple[Any, ...]] = {
 }
 _EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw", "paged_adamw_8bit", "paged_adamw_32bit")
 
-# Values of macft's keys that other programs have -> why macft has them not.
+# Values of macft's keys that other programs have -> why macft does not.
 REFUSED_VALUES = {
     ("stage", "rm"): "reward models are not trained",
     ("stage", "ppo"): "macft learns from pairs (dpo) or rated answers (kto), not from a reward model",
@@ -224,20 +225,20 @@ REFUSED_VALUES = {
 }
 
 
-class Verdict(NamedTuple):
-    """What becomes of a key that is none of macft's: refused, or without effect, and why."""
+class UnsupportedKey(NamedTuple):
+    """A key that macft does not have: whether it is refused or has no effect, and why."""
 
     is_refused: bool
     reason: str
 
 
-def judge(key: str, value: Any) -> Verdict | None:
-    """None if macft does what the key says, without having it. KeyError for a key that nobody has."""
+def judge(key: str, value: Any) -> UnsupportedKey | None:
+    """What becomes of a key that macft does not have, None if it does so anyway; KeyError if nobody has the key."""
     if key not in NO_EFFECT and key not in REFUSED:
         raise KeyError(key)
     is_off = value is None or (not value and key not in _FALSE_ASKS)
     if is_off or value in _ASKED.get(key, ()):
         return None
     if key == "optim" and value in _EIGHT_BIT:
-        return Verdict(False, "the state of AdamW stays in float32 in memory")
-    return Verdict(True, REFUSED[key]) if key in REFUSED else Verdict(False, NO_EFFECT[key])
+        return UnsupportedKey(False, "the state of AdamW stays in float32 in memory")
+    return UnsupportedKey(True, REFUSED[key]) if key in REFUSED else UnsupportedKey(False, NO_EFFECT[key])

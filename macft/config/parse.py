@@ -1,4 +1,4 @@
-"""A YAML file and the words of a command line in, every key with its value and where it was written out."""
+"""Parse a YAML file and the words of a command line into keys with their values and origins."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A value, where the user wrote it, and how, if not under macft's name."""
+class ConfigEntry:
+    """A value, where it was written, and under which key if not macft's own."""
 
     value: Any
     origin: str  # "line 3", "command line", "mlx-lm's default", "USE_MODELSCOPE_HUB"
     written: str | None = None
 
 
-def read_yaml(path: Path) -> dict[str, Entry]:
-    """The keys of a file with their lines; raises ConfigError for what is no mapping of keys."""
+def read_yaml(path: Path) -> dict[str, ConfigEntry]:
+    """The keys of a file with their lines; raises ConfigError for anything but a mapping of keys."""
     if path.is_dir():
         raise ConfigError(f"{path}: a folder, expected a YAML file{_yaml_files_in(path)}")
     if not path.is_file():
@@ -45,7 +45,7 @@ def read_yaml(path: Path) -> dict[str, Entry]:
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise ConfigError(f"{path}: found {found}, expected keys such as model_name_or_path: ...")
-    return {str(key): Entry(value, f"line {lines.get(str(key), 1)}") for key, value in content.items()}
+    return {str(key): ConfigEntry(value, f"line {lines.get(str(key), 1)}") for key, value in content.items()}
 
 
 def _load(text: str) -> tuple[Any, dict[str, int]]:
@@ -66,14 +66,14 @@ def _yaml_files_in(folder: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML lets a later key win in silence, and reads 1e-4 as text; here the one is a problem, the other a number."""
+    """Refuses a key that appears twice, of which YAML takes the later, and reads 1e-4 as a number, not as text."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = str(key_node.value)
             if key in seen:
-                problem = f"the key {key} is there twice; keep one"
+                problem = f"the key {key} appears twice; keep one"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -84,21 +84,21 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_overrides(arguments: Sequence[str], name_of: Callable[[str], str]) -> dict[str, Entry]:
-    """`key=value`, `--key value`, `--key=value` and a bare `--key` to entries; values are read as YAML.
+def parse_overrides(arguments: Sequence[str], name_of: Callable[[str], str]) -> dict[str, ConfigEntry]:
+    """Read `key=value`, `--key value`, `--key=value` and a bare `--key`; values are YAML.
 
     `name_of` gives macft's name of a key.
     """
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ConfigEntry] = {}
     for key, text in _words(arguments, name_of):
         if key in entries:
-            raise ConfigError(f"{key} is there twice on the command line; keep one")
-        entries[key] = Entry(True if text is None else _value(name_of(key), text), COMMAND_LINE)
+            raise ConfigError(f"{key} appears twice on the command line; keep one")
+        entries[key] = ConfigEntry(True if text is None else _value(name_of(key), text), COMMAND_LINE)
     return entries
 
 
 def _words(arguments: Sequence[str], name_of: Callable[[str], str]) -> Iterator[tuple[str, str | None]]:
-    """Keys with the text of their values; None for a key that stands alone."""
+    """Keys with the text of their values; None for a key without a value."""
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -124,7 +124,7 @@ def _key(text: str) -> str:
 
 
 def _is_switch(name: str) -> bool:
-    """Whether a key may stand alone: macft's own that are true or false, and all that are not macft's."""
+    """Whether a key may come without a value: macft's own that are true or false, and all that are not macft's."""
     field = Settings.model_fields.get(name)
     return field is None or "bool" in str(field.annotation)
 

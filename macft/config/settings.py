@@ -1,4 +1,4 @@
-"""Every key of a training configuration: its name (LLaMA-Factory's), type, default and meaning."""
+"""Define every key of a training configuration: name (LLaMA-Factory's), type, default and meaning."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ class Settings(BaseModel):
         description="`smollm2-135m`, a hub id, a local folder (HF or MLX layout) or a `.gguf` file."
     )
     adapter_name_or_path: str | None = Field(
-        None, description="A PEFT adapter to go on training; its own rank, alpha and targets are taken."
+        None, description="A PEFT adapter to continue training; its own rank, alpha and targets are used."
     )
     create_new_adapter: bool = Field(
         False, description="`adapter_name_or_path` becomes part of the base, and a fresh adapter is trained on it."
     )
     tokenizer_name_or_path: str | None = Field(
-        None, description="A folder or hub id whose tokenizer and template are taken. Default: the model's own."
+        None, description="A folder or hub id whose tokenizer and template are used. Default: the model's own."
     )
     hub: Literal["hf", "modelscope"] = Field(
         "hf",
-        description="Where names of models and data sets are looked up that are no local files. The environment "
+        description="Where names of models and data sets that are not local files are looked up. The environment "
         "variable `USE_MODELSCOPE_HUB=1` sets it too.",
     )
     train_from_scratch: bool = Field(
-        False, description="Start from random weights; of `model_name_or_path` its configuration is taken."
+        False, description="Start from random weights; only the configuration of `model_name_or_path` is used."
     )
     model_overrides: dict[str, Any] = Field(
         {}, description="Entries of `config.json` to replace (`{num_hidden_layers: 48}`), for `train_from_scratch`."
@@ -158,7 +158,7 @@ class Settings(BaseModel):
     template: str | None = Field(
         None,
         description="LLaMA-Factory's name of a template (`qwen3_nothink`, `llama3`), a Jinja chat template file, or "
-        "`empty`: the texts alone, answers closed by the end token. Default: the model's own.",
+        "`empty`: only the texts, answers closed by the end token. Default: the model's own.",
     )
     default_system: str | None = Field(
         None, description="System prompt of rows that have none. Default: what the template says."
@@ -174,15 +174,15 @@ class Settings(BaseModel):
         description="Fill rows of `cutoff_len` with several examples, which do not see each other. Default: yes for "
         "`pt`, else no.",
     )
-    train_on_prompt: bool = Field(False, description="Train on every token, not on the answers alone (`sft`).")
+    train_on_prompt: bool = Field(False, description="Train on every token, not only on the answers (`sft`).")
     mask_history: bool = Field(False, description="Train on the last answer of a conversation only (`sft`).")
     streaming: bool = Field(
         False, description="Read the data while training and keep nothing of it on disk; needs `max_steps`."
     )
-    buffer_size: int = Field(16384, ge=1, description="Of how many examples a stream is shuffled at a time.")
-    overwrite_cache: bool = Field(False, description="Tokenize anew what an earlier run has left tokenized.")
+    buffer_size: int = Field(16384, ge=1, description="How many examples of a stream are shuffled at a time.")
+    overwrite_cache: bool = Field(False, description="Tokenize again what an earlier run has cached.")
     preprocessing_num_workers: int | None = Field(
-        None, ge=1, description="Processes that tokenize. Default: one a core."
+        None, ge=1, description="Processes that tokenize. Default: one per core."
     )
 
     # ---- training
@@ -200,10 +200,10 @@ class Settings(BaseModel):
         "inverse_sqrt",
         "constant",
         "constant_with_warmup",
-    ] = Field("linear", description="Course of the learning rate after the warmup.")
+    ] = Field("linear", description="Learning rate schedule after the warmup.")
     lr_scheduler_kwargs: dict[str, float] = Field(
         {},
-        description="Options of that course: `num_cycles` (cosine, also with restarts or min_lr), `min_lr` or "
+        description="Options of that schedule: `num_cycles` (cosine, also with restarts or min_lr), `min_lr` or "
         "`min_lr_rate` (cosine_with_min_lr), `lr_end`, `power` (polynomial), `timescale` (inverse_sqrt).",
     )
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="Share of all steps in which the rate rises from 0.")
@@ -220,7 +220,7 @@ class Settings(BaseModel):
     fp16: bool = Field(False, description="Compute in float16, where the device trains in it.")
     group_by_length: bool = Field(
         True,
-        description="Examples of like length share a step: less padding. LLaMA-Factory's default is off.",
+        description="Examples of similar length share a step, which saves padding. LLaMA-Factory's default is off.",
     )
     disable_shuffling: bool = Field(
         False, description="Take the examples in the order of the files, whatever `group_by_length` says."
@@ -247,9 +247,9 @@ class Settings(BaseModel):
 
     # ---- output
     output_dir: str = Field(description="The run folder.")
-    overwrite_output_dir: bool = Field(False, description="Start anew in a folder that already holds a run.")
+    overwrite_output_dir: bool = Field(False, description="Start over in a folder that already holds a run.")
     resume_from_checkpoint: bool | str = Field(
-        False, description="`true`: go on from the newest checkpoint in `output_dir`; or the path of one."
+        False, description="`true`: continue from the newest checkpoint in `output_dir`; or the path of one."
     )
     logging_steps: int = Field(
         10, ge=1, description="Steps per row of `trainer_log.jsonl`. LLaMA-Factory's 500 hides short runs."
@@ -314,7 +314,7 @@ class Settings(BaseModel):
 
     @property
     def sorts_by_length(self) -> bool:
-        """Whether examples of like length share a step: a given order, a stream or packed rows leave no choice."""
+        """Whether examples of similar length share a step: a given order, a stream or packed rows leave no choice."""
         return self.group_by_length and not (self.disable_shuffling or self.streaming or self.is_packed)
 
     @property
@@ -352,7 +352,7 @@ class Settings(BaseModel):
 
     @property
     def precision(self) -> str:
-        """What `bf16` and `fp16` ask for: auto, float32, bfloat16 or float16."""
+        """The precision that `bf16` and `fp16` ask for: auto, float32, bfloat16 or float16."""
         if self.fp16:
             return "float16"
         if self.bf16 is None:

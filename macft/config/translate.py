@@ -1,4 +1,4 @@
-"""Keys under other programs' names in, the same under macft's names out."""
+"""Translate other programs' keys into macft's."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from macft.config.names import ALIASES
-from macft.config.parse import Entry
+from macft.config.parse import ConfigEntry
 
 Setting = tuple[str, Any]  # a key of macft's and its value
 
 
 class Translation(NamedTuple):
-    """How a key is said in macft's: in words, and by a function that raises ValueError(what is expected)."""
+    """What a key means in macft's keys: in words, and as a function that raises ValueError(what is expected)."""
 
     meaning: str
-    function: Callable[[Any], Setting | None]  # None: nothing needs to be said
+    function: Callable[[Any], Setting | None]  # None: the key asks for nothing
 
 
 def own_name(key: str) -> str:
@@ -24,9 +24,9 @@ def own_name(key: str) -> str:
     return _NAMES.get(key) or ALIASES.get(key, key)
 
 
-def to_own_names(entries: Mapping[str, Entry], problems: list[str]) -> dict[str, Entry]:
-    """The entries of one source under macft's names; two names of one key that say unlike things are a problem."""
-    result: dict[str, Entry] = {}
+def to_own_names(entries: Mapping[str, ConfigEntry], problems: list[str]) -> dict[str, ConfigEntry]:
+    """The entries of one source under macft's names; two names of one key with different values are a problem."""
+    result: dict[str, ConfigEntry] = {}
     first: dict[str, str] = {}
     for key, entry in entries.items():
         try:

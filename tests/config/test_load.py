@@ -78,7 +78,7 @@ def test_a_wrong_value_is_shown_with_what_was_wanted(override, message):
 
 def test_a_key_written_twice_is_refused_with_its_line(tmp_path):
     text = f"{YAML}seed: 1\nseed: 2\n"
-    assert refusal(tmp_path, text) == "DIR/run.yaml line 5, column 1: the key seed is there twice; keep one"
+    assert refusal(tmp_path, text) == "DIR/run.yaml line 5, column 1: the key seed appears twice; keep one"
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def test_an_override_by_another_name_wins_over_the_file(tmp_path):
         (["--seed"], "--seed has no value; write --seed VALUE"),
         (["--seed", "--lora_rank", "8"], "--seed has no value; write --seed VALUE"),
         (["seed"], "'seed' is not an override; write key=value or --key value"),
-        (["seed=1", "seed=2"], "seed is there twice on the command line; keep one"),
-        (["lora_rank=1", "--lora-rank", "1"], "lora_rank is there twice on the command line; keep one"),
-        (["--max_steps", "1", "--max-steps=2"], "max_steps is there twice on the command line; keep one"),
+        (["seed=1", "seed=2"], "seed appears twice on the command line; keep one"),
+        (["lora_rank=1", "--lora-rank", "1"], "lora_rank appears twice on the command line; keep one"),
+        (["--max_steps", "1", "--max-steps=2"], "max_steps appears twice on the command line; keep one"),
         (
             ["seed=1", "run.yaml"],
             "'run.yaml' is not an override; write key=value or --key value; a configuration file comes first",

@@ -112,7 +112,7 @@ def test_every_key_is_translated(folder):
     assert loaded.notes == [
         f"{folder / 'lora.yaml'}: a configuration of mlx-lm",
         "lora_alpha is 40: scale 10 x rank 4",
-        "pad tokens are not trained on; mlx-lm's loss counts one a row",
+        "pad tokens are not trained on; mlx-lm's loss counts one per row",
         "rows longer than max_seq_length lose user text first; mlx-lm cuts their end",
         "the adapter is written in PEFT's layout; macft convert adapter --to mlx makes it mlx-lm's",
     ]
@@ -131,7 +131,7 @@ def test_what_is_left_out_has_the_default_of_mlx_lm(folder):
         "num_layers, by mlx-lm's default, is 16: theirs trains the last 16 layers; here the adapter is on all layers"
     ]
     assert "mask_prompt is false: every token is trained on, the prompt and the template too" in loaded.notes
-    assert "adam corrects its moments for their start at 0 (bias_correction): its first steps are other" in loaded.notes
+    assert "adam corrects its moments for their start at 0 (bias_correction): its first steps differ" in loaded.notes
 
 
 def test_the_defaults_are_those_of_the_installed_mlx_lm(monkeypatch):

@@ -299,8 +299,8 @@ CONTRADICTIONS = [
         "interleave_probs: found 2, expected 1, one for each data set of eval_dataset",
     ),
     (["streaming=true"], "streaming has no known end; set max_steps"),
-    ([*STREAM, "max_samples=5"], "streaming and max_samples exclude each other; set max_steps alone"),
-    ([*STREAM, "val_size=0.1"], "val_size 0.1 is a share, and of a stream no share is known; write a count"),
+    ([*STREAM, "max_samples=5"], "streaming and max_samples exclude each other; set only max_steps"),
+    ([*STREAM, "val_size=0.1"], "val_size 0.1 is a share, which a stream does not have; write a count"),
     ([*STREAM, "save_strategy=epoch"], "streaming has no epochs; set save_strategy to steps"),
     (
         [*STREAM, "stage=dpo"],
