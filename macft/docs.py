@@ -55,7 +55,7 @@ def configuration_page() -> str:
     )
     parts += ["", "## Files of mlx-lm", ""]
     parts += [
-        "Recognized by their keys; what they leave out has mlx-lm's defaults. A run begins with a list of the differences.",
+        "Recognized by their keys; what they leave out has mlx-lm's defaults. A run lists the differences first.",
         "",
     ]
     parts += ["| mlx-lm | here | difference |", "| --- | --- | --- |"]
@@ -103,7 +103,7 @@ def _type(annotation: Any) -> str:
 
 
 def conversion_table() -> str:
-    """The table of docs/weights.md: which conversions know a model type; merging into HF layout knows all of them."""
+    """The table of docs/weights.md: which conversions know a model type (merging into HF layout knows all)."""
     from_gguf = set(IMPORTED.values())
     from_litgpt = set(model_types())
     rows = [

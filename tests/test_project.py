@@ -16,6 +16,9 @@ each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path
 
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 80
+MOST_MODULES = 14  # side by side in a folder
+MOST_ROWS = 25  # of the tour in CONTRIBUTING.md
+FOLDERS = sorted({path.parent for path in MODULES})
 # modules that talk to the user on the terminal
 MAY_PRINT = {"cli.py", "chat.py", "report.py", "preview.py"}
 
@@ -53,6 +56,29 @@ def test_a_module_says_what_it_is_for(path):
     assert docstring is not None, "no docstring"
     first = docstring.split("\n\n")[0]
     assert first.endswith("."), first
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_a_folder_can_be_looked_over(folder):
+    assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MOST_MODULES
+
+
+def test_the_tour_has_a_row_for_every_folder():
+    text = (CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tour = text[text.index("## Tour of the tree") : text.index("## How to add")]
+    names = [name for row in re.findall(r"^\| (`.*?) \|", tour, flags=re.MULTILINE) for name in row.split(", ")]
+    assert len(re.findall(r"^\| `", tour, flags=re.MULTILINE)) <= MOST_ROWS
+    toured: set[Path] = set()
+    root = CHECKOUT / "macft"
+    parent = root
+    for name in (name.strip("`") for name in names):
+        # "`gguf/importer/`, `exporter/`": the second stands in the folder of the first
+        path = root / name if (root / name).exists() else parent / name
+        assert path.exists(), name
+        parent = path.parent
+        toured.add(path)
+    assert set(FOLDERS) - toured == {root}
+    assert {path for path in root.glob("*.py") if not path.name.startswith("__")} <= toured
 
 
 @each_module
@@ -101,5 +127,5 @@ def test_the_search_for_machine_paths_finds_one():
 
 
 def test_every_test_module_says_what_it_proves():
-    for path in sorted((CHECKOUT / "tests").glob("*.py")):
+    for path in sorted((CHECKOUT / "tests").rglob("*.py")):
         assert ast.get_docstring(tree(path)), path.name
