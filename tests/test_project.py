@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,51 @@ def test_the_tour_has_a_row_for_every_folder():
         toured.add(path)
     assert set(FOLDERS) - toured == {root}
     assert {path for path in root.glob("*.py") if not path.name.startswith("__")} <= toured
+
+
+# "Settings in; findings out.": what a module takes and gives, where a sentence should say what it does
+IN_AND_OUT = re.compile(r"\b(?:in|goes in|go in)\b[,;][^.]*\bout\b\.?$|(?:goes|go|comes|come) (?:in|out)\b")
+
+
+@each_module
+def test_a_module_opens_with_one_plain_sentence(path):
+    docstring = ast.get_docstring(tree(path))
+    if docstring is not None:
+        first = docstring.split("\n\n")[0]
+        assert not IN_AND_OUT.search(first), first
+        assert "\n" not in first and len(first) <= 117, first
+
+
+def test_the_form_in_and_out_is_recognized():
+    assert IN_AND_OUT.search("A table of rows in; what became of them, counted and in warnings, out.")
+    assert IN_AND_OUT.search("Nothing goes in; findings about this machine come out.")
+    assert not IN_AND_OUT.search("Write files without leaving anything out.")
+    assert not IN_AND_OUT.search("Merge adapters in place, and write the result.")
+
+
+# each engine has the classes of the contract under the same names
+PER_ENGINE = {"SplitModel"}
+
+
+def test_no_two_public_classes_have_one_name():
+    names = Counter(
+        node.name
+        for path in MODULES
+        for node in tree(path).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert {name for name, count in names.items() if count > 1} - PER_ENGINE == set()
+
+
+def test_no_test_imports_from_another_test_file():
+    tests = sorted((CHECKOUT / "tests").rglob("*.py"))
+    imported = {
+        (path.name, node.module)
+        for path in tests
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.rpartition(".")[2].startswith("test_")
+    }
+    assert imported == set()
 
 
 @each_module
