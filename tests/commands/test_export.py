@@ -13,7 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.commands import macft
 
+from macft.commands.export import QUANT_NAMES
 from macft.gguf.format import read_gguf
+from macft.gguf.writing.quantize import QUANTS
 from macft.weights.adapters.peft import AdapterConfig, write_adapter
 from macft.weights.folder import weights_hash
 
@@ -72,6 +74,10 @@ def test_one_existing_file_of_two_is_refused_and_nothing_written(model, tmp_path
     said = refusal("gguf", model, "--output", tmp_path / "x.gguf", "--quant", "f16,q8_0", "--no-verify", code=2)
     assert said == f"{tmp_path / 'x-q8_0.gguf'}: exists already; name a file that does not, or remove this one"
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x-q8_0.gguf", "kept")]
+
+
+def test_help_lists_the_quantizations_there_are():
+    assert set(QUANT_NAMES.split(", ")) == set(QUANTS)
 
 
 @pytest.mark.parametrize(
