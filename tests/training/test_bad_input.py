@@ -10,7 +10,9 @@ from support.commands import macft, macft_process, write_chat_data, write_config
 from support.paths import CHECKOUT
 from support.refused_runs import changed_model, message_of, refused
 
-ENGINES = pytest.mark.parametrize("backend", ["mlx", "torch"])
+from macft.engines import BACKENDS
+
+ENGINES = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.fixture

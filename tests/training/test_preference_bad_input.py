@@ -10,10 +10,12 @@ from support.commands import macft, write_chat_data, write_config
 from support.refused_runs import changed_model, message_of, refused
 from support.toy_backend import toy_settings, write_pairs, write_rows, write_toy_model
 
+from macft.engines import BACKENDS
 from macft.training.run import train
 
 GOOD = {"prompt": "hello", "chosen": "Paris is the capital.", "rejected": "one two"}
-ENGINES = pytest.mark.parametrize("backend", ["mlx", "torch"])
+
+ENGINES = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.fixture
@@ -160,7 +162,7 @@ def adapter(folder: Path, model: Path) -> Path:
 def test_a_new_adapter_on_a_dora_adapter(folder, adapter):
     assert refused(folder, f"adapter_name_or_path={adapter.parent / 'dora'}", "create_new_adapter=true", code=2) == (
         f"create_new_adapter: {adapter.parent / 'dora'} is a DoRA adapter, which cannot be stacked; remove the key to "
-        "go on training it"
+        "train it further"
     )
 
 

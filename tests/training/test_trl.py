@@ -29,6 +29,7 @@ from macft.data.batches import collate, row_length
 from macft.data.templates.chat_template import load_template
 from macft.data.tokenization.table import Reference, TokenizedExample, TokenizedPair
 from macft.data.tokenization.tokenizer import load_tokenizer
+from macft.engines import BACKENDS
 from macft.models.locate import resolve_model
 from macft.objectives.preference import Preference, answer_positions, reference_columns
 
@@ -36,7 +37,7 @@ pytest.importorskip("trl", reason="trl is not installed: pip install trl")
 
 pytestmark = [pytest.mark.mlx, pytest.mark.torch]
 
-ENGINES = ("mlx", "torch")
+ENGINES = tuple(BACKENDS)
 DPO = Kind(
     "DPO",
     ("prompt_ids", "chosen_ids", "rejected_ids"),

@@ -23,6 +23,7 @@ from support.trl_runs import (
 from macft.backends.base import LoraSpec, Model
 from macft.data.batches import collate
 from macft.data.tokenization.feedback import FeedbackReference, TokenizedFeedback
+from macft.engines import BACKENDS
 from macft.objectives.kto import Kto, answer_scores
 from macft.objectives.ops import NumpyOps
 
@@ -30,7 +31,7 @@ pytest.importorskip("trl", reason="trl is not installed: pip install trl")
 
 pytestmark = [pytest.mark.mlx, pytest.mark.torch]
 
-ENGINES = ("mlx", "torch")
+ENGINES = tuple(BACKENDS)
 KTO = Kind(
     "KTO",
     ("prompt_ids", "completion_ids", "KL_completion_ids"),
