@@ -1,4 +1,4 @@
-"""LLaMA-Factory's template names in; the strings each puts around the contents out.
+"""List LLaMA-Factory's chat templates: the strings that each puts around the contents.
 
 Adapters and configs made with LLaMA-Factory name their texts by these words. In a string stand
 {content}, {bos} and {eos}; `template_source` makes Jinja of them.
