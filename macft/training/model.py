@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from macft.config.settings import Settings
+from macft.data.kinds import kind_of_stage
 from macft.data.templates.chat_template import ChatTemplate, load_template
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import ConfigError, ModelError
@@ -85,6 +86,6 @@ def resolve_template(settings: Settings, folder: Path, tokenizer: Tokenizer) -> 
         )
     except ModelError:
         # a base model has none, and texts need none
-        if settings.stage == "pt" and settings.template is None:
+        if not kind_of_stage(settings.stage).has_template and settings.template is None:
             return None
         raise

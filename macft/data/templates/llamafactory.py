@@ -1,7 +1,7 @@
-"""List LLaMA-Factory's chat templates: the strings that each puts around the contents.
+"""List LLaMA-Factory's template names and the strings that each puts around the contents.
 
-Adapters and configs made with LLaMA-Factory name their texts by these words. In a string stand
-{content}, {bos} and {eos}; `template_source` makes Jinja of them.
+Adapters and configs made with LLaMA-Factory name their templates by these words. The strings may hold
+{content}, {bos} and {eos}; `slots.named_source` makes Jinja of them.
 """
 
 from __future__ import annotations
