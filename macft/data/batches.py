@@ -8,9 +8,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from macft.data.tokenization.feedback import TokenizedFeedback
 from macft.data.tokenization.packing import PackedExample
-from macft.data.tokenization.table import TokenizedExample, TokenizedPair
+from macft.data.tokenization.table import TokenizedExample, TokenizedFeedback, TokenizedPair
 from macft.objectives.batch import Batch, NumpyBatch
 
 # What a row of a batch is made of; a pair makes two rows, and so does a rated answer.

@@ -7,16 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from macft.data.formats.conversations import EXAMPLES
+from macft.data.formats.feedback import FEEDBACK, holds_feedback
 from macft.data.formats.pairs import PAIRS, holds_pairs
 from macft.data.formats.reader import RowReader
 from macft.data.formats.texts import TEXTS, holds_texts
 from macft.data.sources.resolve import DataSource
 from macft.data.sources.rows import first_keys
-from macft.data.tokenization import conversations, pairs, texts
+from macft.data.tokenization import conversations, feedback, pairs, texts
 from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.packing import PackedExample, PackedRows
 from macft.data.tokenization.report import SkipReason, TokenizeReport
-from macft.data.tokenization.row_preview import RowPreview, preview_example, preview_pair, preview_text
+from macft.data.tokenization.row_preview import (
+    RowPreview,
+    preview_example,
+    preview_feedback,
+    preview_pair,
+    preview_text,
+)
 from macft.data.tokenization.table import Rows, Table, TokenizedExample
 from macft.errors import DataError
 
@@ -94,8 +101,20 @@ DPO = Kind(
     skip_reasons=pairs.SKIP_REASONS,
     width=2,
 )
+KTO = Kind(
+    name="kto",
+    stages=("kto",),
+    noun="rated answer",
+    row_noun="row",
+    holds=holds_feedback,
+    reader=FEEDBACK,
+    encode=feedback.encode_feedback,
+    take=feedback.take_feedback,
+    preview=preview_feedback,
+    skip_reasons=conversations.SKIP_REASONS,
+)
 # the first that holds what a file without a config shows is what it is taken for
-KINDS = (DPO, PT, SFT)
+KINDS = (DPO, KTO, PT, SFT)
 
 
 def kind_named(name: str) -> Kind:

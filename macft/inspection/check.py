@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[Level, str]] = {
     "placeholder": ("note", "a placeholder, which the model would learn to say"),
     "special token": ("note", "special tokens in the text, which stay special"),
     "identical": ("note", "the same tokens on both sides, which show no preference"),
-    "contradiction": ("note", "the answer that an earlier pair rejects is preferred"),
+    "contradiction": ("note", "judges answers the other way round than an earlier row"),
     "duplicate": ("note", "repeats an earlier row"),
     "same prompt": ("note", "asks what an earlier row asks, with another answer"),
     "evaluation": ("note", "evaluated on and trained on"),

@@ -21,9 +21,10 @@ from macft.data.sources.resolve import ResolvedSources, resolve_sources
 from macft.data.stream import Stream
 from macft.data.templates.chat_template import ChatTemplate, marker_notes
 from macft.data.tokenization.encoding import Encoding
+from macft.data.tokenization.feedback import in_blocks
 from macft.data.tokenization.packing import PackedRows
 from macft.data.tokenization.report import TokenizeReport
-from macft.data.tokenization.table import Rows, Table
+from macft.data.tokenization.table import Feedback, Rows, Table
 from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import ConfigError
 from macft.progress import counting
@@ -95,7 +96,12 @@ def read_data(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate |
         held_out, (chosen, others) = table, (np.array(part, dtype=np.int64) for part in split)
     train, report = _take(request, encoding, table, chosen, packing=settings.is_packed)
     valid = _take_rows(request, encoding, held_out, others) if len(others) else []
-    return Data(train, valid, report, _digest(settings, table, chosen))
+    digest, block = _digest(settings, table, chosen), settings.per_device_train_batch_size
+    if isinstance(valid, Feedback):
+        valid = in_blocks(valid, block)
+    if isinstance(train, Feedback):
+        train, digest = in_blocks(train, block), _feedback_digest(digest, train, block)
+    return Data(train, valid, report, digest)
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,11 @@ def _digest(settings: Settings, table: Table, rows: np.ndarray) -> str:
     digest = hashlib.sha256(f"{table.digest} {settings.cutoff_len if is_cut else None} ".encode())
     digest.update(rows.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def _feedback_digest(digest: str, rows: Feedback, block: int) -> str:
+    """Ratings and blocks belong to what is trained on."""
+    return hashlib.sha256(f"{digest} {block} ".encode() + rows.is_desirable.tobytes()).hexdigest()
 
 
 def _stream_digest(stream: Stream, held_out: int, mixture: Mixture) -> str:

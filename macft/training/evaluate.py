@@ -9,9 +9,9 @@ import numpy as np
 
 from macft.backends.base import Scores
 from macft.config.settings import Settings
-from macft.data.batches import collate
+from macft.data.batches import TrainingRow, collate
 from macft.data.plan import StepPlan
-from macft.data.tokenization.table import Reference, TokenizedExample, TokenizedPair
+from macft.data.tokenization.table import FeedbackReference, Reference, TokenizedFeedback, TokenizedPair
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Objective
 from macft.objectives.ops import NumpyOps
@@ -38,12 +38,19 @@ def will_evaluate(settings: Settings, plan: StepPlan) -> bool:
     return any(plan.is_due(each, every, step) for step in range(1, plan.total_steps + 1))
 
 
-def metric_names(objective: Objective, example: TokenizedExample | TokenizedPair) -> set[str]:
+def metric_names(objective: Objective, example: TrainingRow) -> set[str]:
     """The names that `evaluate` will return, found with made-up log-probabilities of one example."""
+    rows = [example]
     if isinstance(example, TokenizedPair):
-        batch = collate([replace(example, reference=Reference(-1.0, -1.0, 1.0))])
-    else:
-        batch = collate([example])
-    rows, length = batch.tokens.shape
-    _, metrics = objective(NumpyOps(), np.full((rows, length - 1), -1.0, np.float32), batch)
-    return {f"eval_{name}" for name in ("loss", *metrics)}
+        rows = [replace(example, reference=Reference(-1.0, -1.0, 1.0))]
+    if isinstance(example, TokenizedFeedback):
+        # some metrics are only of desirable answers, others only of the rest
+        made_up = replace(example, reference=FeedbackReference(-1.0, -1.0))
+        rows = [replace(made_up, is_desirable=is_desirable) for is_desirable in (True, False)]
+    batch = objective.complete(collate(rows), _made_up)
+    _, metrics = objective(NumpyOps(), _made_up(batch, objective.positions(batch)), batch)
+    return {f"eval_{name}" for name in ("loss", *objective.report({name: 1.0 for name in metrics}))}
+
+
+def _made_up(_batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
+    return np.full(positions.shape, -1.0, np.float32)

@@ -26,8 +26,7 @@ from macft.backends.adapters import spec_of_adapter
 from macft.backends.base import Model, ModelInfo, ModelSpec, Scores
 from macft.config.settings import Settings
 from macft.data.batches import in_order
-from macft.data.tokenization.feedback import Feedback, TokenizedFeedback
-from macft.data.tokenization.table import Pairs, TokenizedPair
+from macft.data.tokenization.table import Feedback, Pairs, TokenizedFeedback, TokenizedPair
 from macft.errors import ConfigError, ModelError
 from macft.files import cache_dir
 from macft.objectives.batch import NumpyBatch

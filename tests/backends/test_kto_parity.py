@@ -13,7 +13,7 @@ from support.tiny_models import ARCHITECTURES, random_feedback
 
 from macft.backends.base import LoraSpec, Model, ModelSpec, OptimizerSpec, State, StepResult
 from macft.data.batches import collate
-from macft.data.tokenization.feedback import FeedbackReference, TokenizedFeedback
+from macft.data.tokenization.table import FeedbackReference, TokenizedFeedback
 from macft.objectives.kto import Kto, answer_scores
 from macft.objectives.ops import NumpyOps
 

@@ -15,8 +15,7 @@ from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec
 from macft.backends.batch_layout import split_by_tokens
 from macft.backends.torch import backend as torch_backend
 from macft.data.batches import collate
-from macft.data.tokenization.feedback import FeedbackReference
-from macft.data.tokenization.table import Reference
+from macft.data.tokenization.table import FeedbackReference, Reference
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.kto import Kto
 from macft.objectives.losses import Sft

@@ -11,8 +11,7 @@ import pytest
 from support.toy_backend import ENGINES
 
 from macft.data.batches import collate
-from macft.data.tokenization.feedback import FeedbackReference, TokenizedFeedback
-from macft.data.tokenization.table import TokenizedExample
+from macft.data.tokenization.table import FeedbackReference, TokenizedExample, TokenizedFeedback
 from macft.errors import MacftError
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.kto import Kto

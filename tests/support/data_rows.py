@@ -11,10 +11,11 @@ import numpy as np
 from macft.data.formats.columns import RowFormat
 from macft.data.formats.conversations import EXAMPLES, Example
 from macft.data.formats.dataset import Mixture, Request
+from macft.data.formats.feedback import FeedbackExample
 from macft.data.formats.pairs import PAIRS, PairExample
 from macft.data.formats.reader import Say, read_file
 from macft.data.formats.texts import PlainText
-from macft.data.kinds import DPO, PT, SFT, Kind, kind_of_source
+from macft.data.kinds import DPO, KTO, PT, SFT, Kind, kind_of_source
 from macft.data.notes import log_notes
 from macft.data.sources.resolve import resolve_sources
 from macft.data.templates.chat_template import ChatTemplate
@@ -64,6 +65,11 @@ def read_texts(*arguments: Any, **keys: Any) -> list[PlainText]:
 def read_pairs(*arguments: Any, **keys: Any) -> list[PairExample]:
     """Preference pairs."""
     return list(iter_rows(DPO, *arguments, **keys))
+
+
+def read_feedback(*arguments: Any, **keys: Any) -> list[FeedbackExample]:
+    """Rated answers."""
+    return list(iter_rows(KTO, *arguments, **keys))
 
 
 def holds_pairs(dataset: str, dataset_dir: str) -> bool:
@@ -120,6 +126,11 @@ def tokenize_examples(*arguments: Any, **keys: Any) -> tuple[Any, Any]:
 def tokenize_pairs(*arguments: Any, **keys: Any) -> tuple[Any, Any]:
     """Preference pairs."""
     return tokenize(DPO, *arguments, **keys)
+
+
+def tokenize_feedback(*arguments: Any, **keys: Any) -> tuple[Any, Any]:
+    """Rated answers."""
+    return tokenize(KTO, *arguments, **keys)
 
 
 def tokenize_texts(*arguments: Any, **keys: Any) -> tuple[Any, Any]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from macft.data.batches import collate
-from macft.data.tokenization.feedback import TokenizedFeedback, mismatched, partners
-from macft.data.tokenization.table import TokenizedExample, TokenizedPair
+from macft.data.tokenization.feedback import partners
+from macft.data.tokenization.table import TokenizedExample, TokenizedFeedback, TokenizedPair, mismatched
 from macft.objectives.batch import NumpyBatch
 
 VOCABULARY = 199

@@ -72,6 +72,17 @@ def write_pairs(path: Path, count: int = 10, seed: int = 0) -> Path:
     return path
 
 
+def write_feedback(path: Path, count: int = 10, seed: int = 0) -> Path:
+    """Questions with an answer each, of different lengths, rated desirable and undesirable by turns."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for i in range(count):
+        prompt, completion = (" ".join(rng.choice(_WORDS, int(rng.integers(2, 12)))) for _ in range(2))
+        lines.append(json.dumps({"prompt": prompt, "completion": completion, "label": i % 2 == 0}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
 def toy_settings(model: Path, data: Path, output_dir: Path, backend: str, **keys: Any) -> Settings:
     """Ten rows, two a step, two epochs: ten steps, each logged; no picture."""
     values = {

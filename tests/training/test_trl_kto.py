@@ -22,7 +22,7 @@ from support.trl_runs import (
 
 from macft.backends.base import LoraSpec, Model
 from macft.data.batches import collate
-from macft.data.tokenization.feedback import FeedbackReference, TokenizedFeedback
+from macft.data.tokenization.table import FeedbackReference, TokenizedFeedback
 from macft.engines import BACKENDS
 from macft.objectives.kto import Kto, answer_scores
 from macft.objectives.ops import NumpyOps

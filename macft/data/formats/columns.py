@@ -37,6 +37,8 @@ SHAREGPT = MessageKeys(
 # the columns of alpaca rows, and where they stand if nothing else is said
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system"}
 SIDES = ("chosen", "rejected")
+# where the rating of a single answer stands if nothing else is said
+RATINGS = ("label", "kto_tag")
 
 # keys that hold what is missing, most likely first
 _LIKELY = {

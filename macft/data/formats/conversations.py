@@ -50,6 +50,8 @@ class Example(DataRow):
 def _check_source(source: DataSource) -> DataSource:
     refuse_ranking(source)
     row_format = source.row_format
+    if row_format is not None and "kto_tag" in row_format.columns:
+        raise DataError(f"{source.name}: dataset_info.json maps kto_tag: these are rated answers; set stage: kto")
     if row_format is not None and row_format.style == "alpaca" and "response" not in row_format.columns:
         raise DataError(
             f"{source.name}: the columns in dataset_info.json map no response{_offer(source, row_format)}, "

@@ -84,12 +84,13 @@ class RowReader(Generic[T]):
     """What a kind of data makes of rows.
 
     `check` gives the data set as it is read, and raises DataError where it holds others; `recognize` finds the format
-    by the first row; `read` gives None where it adds a problem.
+    by the first row; `read` gives None where it adds a problem. `own_keys` are read besides those of conversations.
     """
 
     check: Callable[[DataSource], DataSource]
     recognize: Callable[[Path, Row], RowFormat]
     read: Callable[[RowFormat, dict[str, Any], str, RowErrors], T | None]
+    own_keys: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -124,7 +125,7 @@ def read_file(
     names = table_columns(path) if is_table(path) else None
     expected = None
     if names is not None:
-        known = KNOWN_KEYS if row_format is None else row_format.keys | row_format.unmapped.keys()
+        known = KNOWN_KEYS | reader.own_keys if row_format is None else row_format.keys | row_format.unmapped.keys()
         expected = [name for name in names if name in known]
     items = scan(path, expected)
     first: list[Row | Unread] = []

@@ -18,7 +18,7 @@ from macft.errors import DataError, join_problems
 FILE_NAME = "dataset_info.json"
 
 _HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url")
-_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools", *SIDES)
+_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools", *SIDES, "kto_tag")
 _MEDIA = ("images", "videos", "audios")
 _TAGS = {
     "user_tag": "user",
@@ -148,12 +148,10 @@ def _row_format(value: dict[str, Any], problems: list[str]) -> RowFormat:
         problems.append(f"formatting: found {formatting!r}, expected one of {', '.join(FORMATTINGS)}")
     is_ranking = bool(value.get("ranking"))
     is_alpaca = formatting == "alpaca"
-    given = _strings("columns", value.get("columns"), (*_COLUMNS, *_MEDIA, "kto_tag"), problems)
+    given = _strings("columns", value.get("columns"), (*_COLUMNS, *_MEDIA), problems)
     for key in _MEDIA:
         if given.get(key):
             problems.append(f"columns: {key} is mapped; only text is trained on: use a data set without {key}")
-    if given.get("kto_tag"):
-        problems.append("columns: kto_tag is mapped; single rated answers (KTO) are not supported")
     columns = {key: name for key, name in given.items() if name is not None and key in _COLUMNS}
     if value.get("columns") is None:
         defaults = {key: ALPACA[key] for key in ("prompt", "query", "response")}

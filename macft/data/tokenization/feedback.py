@@ -1,95 +1,55 @@
-"""Tokenize answers that are each rated desirable or not, and pair each with the answer to another prompt."""
+"""Tokenize answers that are each rated desirable or not, and match each prompt with the answer to another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import overload
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from macft.data.tokenization.table import DESIRABLE, Table, TokenizedExample
+from macft.data.formats.feedback import FeedbackExample
+from macft.data.tokenization.conversations import encode_examples, take_examples
+from macft.data.tokenization.encoding import Encoding
+from macft.data.tokenization.report import TokenizeReport
+from macft.data.tokenization.table import DESIRABLE, Examples, Feedback, Table
+from macft.errors import DataError
 
 
-@dataclass(frozen=True)
-class FeedbackReference:
-    """What the reference model says of one row: log-probabilities summed over the answer, and over the other one."""
-
-    logp: float
-    mismatched_logp: float
-
-
-@dataclass(frozen=True)
-class TokenizedFeedback:
-    """A prompt with its answer, and the same prompt with the answer to another; both masks begin after the prompt."""
-
-    row: TokenizedExample
-    mismatched: TokenizedExample
-    is_desirable: bool
-    reference: FeedbackReference | None = None
+def encode_feedback(
+    examples: Sequence[FeedbackExample], encoding: Encoding, files: Mapping[str, int] | None = None
+) -> Table:
+    """Every conversation with its last answer as the target, and its rating; see `encode_examples`."""
+    table = encode_examples(examples, only_last(encoding), files)
+    columns = table.columns.copy()
+    columns["flags"] |= np.array([DESIRABLE * example.is_desirable for example in examples], dtype=np.uint8)
+    return replace(table, columns=columns)
 
 
-@dataclass(frozen=True, eq=False)
-class Feedback(Sequence[TokenizedFeedback]):
-    """The rated answers `indices` of a table, each made when it is asked for.
+def take_feedback(
+    table: Table, encoding: Encoding, indices: np.ndarray | None = None, *, packing: bool = False
+) -> tuple[Feedback, TokenizeReport]:
+    """What is trained on of a table (of its rows `indices`), all in one block of partners, and the counts.
 
-    `partners` int64 [rows]: the rows of the table whose answers theirs are compared with. `references` float64
-    [rows, 2]: the fields of FeedbackReference; nan in the first where there is none.
+    Raises DataError when nothing is left, or a single row, which has no other answer to be compared with.
     """
-
-    table: Table
-    indices: np.ndarray
-    partners: np.ndarray
-    cutoff_len: int
-    references: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @overload
-    def __getitem__(self, index: int) -> TokenizedFeedback: ...
-    @overload
-    def __getitem__(self, index: slice) -> Feedback: ...
-    def __getitem__(self, index: int | slice) -> TokenizedFeedback | Feedback:
-        if isinstance(index, slice):
-            references = self.references[index] if self.references is not None else None
-            return Feedback(self.table, self.indices[index], self.partners[index], self.cutoff_len, references)
-        at, partner = int(self.indices[index]), int(self.partners[index])
-        reference = None
-        if self.references is not None and not np.isnan(self.references[index, 0]):
-            reference = FeedbackReference(*map(float, self.references[index]))
-        row = self.table.row(at)
-        other = mismatched(row, self.table.row(partner), self.cutoff_len)
-        return TokenizedFeedback(row, other, bool(self.is_desirable[index]), reference)
-
-    @cached_property
-    def is_desirable(self) -> np.ndarray:
-        """bool [rows]."""
-        desirable: np.ndarray = self.table.columns["flags"][self.indices] & DESIRABLE > 0
-        return desirable
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """int64 [rows]: tokens of each with its own answer or with the other one, whichever are more."""
-        others = self.table.columns["prompt_length"][self.indices] + self.table.columns["trained"][self.partners]
-        lengths: np.ndarray = np.maximum(self.table.lengths[self.indices], np.minimum(others, self.cutoff_len))
-        return lengths
-
-    def take(self, indices: np.ndarray) -> Feedback:
-        """Some of the rows, without references."""
-        return Feedback(self.table, self.indices[indices], self.partners[indices], self.cutoff_len)
-
-    def with_references(self, references: np.ndarray) -> Feedback:
-        """The same rows with what the reference model says of each, [rows, 2] as in `references`."""
-        return replace(self, references=references)
+    assert not packing, "rated answers are not packed"
+    kept, report = take_examples(table, encoding, indices)
+    assert isinstance(kept, Examples)
+    if len(kept) == 1:
+        raise DataError(
+            "a single rated answer cannot be trained on: the KL term of KTO compares it with others; add rows"
+        )
+    return in_blocks(Feedback(table, kept.indices, kept.indices, encoding.cutoff_len), len(kept)), report
 
 
-def mismatched(row: TokenizedExample, other: TokenizedExample, cutoff_len: int) -> TokenizedExample:
-    """The prompt of `row` with the answer of `other`, which loses its end where it is too long."""
-    prompt, answer = row.tokens[~row.loss_mask], other.tokens[other.loss_mask]
-    tokens = np.concatenate([prompt, answer])[:cutoff_len]
-    return TokenizedExample(tokens, np.arange(len(tokens)) >= len(prompt))
+def only_last(encoding: Encoding) -> Encoding:
+    """The same, with the last answer as the only target."""
+    return replace(encoding, mask_history=True, train_on_prompt=False)
+
+
+def in_blocks(rows: Feedback, block: int) -> Feedback:
+    """The rows without references, each with a partner in its block of so many."""
+    return replace(rows, partners=rows.indices[partners(len(rows), block)], references=None)
 
 
 def partners(count: int, block: int) -> np.ndarray:

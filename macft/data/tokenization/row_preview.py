@@ -8,10 +8,12 @@ from itertools import groupby
 from typing import Any
 
 from macft.data.formats.conversations import Example
+from macft.data.formats.feedback import FeedbackExample
 from macft.data.formats.pairs import PairExample
 from macft.data.formats.texts import PlainText
 from macft.data.tokenization.conversations import FittedRow, fit_examples
 from macft.data.tokenization.encoding import Encoding
+from macft.data.tokenization.feedback import only_last
 from macft.data.tokenization.pairs import SKIP_REASONS, FittedPair, fit_pairs
 from macft.data.tokenization.report import SpecialTokens
 from macft.data.tokenization.texts import end_token
@@ -48,6 +50,14 @@ def preview_example(example: Example, encoding: Encoding) -> RowPreview:
     tokens, trained = value["num_tokens"], value["num_trained"]
     shown = f"{tokens} tokens, {trained} trained ({trained / tokens:.1%}), {fitted.boundary_tokens} boundary_tokens"
     return RowPreview(value, (("", value["pieces"]),), f"{example.source}: {shown}, {lost}, {_special(value)}")
+
+
+def preview_feedback(example: FeedbackExample, encoding: Encoding) -> RowPreview:
+    """A conversation whose last answer is rated; raises DataError as rendering does."""
+    shown = preview_example(example, only_last(encoding))
+    rating = "desirable" if example.is_desirable else "undesirable"
+    value = {**shown.value, "is_desirable": example.is_desirable}
+    return RowPreview(value, shown.sections, f"{shown.counts}, rated {rating}")
 
 
 def preview_text(text: PlainText, encoding: Encoding) -> RowPreview:

@@ -56,6 +56,24 @@ class TokenizedPair:
 
 
 @dataclass(frozen=True)
+class FeedbackReference:
+    """What the reference model says of one row: log-probabilities summed over the answer, and over the other one."""
+
+    logp: float
+    mismatched_logp: float
+
+
+@dataclass(frozen=True)
+class TokenizedFeedback:
+    """A prompt with its answer, and the same prompt with the answer to another; both masks begin after the prompt."""
+
+    row: TokenizedExample
+    mismatched: TokenizedExample
+    is_desirable: bool
+    reference: FeedbackReference | None = None
+
+
+@dataclass(frozen=True)
 class Table:
     """All rows of some data, one after the other; row i has `columns[i]` and, unless it is left out, tokens.
 
@@ -173,16 +191,84 @@ class Pairs(Sequence[TokenizedPair]):
         return replace(self, references=references)
 
 
-Rows = Sequence[TokenizedExample] | Sequence[TokenizedPair]
+@dataclass(frozen=True, eq=False)
+class Feedback(Sequence[TokenizedFeedback]):
+    """The rated answers `indices` of a table, each made when it is asked for.
+
+    `partners` int64 [rows]: the rows of the table whose answers theirs are compared with. `references` float64
+    [rows, 2]: the fields of FeedbackReference; nan in the first where there is none.
+    """
+
+    table: Table
+    indices: np.ndarray
+    partners: np.ndarray
+    cutoff_len: int
+    references: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedFeedback: ...
+    @overload
+    def __getitem__(self, index: slice) -> Feedback: ...
+    def __getitem__(self, index: int | slice) -> TokenizedFeedback | Feedback:
+        if isinstance(index, slice):
+            references = self.references[index] if self.references is not None else None
+            return Feedback(self.table, self.indices[index], self.partners[index], self.cutoff_len, references)
+        at, partner = int(self.indices[index]), int(self.partners[index])
+        reference = None
+        if self.references is not None and not np.isnan(self.references[index, 0]):
+            reference = FeedbackReference(*map(float, self.references[index]))
+        row = self.table.row(at)
+        other = mismatched(row, self.table.row(partner), self.cutoff_len)
+        return TokenizedFeedback(row, other, bool(self.is_desirable[index]), reference)
+
+    @cached_property
+    def is_desirable(self) -> np.ndarray:
+        """bool [rows]."""
+        desirable: np.ndarray = self.table.columns["flags"][self.indices] & DESIRABLE > 0
+        return desirable
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [rows]: tokens of each with its own answer or with the other one, whichever are more."""
+        own, answers = self.table.lengths[self.indices], self.table.columns["trained"]
+        others = own - answers[self.indices] + answers[self.partners]
+        lengths: np.ndarray = np.maximum(own, np.minimum(others, self.cutoff_len))
+        return lengths
+
+    def take(self, indices: np.ndarray) -> Feedback:
+        """Some of the rows, without references."""
+        return Feedback(self.table, self.indices[indices], self.partners[indices], self.cutoff_len)
+
+    def with_references(self, references: np.ndarray) -> Feedback:
+        """The same rows with what the reference model says of each, [rows, 2] as in `references`."""
+        return replace(self, references=references)
+
+
+def mismatched(row: TokenizedExample, other: TokenizedExample, cutoff_len: int) -> TokenizedExample:
+    """The prompt of `row` with the answer of `other`, which loses its end where the two are too long."""
+    prompt, answer = row.tokens[: row.loss_mask.argmax()], other.tokens[other.loss_mask]
+    tokens = np.concatenate([prompt, answer])[:cutoff_len]
+    return TokenizedExample(tokens, np.arange(len(tokens)) >= len(prompt))
+
+
+Rows = Sequence[TokenizedExample] | Sequence[TokenizedPair] | Sequence[TokenizedFeedback]
 
 
 def fingerprints(rows: Rows) -> np.ndarray:
     """uint64 [rows]: equal for equal tokens (of a pair: of both sides); of rows in a table without reading them."""
-    if isinstance(rows, (Examples, Pairs)):
+    if isinstance(rows, (Examples, Pairs, Feedback)):
         found: np.ndarray = rows.table.columns["fingerprint"][rows.indices]
         return found
-    sides = [(row.chosen, row.rejected) if isinstance(row, TokenizedPair) else (row,) for row in rows]
-    return np.array([fingerprint([one.tokens for one in each]) for each in sides], dtype=np.uint64)
+    return np.array([fingerprint([side.tokens for side in _sides(row)]) for row in rows], dtype=np.uint64)
+
+
+def _sides(row: TokenizedExample | TokenizedPair | TokenizedFeedback) -> tuple[TokenizedExample, ...]:
+    if isinstance(row, TokenizedPair):
+        return row.chosen, row.rejected
+    return (row.row,) if isinstance(row, TokenizedFeedback) else (row,)
 
 
 def fingerprint(parts: Sequence[np.ndarray]) -> int:

@@ -8,9 +8,10 @@ from macft.backends.base import ModelInfo
 from macft.config.settings import Settings
 from macft.data.kinds import kind_of_stage
 from macft.data.tokenization.packing import PackedRows
+from macft.data.tokenization.table import Feedback
 from macft.objectives.preference_losses import LOSSES
 from macft.text import plural
-from macft.training.checks.alarms import learning_rate_alarm, overlap_alarm
+from macft.training.checks.alarms import balance_alarm, learning_rate_alarm, overlap_alarm
 from macft.training.checks.end_token import untrained_end_token_alarm
 from macft.training.prepare import Prepared
 from macft.weights.model_config import read_config
@@ -43,6 +44,7 @@ def log_data(settings: Settings, prepared: Prepared) -> None:
         learning_rate_alarm(settings),
         overlap_alarm(prepared.examples, prepared.valid),
         _end_token_alarm(settings, prepared),
+        balance_alarm(settings, prepared.train.is_desirable) if isinstance(prepared.train, Feedback) else None,
     ):
         if alarm is not None:
             logger.warning(alarm)
@@ -88,7 +90,7 @@ def _beta_text(settings: Settings) -> str:
 def _end_token_alarm(settings: Settings, prepared: Prepared) -> str | None:
     if not settings.is_preference or settings.finetuning_type == "full":
         return None
-    assert prepared.template is not None, "pairs are rendered with a template"
+    assert prepared.template is not None, "answers are rendered with a template"
     return untrained_end_token_alarm(prepared.template, prepared.tokenizer, prepared.base.path)
 
 

@@ -115,7 +115,6 @@ def test_openai_rows_need_no_tags(tmp_path: Path) -> None:
         ({"columns": {"prompt": 3}}, "columns: prompt: found a number, expected a string"),
         ({"columns": {"response": "output"}}, "columns: map neither prompt nor query, so there is no question"),
         ({"columns": {"prompt": "x", "images": "i"}}, "columns: images is mapped; only text is trained on"),
-        ({"columns": {"prompt": "x", "kto_tag": "l"}}, "columns: kto_tag is mapped; single rated answers (KTO)"),
         ({"formatting": "shareGPT"}, "formatting: found 'shareGPT', expected one of alpaca, sharegpt, openai"),
         ({"formatting": "sharegpt", "columns": {"system": "s"}}, "columns: formatting sharegpt needs messages"),
         ({"formatting": "sharegpt", "tags": {"role_tag": "role"}}, "tags: no content_tag; a tag that is not named"),
