@@ -8,34 +8,34 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-Array = TypeVar("Array")
+ArrayT = TypeVar("ArrayT")
 
 
 @dataclass(frozen=True)
-class Batch(Generic[Array]):
+class Batch(Generic[ArrayT]):
     """Rows of one forward pass; numpy until a backend maps it to its own arrays."""
 
-    tokens: Array  # int32 [rows, T], right-padded with 0
-    loss_mask: Array  # bool [rows, T]; True where the token is a training target
-    lengths: Array  # int32 [rows], real tokens per row
+    tokens: ArrayT  # int32 [rows, T], right-padded with 0
+    loss_mask: ArrayT  # bool [rows, T]; True where the token is a training target
+    lengths: ArrayT  # int32 [rows], real tokens per row
     # Only packed rows have it: 1, 2, ... where each of a row's examples stands, 0 at the padding.
-    segment_ids: Array | None = None  # int32 [rows, T]
+    segment_ids: ArrayT | None = None  # int32 [rows, T]
     # Only pairs and rated answers have the reference's log-probabilities.
-    reference_logps: Array | None = None  # float32 [rows]; what the reference gives the answers
+    reference_logps: ArrayT | None = None  # float32 [rows]; what the reference gives the answers
     # Of pairs, rows 0..P-1 are chosen, rows P..2P-1 rejected.
-    prompt_mask: Array | None = None  # bool [rows, T]; True at the prompt tokens but the first, of chosen rows
-    reference_log_perplexity: Array | None = None  # float32 [pairs]; what the prompts cost it
+    prompt_mask: ArrayT | None = None  # bool [rows, T]; True at the prompt tokens but the first, of chosen rows
+    reference_log_perplexity: ArrayT | None = None  # float32 [pairs]; what the prompts cost it
     # Of N rated answers, rows N..2N-1 hold the same prompts with answers to others, until `kl` takes their place.
-    desirable: Array | None = None  # bool [N]; whether the answer is one to learn
-    kl: Array | None = None  # float32 [N]; how far the policy is from the reference, the same for all
+    desirable: ArrayT | None = None  # bool [N]; whether the answer is one to learn
+    kl: ArrayT | None = None  # float32 [N]; how far the policy is from the reference, the same for all
 
     @property
-    def columns(self) -> dict[str, Array]:
+    def columns(self) -> dict[str, ArrayT]:
         """The columns that this batch has, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if value is not None}
 
-    def map(self, convert: Callable[[Array], Any]) -> Batch[Any]:
+    def map(self, convert: Callable[[ArrayT], Any]) -> Batch[Any]:
         """The same batch with every column converted."""
         return Batch(**{name: convert(value) for name, value in self.columns.items()})
 

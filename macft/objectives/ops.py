@@ -1,4 +1,4 @@
-"""The few array functions that objectives are written over, and their NumPy form."""
+"""Define the few array functions that objectives are written over, and their NumPy form."""
 
 from __future__ import annotations
 
