@@ -179,7 +179,7 @@ def test_other_ratings_or_blocks_are_other_data(change, model, data, tmp_path):
         own.write_text("\n".join([json.dumps(json.loads(first) | {"label": False}), *rest]) + "\n")
     else:
         keys |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    with pytest.raises(UsageError, match="written on other data"):
+    with pytest.raises(UsageError, match="written with other data"):
         train(kto(model, own, tmp_path / "out", "torch", **keys, max_steps=2, resume_from_checkpoint=True))
 
 
