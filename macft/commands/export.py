@@ -64,7 +64,7 @@ def merged(
 @merged_adapters_option(required=False)
 @click.option("--output", type=PATH, metavar="FILE", required=True, help="The .gguf file to write; must not exist.")
 @click.option("--quant", "quants", help=f"One or more, with commas: {QUANT_NAMES}. Default: q8_0.")
-@click.option("--adapter-only", is_flag=True, help="Write the adapter alone, for llama.cpp's --lora, in float32.")
+@click.option("--adapter-only", is_flag=True, help="Write only the adapter, for llama.cpp's --lora, in float32.")
 @export_template_option
 @_VERIFY
 def gguf(
