@@ -76,13 +76,13 @@ def convert_adapter(
     for note in convert_adapter_folder(folder, new, to, model):
         logger.warning(note)
     if verify and model is not None:
-        from macft.verify.logits import Subject, exact
+        from macft.verify.logits import EXACT, Subject
         from macft.verify.logits import verify as compare
 
         config = read_config(model.path)
         before, after = (read_any_adapter(path, config) for path in (folder, new))
         prefers = next(name for name, engine in BACKENDS.items() if engine.adapter_format == to)
-        logger.info(compare(Subject(model.path, (before,)), Subject(model.path, (after,)), exact(), prefers=prefers))
+        logger.info(compare(Subject(model.path, (before,)), Subject(model.path, (after,)), EXACT, prefers=prefers))
     return new
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,22 +134,12 @@ def export_ollama(
 
 def create_in_ollama(report: OllamaReport) -> Created:
     """Make an exported folder a model of the Ollama that runs here (OLLAMA_HOST), and show the upload."""
-    from macft.ollama.export import create_in_ollama as create
+    from macft.ollama.client import Upload, create_model
 
-    total = report.gguf.path.stat().st_size
-    with counting_bytes(total, f"uploading {report.gguf.path.name}") as advance:
-        return create(report, on_upload=_by_difference(advance), on_status=logger.info)
-
-
-def _by_difference(advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    before = 0
-
-    def on_upload(sent: int, _: int) -> None:
-        nonlocal before
-        advance(sent - before)
-        before = sent
-
-    return on_upload
+    path = report.gguf.path
+    with counting_bytes(path.stat().st_size, f"uploading {path.name}") as advance:
+        upload = Upload(path, path.name, report.gguf.sha256)
+        return create_model(report.request, upload, on_upload=advance, on_status=logger.info)
 
 
 def _gguf_path(output: StrPath) -> Path:

@@ -45,7 +45,10 @@ class Upload:
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """The contents of a Modelfile; `template` None leaves the prompt to the GGUF's own Jinja template."""
+    """The contents of a Modelfile; `template` None leaves the prompt to the GGUF's own Jinja template.
+
+    `requires` is the least version of Ollama, as in 0.30.0.
+    """
 
     name: str
     template: str | None = None
@@ -69,19 +72,19 @@ def create_model(
     upload: Upload,
     *,
     host: str | None = None,
-    on_upload: Callable[[int, int], None] | None = None,
-    on_status: Callable[[str], None] | None = None,
+    on_upload: Callable[[int], None] = lambda _: None,
+    on_status: Callable[[str], None] = lambda _: None,
 ) -> Created:
     """Upload the file unless Ollama has it, create the model, read it back and compare.
 
-    `host` is written as OLLAMA_HOST is, which is the default. `on_upload` gets bytes sent and bytes in all,
-    `on_status` each new status line. Raises OllamaError when nobody answers, when Ollama refuses, and when what
+    `host` is written as OLLAMA_HOST is, which is the default. `on_upload` gets how many more bytes are
+    sent, `on_status` each new status line. Raises OllamaError when nobody answers, when Ollama refuses, and when what
     it shows differs from the request; UsageError for a malformed host.
     """
     with _connect(host) as server:
         version = _check_version(server, request.requires)
-        sent = _upload(server, upload, on_upload or (lambda *_: None))
-        _create(server, request, upload, on_status or (lambda _: None))
+        sent = _upload(server, upload, on_upload)
+        _create(server, request, upload, on_status)
         _compare(request, server.json("POST", "/api/show", {"model": request.name}))
         return Created(request.name, server.url, version, sent)
 
@@ -125,7 +128,7 @@ def _check_version(server: _Server, requires: str | None) -> str:
     return version
 
 
-def _upload(server: _Server, upload: Upload, on_upload: Callable[[int, int], None]) -> bool:
+def _upload(server: _Server, upload: Upload, on_upload: Callable[[int], None]) -> bool:
     """Whether the file was sent; Ollama keeps files by their hash."""
     path = f"/api/blobs/sha256:{upload.sha256}"
     with server.request("HEAD", path, accepted=(200, 404)) as response:
@@ -267,7 +270,7 @@ class _Server:
 class _FileBody:
     """The bytes of a file as the body of a request, counted as they are sent."""
 
-    def __init__(self, path: Path, on_upload: Callable[[int, int], None]) -> None:
+    def __init__(self, path: Path, on_upload: Callable[[int], None]) -> None:
         self.path, self.size, self.sent = path, path.stat().st_size, 0
         self._on_upload = on_upload
 
@@ -276,7 +279,7 @@ class _FileBody:
             while chunk := file.read(min(_CHUNK, self.size - self.sent)):
                 yield chunk
                 self.sent += len(chunk)
-                self._on_upload(self.sent, self.size)
+                self._on_upload(len(chunk))
         if self.sent < self.size:
             raise OllamaError(f"{self.path}: became shorter while it was uploaded; export it again")
 

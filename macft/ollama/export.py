@@ -17,7 +17,7 @@ from macft.files import new_dir, new_parents, write_json, write_text
 from macft.gguf.exporter.export import if_not_finite, read_gguf_model
 from macft.gguf.format import Field
 from macft.gguf.writing.writer import Written, write_gguf
-from macft.ollama.client import Created, ModelRequest, Parameter, Upload, create_model
+from macft.ollama.client import ModelRequest, Parameter
 from macft.ollama.detection import pad_template
 from macft.ollama.modelfile import modelfile
 from macft.ollama.template import Proof, needed_stops, prove_template
@@ -116,7 +116,7 @@ def export_ollama(
         parameters=(*parameters, *sampling_parameters(read.fields)),
         requires=REQUIRES if proof.go is None else None,
     )
-    text = _modelfile(file, request)
+    text = modelfile(f"./{file}", request)
     with _new_folder(output) as folder:
         broken = if_not_finite(model, adapters)
         [gguf] = write_gguf(read, {quant: folder / file}, if_not_finite=broken, name=str(output / file))
@@ -126,18 +126,6 @@ def export_ollama(
         write_json(folder / REPORT, _as_json(report))
         write_text(folder / REPORT_TEXT, "\n".join(report_lines(report)) + "\n")
     return report
-
-
-def create_in_ollama(
-    report: OllamaReport,
-    *,
-    host: str | None = None,
-    on_upload: Callable[[int, int], None] | None = None,
-    on_status: Callable[[str], None] | None = None,
-) -> Created:
-    """Create a model in the running Ollama from the written folder, as `create_model` does."""
-    upload = Upload(report.gguf.path, report.gguf.path.name, report.gguf.sha256)
-    return create_model(report.request, upload, host=host, on_upload=on_upload, on_status=on_status)
 
 
 def report_lines(report: OllamaReport) -> list[str]:
@@ -208,16 +196,6 @@ def _new_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"{output}: cannot be written: {reason}; name a folder that can") from None
-
-
-def _modelfile(file: str, request: ModelRequest) -> str:
-    return modelfile(
-        source=f"./{file}",
-        go=request.template,
-        system=request.system,
-        parameters=request.parameters,
-        requires=request.requires,
-    )
 
 
 def _as_json(report: OllamaReport) -> dict[str, Any]:

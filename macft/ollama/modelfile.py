@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from macft.errors import UsageError, join_problems
+from macft.ollama.client import ModelRequest
 
 _QUOTES = '"""'
 # kept by the parser, which drops all other characters that do not print
 _WHITE_SPACE = "\n\r\t"
 
 
-def modelfile(
-    *,
-    source: str,
-    go: str | None,
-    system: str | None,
-    parameters: Sequence[tuple[str, str | int | float]],
-    requires: str | None,
-) -> str:
-    """The Modelfile for `FROM source`; `requires` is the least version of Ollama, as in 0.30.0.
-
-    Its grammar has no escapes. Raises UsageError, with every problem, for what cannot be written in it.
-    """
-    problems = [
-        *_problems_of_line("FROM", source),
-        *_problems("TEMPLATE", go or ""),
-        *_problems("SYSTEM", system or ""),
-    ]
-    for name, value in parameters:
+def modelfile(source: str, request: ModelRequest) -> str:
+    """The Modelfile for `FROM source`; UsageError, with every problem, for what its grammar cannot hold."""
+    go, system, requires = request.template, request.system, request.requires
+    problems = _problems_of_line("FROM", source) + _problems("TEMPLATE", go or "") + _problems("SYSTEM", system or "")
+    for name, value in request.parameters:
         problems += _problems(f"PARAMETER {name}", str(value))
         if not re.fullmatch(r"[A-Za-z0-9_]+", name):
             problems.append(f"PARAMETER {name!r}: a name has letters, digits and underscores only")
@@ -41,7 +28,7 @@ def modelfile(
     lines += [f"REQUIRES {requires}"] if requires is not None else []
     lines += [f"TEMPLATE {_QUOTES}{go}{_QUOTES}"] if go is not None else []
     lines += [f"SYSTEM {_QUOTES}{system}{_QUOTES}"] if system is not None else []
-    lines += [f"PARAMETER {name} {_value(value)}" for name, value in parameters]
+    lines += [f"PARAMETER {name} {_value(value)}" for name, value in request.parameters]
     return "\n".join(lines) + "\n"
 
 

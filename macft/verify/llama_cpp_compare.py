@@ -14,7 +14,7 @@ from macft.data.tokenization.tokenizer import Tokenizer
 from macft.engines import BACKENDS
 from macft.errors import DataError
 from macft.verify.llama_cpp import LlamaCpp, llama_cpp
-from macft.verify.logits import TEXT, Subject, VerifyError, source_logits
+from macft.verify.logits import TEXT, Subject, VerifyError, logits_of
 
 # quant -> the largest mean KL(source || file) in nats: twice or more of what SmolLM2-135M has, which is small and so
 # easily hurt (bare or with the quickstart's adapter, whichever is worse): f32 3e-11, f16 7e-6, bf16 6e-4, q8_0 0.02,
@@ -99,7 +99,7 @@ def verify_gguf(
         why = "no training engine is installed" if source is not None else "no source was given"
         note = f"llama.cpp loads it; {compared}; {why}, so its numbers were not compared"
         return GgufCheck(texts, prompts, tuple(warnings), 0, None, None, None, answer, note)
-    engine, logits = source_logits(source, tokens[: places[-1]])
+    engine, logits = logits_of(source, tokens[: places[-1]])
     top1, kl = _divergence(logits, places, found)
     limit = LIMITS[quant]
     said = f"next tokens at {len(places)} positions: top-1 agrees with {engine} at {top1:.1%}, KL {kl:.2g}"

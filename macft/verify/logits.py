@@ -31,7 +31,6 @@ TEXT = (
     "Привет, мир! Γειά σου. 日本語のテキスト、한국어 문장. مرحبا\ndef f(x): return x ** 2  # naïve café 🙂\n"
 )
 _MAX_TOKENS = 160
-_EXACT = 1e-4
 _QUANTIZED_CAP = 1.2
 _ROUNDED = {"float16": 0.01, "bfloat16": 0.05}
 
@@ -59,6 +58,9 @@ class Tolerance:
     kind: str
     limit: float
     is_exact: bool
+
+
+EXACT = Tolerance("the same numbers", 1e-4, is_exact=True)  # for a result that holds the source's own numbers
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,7 @@ def tolerance_of(result: Path, *, is_rounded: bool) -> Tolerance:
     if is_rounded and limits:
         dtype = max(limits, key=lambda name: limits[name])
         return Tolerance(f"rounded to {dtype}", limits[dtype], is_exact=False)
-    return exact()
-
-
-def exact() -> Tolerance:
-    """The tolerance for a result that holds the source's own numbers."""
-    return Tolerance("the same numbers", _EXACT, is_exact=True)
+    return EXACT
 
 
 def verify(source: Subject, result: Subject, tolerance: Tolerance, *, prefers: str = "auto") -> str:
@@ -116,9 +113,8 @@ def verify(source: Subject, result: Subject, tolerance: Tolerance, *, prefers: s
     no engine can load one of the two.
     """
     tokens = _tokens(result.folder)
-    engines = _engines(prefers)
-    first_engine, first = _logits(source, tokens, _native_first(source, engines))
-    second_engine, second = _logits(result, tokens, _native_first(result, engines))
+    first_engine, first = logits_of(source, tokens, prefers)
+    second_engine, second = logits_of(result, tokens, prefers)
     if first.shape != second.shape:
         raise VerifyError(
             f"{_name(result)}: verification failed: logits {list(second.shape)}, of the source {list(first.shape)}"
@@ -140,9 +136,18 @@ def verify(source: Subject, result: Subject, tolerance: Tolerance, *, prefers: s
     return f"verified with {by}: {said} ({expected})"
 
 
-def source_logits(subject: Subject, tokens: Sequence[int]) -> tuple[str, np.ndarray]:
-    """(engine, logits [T, V]) of a subject by an installed engine, the one it comes from first."""
-    return _logits(subject, tokens, _native_first(subject, _engines("auto")))
+def logits_of(subject: Subject, tokens: Sequence[int], prefers: str = "auto") -> tuple[str, np.ndarray]:
+    """(engine, logits [T, V]) by the first engine that can load the subject."""
+    problems = []
+    for engine in _engines(subject, prefers):
+        gc.collect()  # never two models in memory at the same time
+        try:
+            adapters = _adapters(subject, BACKENDS[engine].adapter_format)
+            found = load_logits_module(engine).logits(subject.folder, adapters, tokens)
+            return "litgpt" if is_litgpt(subject.folder) else engine, found
+        except MacftError as error:
+            problems.append(error)
+    raise ModelError(f"{_name(subject)}: cannot be verified, as no installed engine loads it: {problems[0]}")
 
 
 def compare_logits(first: np.ndarray, second: np.ndarray) -> Agreement:
@@ -164,14 +169,12 @@ def _name(subject: Subject) -> Path:
     return subject.adapters[-1].folder if subject.adapters else subject.folder
 
 
-def _engines(prefers: str) -> list[str]:
-    """The installed engines, the one to try first in front."""
+def _engines(subject: Subject, prefers: str) -> list[str]:
+    """The engines to try: first the one whose library reads all adapters itself, as our own reading proves little."""
+    if is_litgpt(subject.folder):
+        return [name for name, engine in BACKENDS.items() if engine.reads_litgpt]
     first = prefers if prefers != "auto" and is_installed(prefers) else choose_backend("auto")
-    return [first, *(name for name in BACKENDS if name != first and is_installed(name))]
-
-
-def _native_first(subject: Subject, engines: Sequence[str]) -> list[str]:
-    """The engines, first the one whose library reads all adapters itself: our own reading proves little."""
+    engines = [first, *(name for name in BACKENDS if name != first and is_installed(name))]
     formats = {adapter_format(adapter.folder) for adapter in subject.adapters}
     return sorted(engines, key=lambda name: formats != {BACKENDS[name].adapter_format})
 
@@ -184,22 +187,6 @@ def _tokens(folder: Path) -> list[int]:
     except ModelError:
         found = []
     return found[:_MAX_TOKENS] or [int(token) for token in np.linspace(0, max(0, size - 1), 64)]
-
-
-def _logits(subject: Subject, tokens: Sequence[int], engines: Sequence[str]) -> tuple[str, np.ndarray]:
-    """(engine, logits) by the first engine that can load the subject."""
-    problems = []
-    if is_litgpt(subject.folder):
-        engines = [name for name, engine in BACKENDS.items() if engine.reads_litgpt]
-    for engine in engines:
-        gc.collect()  # never two models in memory at the same time
-        try:
-            adapters = _adapters(subject, BACKENDS[engine].adapter_format)
-            found = load_logits_module(engine).logits(subject.folder, adapters, tokens)
-            return "litgpt" if is_litgpt(subject.folder) else engine, found
-        except MacftError as error:
-            problems.append(error)
-    raise ModelError(f"{_name(subject)}: cannot be verified, as no installed engine loads it: {problems[0]}")
 
 
 def _adapters(subject: Subject, native_format: str) -> list[MergedAdapter | Path]:

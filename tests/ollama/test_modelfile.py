@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.modelfile_parser import parse_modelfile
 
 from macft.errors import UsageError
+from macft.ollama.client import ModelRequest
 from macft.ollama.go import quoted
 from macft.ollama.modelfile import modelfile
 
@@ -34,20 +35,19 @@ ODD = [
 texts = st.lists(st.sampled_from(ODD) | st.text(max_size=3), max_size=8).map("".join)
 
 
-def written(**given_values) -> list[tuple[str, str]]:
-    values = {"source": "./m.gguf", "go": None, "system": None, "parameters": [], "requires": None}
-    return parse_modelfile(modelfile(**{**values, **given_values}))
+def written(source: str = "./m.gguf", **given_values) -> list[tuple[str, str]]:
+    return parse_modelfile(modelfile(source, ModelRequest("m", **given_values)))
 
 
 def test_every_part_comes_back_under_its_name():
-    text = modelfile(
-        source="./model q4.gguf",
-        go='{{- "a\\n" }}\n{{- .Content }}',
+    request = ModelRequest(
+        "m",
+        template='{{- "a\\n" }}\n{{- .Content }}',
         system='You say "hi".\n\nAlways.',
         parameters=[("stop", "<|im_end|>"), ("stop", 'a"'), ("temperature", 0.7), ("top_k", 40), ("use_mmap", True)],
         requires="0.30.0",
     )
-    assert parse_modelfile(text) == [
+    assert parse_modelfile(modelfile("./model q4.gguf", request)) == [
         ("model", "./model q4.gguf"),
         ("requires", "0.30.0"),
         ("template", '{{- "a\\n" }}\n{{- .Content }}'),
@@ -61,7 +61,7 @@ def test_every_part_comes_back_under_its_name():
 
 
 def test_what_is_not_asked_for_is_not_written():
-    assert modelfile(source="m.gguf", go=None, system=None, parameters=[], requires=None) == "FROM m.gguf\n"
+    assert modelfile("m.gguf", ModelRequest("m")) == "FROM m.gguf\n"
 
 
 @given(texts)
@@ -106,7 +106,7 @@ def test_a_stop_text_comes_back_or_is_refused(text):
 @given(st.text())
 def test_a_go_literal_survives_whatever_it_holds(text):
     go = f"{{{{- {quoted(text)} }}}}"
-    assert written(go=go) == [("model", "./m.gguf"), ("template", go)]
+    assert written(template=go) == [("model", "./m.gguf"), ("template", go)]
 
 
 @pytest.mark.parametrize(

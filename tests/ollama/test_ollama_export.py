@@ -14,6 +14,7 @@ import pytest
 from support.ollama_server import ollama
 from support.tiny_tokenizer import CHATML, DEFAULT_SYSTEM, GEMMA, QWEN3
 
+from macft.api.exports import create_in_ollama
 from macft.data.templates.chat_template import ChatTemplate
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ModelError, UsageError
@@ -23,7 +24,6 @@ from macft.ollama.export import (
     OllamaReport,
     bos_text,
     check_name,
-    create_in_ollama,
     default_name,
     end_texts,
     export_ollama,
@@ -189,11 +189,12 @@ def test_a_full_disk_is_told_by_the_name_that_the_file_would_have(model, tmp_pat
 
 
 @pytest.mark.parametrize("source", [CHATML, "{{ strftime_now('%Y') }}" + CHATML], ids=["proven", "not proven"])
-def test_the_written_folder_becomes_a_model_of_ollama(source, model, tmp_path):
+def test_the_written_folder_becomes_a_model_of_ollama(source, model, tmp_path, monkeypatch):
     recommended = with_sampling(model, tmp_path / "model", temperature=0.7, top_k=20)
     report = exported(recommended, tmp_path / "out", source, system="Be brief.")
     with ollama() as server:
-        made = create_in_ollama(report, host=server.url)
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        made = create_in_ollama(report)
         shown = server.models["Tiny:v1"]
         assert list(server.blobs) == [f"sha256:{report.gguf.sha256}"]
     assert made.name == "Tiny:v1" and shown["system"] == "Be brief."
@@ -201,11 +202,12 @@ def test_the_written_folder_becomes_a_model_of_ollama(source, model, tmp_path):
     assert shown["requires"] == ("" if report.proof.go else "0.30.0")
 
 
-def test_an_ollama_too_old_for_jinja_is_told_before_the_upload(model, tmp_path):
+def test_an_ollama_too_old_for_jinja_is_told_before_the_upload(model, tmp_path, monkeypatch):
     report = exported(model, tmp_path / "out", "{{ strftime_now('%Y') }}" + CHATML)
     with ollama(version="0.29.9") as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
         with pytest.raises(OllamaError, match=r"Ollama 0\.29\.9 answers, this model needs 0\.30\.0"):
-            create_in_ollama(report, host=server.url)
+            create_in_ollama(report)
         assert server.blobs == {}
 
 

@@ -15,6 +15,7 @@ from support.paths import FIXTURES
 from macft.data.templates.chat_template import ChatTemplate
 from macft.errors import DataError
 from macft.ollama import conversations, grammar
+from macft.ollama.client import ModelRequest
 from macft.ollama.go import go_template
 from macft.ollama.modelfile import modelfile
 from macft.ollama.template import Proof, needed_stops, prove_template
@@ -72,7 +73,7 @@ def own_start(template: ChatTemplate, bos: str | None) -> str:
 
 
 def through_a_modelfile(go: str | None) -> str:
-    text = modelfile(source="m.gguf", go=go, system=None, parameters=[], requires=None)
+    text = modelfile("m.gguf", ModelRequest("m", template=go))
     return dict(parse_modelfile(text))["template"]
 
 

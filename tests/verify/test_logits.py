@@ -16,11 +16,11 @@ from support.toy_backend import write_toy_model
 from macft.conversion.merged import export_merged
 from macft.errors import ModelError
 from macft.verify.logits import (
+    EXACT,
     Subject,
     Tolerance,
     VerifyError,
     compare_logits,
-    exact,
     tolerance_of,
     verify,
 )
@@ -66,7 +66,7 @@ def test_equal_logits_are_no_distance_apart_even_if_all_zero():
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_copy_passes_on_each_engine(engine, model, tmp_path):
     copy = changed(model, tmp_path / "copy", lambda _, array: array)
-    said = verify(Subject(model), Subject(copy), exact(), prefers=engine)
+    said = verify(Subject(model), Subject(copy), EXACT, prefers=engine)
     assert said.startswith(f"verified with {engine}: the largest difference of ")
     assert "is 0 (0 of the largest logit)" in said and "top-1 agrees at 100.0%" in said
 
@@ -87,7 +87,7 @@ def _gate_is_up(name: str, array: Array) -> Array:
 def test_one_wrong_tensor_fails(change, model, tmp_path):
     wrong = changed(model, tmp_path / "wrong", change)
     with pytest.raises(VerifyError) as caught:
-        verify(Subject(model), Subject(wrong), exact())
+        verify(Subject(model), Subject(wrong), EXACT)
     assert str(caught.value).startswith(f"{wrong}: verification with ") and "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
 
@@ -98,12 +98,12 @@ def test_a_wrong_rope_base_fails(model, tmp_path):
     config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 10000.0
     (wrong / "config.json").write_text(json.dumps(config))
     with pytest.raises(VerifyError, match="failed"):
-        verify(Subject(model), Subject(wrong), exact())
+        verify(Subject(model), Subject(wrong), EXACT)
 
 
 def test_another_vocabulary_fails_by_shape(tmp_path):
     with pytest.raises(VerifyError, match=r"logits \[64, 199\], of the source"):
-        verify(Subject(write_toy_model(tmp_path / "a")), Subject(write_model(tmp_path / "b", "llama")), exact())
+        verify(Subject(write_toy_model(tmp_path / "a")), Subject(write_model(tmp_path / "b", "llama")), EXACT)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float16", 0.01), ("bfloat16", 0.05)])
@@ -139,7 +139,7 @@ def test_quantizing_has_a_tolerance_of_its_own_and_another_model_fails(bits, lim
 
 
 def test_float32_has_the_exact_tolerance_even_if_merged(model):
-    assert tolerance_of(model, is_rounded=True) == exact()
+    assert tolerance_of(model, is_rounded=True) == EXACT
 
 
 def test_a_model_no_engine_loads_is_named(model, tmp_path):
@@ -147,7 +147,7 @@ def test_a_model_no_engine_loads_is_named(model, tmp_path):
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
     with pytest.raises(ModelError, match="cannot be verified, as no installed engine loads it"):
-        verify(Subject(model), Subject(strange), exact())
+        verify(Subject(model), Subject(strange), EXACT)
 
 
 @pytest.mark.mlx
@@ -155,5 +155,5 @@ def test_a_model_no_engine_loads_is_named(model, tmp_path):
 def test_an_adapter_of_peft_is_read_by_peft_whatever_engine_is_preferred(model, tmp_path):
     adapter = read_adapter(write_peft(tmp_path / "adapter", model))
     export_merged(ModelFolder("model", model), [adapter], tmp_path / "merged")
-    said = verify(Subject(model, (adapter,)), Subject(tmp_path / "merged"), exact(), prefers="mlx")
+    said = verify(Subject(model, (adapter,)), Subject(tmp_path / "merged"), EXACT, prefers="mlx")
     assert said.startswith("verified with torch and mlx: ")
