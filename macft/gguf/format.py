@@ -5,12 +5,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, quant_shape_to_byte_shape
 from gguf import GGMLQuantizationType as GgmlType
 
 from macft.errors import ModelError
@@ -129,12 +130,12 @@ def _parse(path: Path, data: np.ndarray[Any, np.dtype[np.uint8]]) -> GgufFile:
     start = -(-header.offset // alignment) * alignment
     tensors = {}
     for name, shape, kind, offset in entries:
-        block, block_bytes = GGML_QUANT_SIZES[kind]
+        block, _ = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise ModelError(
                 f"{path}: {name} has rows of {shape[-1]}, not a multiple of {kind.name}'s block of {block}"
             )
-        num_bytes = int(np.prod(shape, dtype=object)) // block * block_bytes
+        num_bytes = tensor_bytes(kind, shape)
         if start + offset + num_bytes > data.size:
             raise ModelError(
                 f"{path}: cut short: {name} ends at byte {start + offset + num_bytes}, "
@@ -204,17 +205,9 @@ class _Cursor:
 # --- writing
 
 
-def row_bytes(kind: GgmlType, columns: int) -> int:
-    """How many bytes a row of so many numbers takes."""
-    block, size = GGML_QUANT_SIZES[kind]
-    assert columns % block == 0, (kind.name, columns)
-    return int(columns // block * size)
-
-
 def tensor_bytes(kind: GgmlType, shape: Shape) -> int:
     """How many bytes the numbers take, without padding."""
-    rows = int(np.prod(shape[:-1], dtype=np.int64))
-    return rows * row_bytes(kind, shape[-1])
+    return prod(quant_shape_to_byte_shape(shape, kind))
 
 
 def padding(count: int) -> int:

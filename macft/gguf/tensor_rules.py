@@ -34,11 +34,6 @@ def norm(name: str, size: str = "hidden") -> TensorRule:
 # --- changes of a group of rules
 
 
-def only(rules: TensorRules, prefix: str) -> dict[str, TensorRule]:
-    """The rules whose GGUF names begin with the prefix."""
-    return {stem: rule for stem, rule in rules.items() if stem.startswith(prefix)}
-
-
 def interleaved(rules: TensorRules) -> dict[str, TensorRule]:
     """With q and k in the row order of the original llama code, as llama.cpp's converter stores them."""
     heads = {"attn_q": "heads", "attn_k": "kv_heads"}
@@ -53,16 +48,6 @@ def biased(rules: TensorRules, flag: str, *stems: str) -> dict[str, TensorRule]:
 def shifted(rules: TensorRules) -> dict[str, TensorRule]:
     """With norms that multiply by 1 + weight, of which GGUF holds the sum."""
     return {stem: replace(rule, is_shifted=True) if len(rule.shape) == 1 else rule for stem, rule in rules.items()}
-
-
-def in_block(rules: TensorRules, old: str, new: str) -> dict[str, TensorRule]:
-    """With the modules of the block `old` in the block `new`."""
-    return {
-        stem: replace(rule, name=f"{new}.{rule.name.removeprefix(f'{old}.')}")
-        if rule.name.startswith(f"{old}.")
-        else rule
-        for stem, rule in rules.items()
-    }
 
 
 def after_attention(rules: TensorRules) -> dict[str, TensorRule]:
@@ -92,9 +77,9 @@ _FEED_FORWARD = {
     "ffn_down": TensorRule("mlp.down_proj", ("hidden", "ffn")),
 }
 _FUSED_FEED_FORWARD = {
-    "ffn_norm": norm("post_attention_layernorm"),
+    "ffn_norm": _FEED_FORWARD["ffn_norm"],
     "ffn_up": TensorRule("mlp.gate_up_proj", ("two_ffn", "hidden")),
-    "ffn_down": TensorRule("mlp.down_proj", ("hidden", "ffn")),
+    "ffn_down": _FEED_FORWARD["ffn_down"],
 }
 _EXPERTS = {
     "ffn_norm": norm("post_attention_layernorm"),
@@ -128,7 +113,10 @@ _LINEAR_ATTENTION = {
 
 SMOLLM3 = interleaved({**_ATTENTION, **_FEED_FORWARD})
 LLAMA = biased(biased(SMOLLM3, "attention_bias", *QKV, "attn_output"), "mlp_bias", "ffn_gate", "ffn_up", "ffn_down")
-MIXTRAL = {**only(LLAMA, "attn_"), **in_block(_EXPERTS, "mlp", "block_sparse_moe")}
+MIXTRAL = {
+    **{stem: rule for stem, rule in LLAMA.items() if stem.startswith("attn_")},
+    **{stem: replace(rule, name=rule.name.replace("mlp.", "block_sparse_moe.")) for stem, rule in _EXPERTS.items()},
+}
 QWEN2 = biased({**_ATTENTION, **_FEED_FORWARD}, "always", *QKV)
 QWEN3 = {**_ATTENTION, **_HEAD_NORMS, **_FEED_FORWARD}
 QWEN2_MOE = {**biased(_ATTENTION, "qkv_bias", *QKV), **_EXPERTS, **_SHARED_EXPERT}

@@ -10,11 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, quant_shape_to_byte_shape
 from gguf import GGMLQuantizationType as GgmlType
 
 from macft.errors import MissingPackageError, UsageError
-from macft.gguf.format import PLAIN, GgufModel, row_bytes
+from macft.gguf.format import PLAIN, GgufModel
 from macft.gguf.writing.mixes import ModelSize, fitting_type, is_always_f32, mixed_types
 from macft.weights.tensors.chunks import count_broken
 from macft.weights.tensors.lazy import Array
@@ -73,13 +73,12 @@ def plan_types(model: GgufModel, quant: str) -> QuantizationPlan:
     if quant not in QUANTS:
         raise UsageError(f"{quant}: unknown quantization (accepted: {', '.join(QUANTS)})")
     base = QUANTS[quant].base
-    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
-    kept = {t.name: GgmlType.F32 if is_always_f32(t.name, t.shape) else _KINDS[t.dtype] for t in model.tensors}
+    types = {t.name: base if base in PLAIN else _KINDS[t.dtype] for t in model.tensors}
+    types |= {t.name: GgmlType.F32 for t in model.tensors if is_always_f32(t.name, t.shape)}
     if base in PLAIN:
-        types = {name: GgmlType.F32 if is_always_f32(name, shape) else base for name, shape in shapes.items()}
         return QuantizationPlan(types, ())
+    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
     mixed = mixed_types(quant, base, shapes, ModelSize.of(model.architecture, model.fields))
-    types = dict(kept)
     replaced: dict[tuple[GgmlType, GgmlType, int], list[str]] = {}
     for name, kind in mixed.items():
         columns = shapes[name][-1]
@@ -153,7 +152,7 @@ def _quantizer() -> Callable[[GgmlType, Array], Array] | None:
     def quantize(kind: GgmlType, rows: Array) -> Array:
         rows = np.ascontiguousarray(rows)
         count, columns = rows.shape
-        packed = np.empty((count, row_bytes(kind, columns)), np.uint8)
+        packed = np.empty(quant_shape_to_byte_shape(rows.shape, kind), np.uint8)
         # no importance matrix: the last argument
         written = function(int(kind), rows.ctypes.data, packed.ctypes.data, 0, count, columns, None) if count else 0
         assert written == packed.nbytes, (kind.name, rows.shape, written)

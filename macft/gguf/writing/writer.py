@@ -13,21 +13,14 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION
+from gguf import GGML_QUANT_VERSION, quant_shape_to_byte_shape
 from gguf import GGMLQuantizationType as GgmlType
 
 from macft.errors import ModelError, UsageError, join_problems
 from macft.files import new_file, new_parents, sync_file
-from macft.gguf.format import PLAIN, Field, GgufModel, header_bytes, padding, row_bytes, tensor_bytes
+from macft.gguf.format import PLAIN, Field, GgufModel, header_bytes, padding, tensor_bytes
+from macft.gguf.writing import quantize
 from macft.gguf.writing.mixes import file_order
-from macft.gguf.writing.quantize import (
-    QUANTS,
-    QuantizationPlan,
-    check_packable,
-    count_overflow,
-    pack,
-    plan_types,
-)
 from macft.progress import counting_bytes
 from macft.weights.tensors.chunks import CHUNK_BYTES, Chunk, count_broken, iter_chunks, ordered_map, read_chunk
 from macft.weights.tensors.disk import HashedFile, check_room, disk_problems
@@ -68,18 +61,17 @@ def write_gguf(
     _check_tensors(model.tensors)
     tensors = sorted(model.tensors, key=lambda tensor: file_order(tensor.name))
     targets = [_target(model, tensors, quant, path) for quant, path in outputs.items()]
-    check_packable({kind for target in targets for kind in target.plan.types.values()})
+    quantize.check_packable({kind for target in targets for kind in target.plan.types.values()})
     needed = sum(target.nbytes for target in targets)
     name = name or ", ".join(map(str, outputs.values()))
     with disk_problems(name, needed), new_parents(outputs.values()):
         check_room({target.path: target.nbytes for target in targets}, name)
         with _new_files([target.path for target in targets]) as temporaries:
-            sums, bad = _write(tensors, targets, temporaries)
-            if bad.not_finite:
-                raise ModelError(join_problems(f"{name}: not written: {if_not_finite}", bad.not_finite))
-            if bad.too_large:
-                advice = "choose bf16 or f32 instead"
-                raise ModelError(join_problems(f"{name}: not written: {advice}", bad.too_large))
+            sums, broken, overflowing = _write(tensors, targets, temporaries)
+            if broken:
+                raise ModelError(join_problems(f"{name}: not written: {if_not_finite}", broken))
+            if overflowing:
+                raise ModelError(join_problems(f"{name}: not written: choose bf16 or f32 instead", overflowing))
     return [_written(target, digest) for target, digest in zip(targets, sums, strict=True)]
 
 
@@ -89,22 +81,16 @@ class _Target:
 
     path: Path
     quant: str
-    plan: QuantizationPlan
+    plan: quantize.QuantizationPlan
     header: bytes
     nbytes: int
 
 
-@dataclass(frozen=True)
-class _BadNumbers:
-    """Lines on the tensors that cannot be written."""
-
-    not_finite: list[str]
-    too_large: list[str]
-
-
 def _check_outputs(outputs: Mapping[str, Path]) -> None:
     problems = [
-        f"{quant}: unknown quantization (accepted: {', '.join(QUANTS)})" for quant in outputs if quant not in QUANTS
+        f"{quant}: unknown quantization (accepted: {', '.join(quantize.QUANTS)})"
+        for quant in outputs
+        if quant not in quantize.QUANTS
     ]
     counts = Counter(path.absolute() for path in outputs.values())
     problems += [f"{path} is given for {count} quantizations" for path, count in counts.items() if count > 1]
@@ -128,10 +114,10 @@ def _check_tensors(tensors: Sequence[LazyTensor]) -> None:
 
 
 def _target(model: GgufModel, tensors: Sequence[LazyTensor], quant: str, path: Path) -> _Target:
-    plan = plan_types(model, quant)
+    plan = quantize.plan_types(model, quant)
     last: dict[str, Field] = {
         "general.quantization_version": GGML_QUANT_VERSION,
-        "general.file_type": QUANTS[quant].file_type,
+        "general.file_type": quantize.QUANTS[quant].file_type,
     }
     fields = {key: value for key, value in model.fields.items() if key not in last} | last
     infos = [(tensor.name, tensor.shape, plan.types[tensor.name]) for tensor in tensors]
@@ -166,13 +152,13 @@ def _new_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 def _write(
     tensors: Sequence[LazyTensor], targets: Sequence[_Target], temporaries: Sequence[Path]
-) -> tuple[list[str], _BadNumbers]:
-    """Write all files side by side; returns their SHA-256 and what is wrong with the numbers."""
+) -> tuple[list[str], list[str], list[str]]:
+    """Write all files side by side; returns their SHA-256, and lines on tensors not finite and on those too large."""
     broken: Counter[str] = Counter()
     overflowing: Counter[tuple[str, GgmlType]] = Counter()
 
-    def make(piece: _Piece) -> _PackedPiece:
-        return _pack_piece(piece, {target.plan.types[piece.name] for target in targets})
+    def make(piece: _Piece) -> tuple[dict[GgmlType, Array], int, dict[GgmlType, int]]:
+        return _packed(piece, {target.plan.types[piece.name] for target in targets})
 
     total = sum(tensor.nbytes for tensor in tensors)
     label = f"writing {', '.join(target.path.name for target in targets)}"
@@ -184,24 +170,19 @@ def _write(
         files = [HashedFile(file, flusher) for file in opened]
         for file, target in zip(files, targets, strict=True):
             file.write(target.header)
-        for piece, packed in ordered_map(_pieces(tensors), make, pool):
-            broken[piece.name] += packed.broken
-            overflowing.update({(piece.name, kind): count for kind, count in packed.overflowing.items()})
+        for piece, (content, num_broken, num_overflowing) in ordered_map(_pieces(tensors), make, pool):
+            broken[piece.name] += num_broken
+            overflowing.update({(piece.name, kind): count for kind, count in num_overflowing.items()})
             for file, target in zip(files, targets, strict=True):
                 kind = target.plan.types[piece.name]
-                file.write(packed.content[kind].reshape(-1).data)
+                file.write(content[kind].reshape(-1).data)
                 if piece.is_last:
                     file.write(bytes(padding(tensor_bytes(kind, piece.chunk.tensor.shape))))
             advance(piece.nbytes)
         sums = [file.finish() for file in files]
-    return sums, _bad_numbers(tensors, broken, overflowing)
-
-
-def _bad_numbers(
-    tensors: Sequence[LazyTensor], broken: Counter[str], overflowing: Counter[tuple[str, GgmlType]]
-) -> _BadNumbers:
     sizes = {tensor.name: prod(tensor.shape) for tensor in tensors}
-    return _BadNumbers(
+    return (
+        sums,
         [f"{name}: {count} of {sizes[name]} numbers are NaN or infinite" for name, count in broken.items() if count],
         [f"{name}: holds numbers that are too large for {kind.name}" for (name, kind), n in overflowing.items() if n],
     )
@@ -242,13 +223,6 @@ class _Piece:
         return self.chunk.tensor.name
 
 
-@dataclass(frozen=True)
-class _PackedPiece:
-    content: dict[GgmlType, Array]
-    broken: int
-    overflowing: dict[GgmlType, int]
-
-
 def _pieces(tensors: Sequence[LazyTensor]) -> Iterator[_Piece]:
     for chunk in iter_chunks(tensors):
         row = chunk.tensor.shape[-1] * chunk.tensor.dtype.itemsize
@@ -261,23 +235,14 @@ def _pieces(tensors: Sequence[LazyTensor]) -> Iterator[_Piece]:
             yield _Piece(chunk, source, start, stop, (stop - start) * row, ends_tensor and stop == count)
 
 
-def _pack_piece(piece: _Piece, kinds: set[GgmlType]) -> _PackedPiece:
-    """The bytes of a piece in each of the types, and how many numbers it has that are not finite or too large."""
+def _packed(piece: _Piece, kinds: set[GgmlType]) -> tuple[dict[GgmlType, Array], int, dict[GgmlType, int]]:
+    """(the bytes of a piece in each of the types, how many of its numbers are not finite, how many too large)."""
     rows = piece.source.rows(piece.start, piece.stop)
     broken = count_broken(rows.reshape(-1))
     if broken:
         # no file is written, and quantizers cannot take such numbers
-        empty = {kind: np.zeros((len(rows), row_bytes(kind, rows.shape[1])), np.uint8) for kind in kinds}
-        return _PackedPiece(empty, broken, {})
-    content: dict[GgmlType, Array] = {}
-    overflowing: dict[GgmlType, int] = {}
-    floats: Array | None = None
-    for kind in kinds:
-        if PLAIN.get(kind) == rows.dtype:
-            content[kind] = rows.view(np.uint8)
-            continue
-        if floats is None:
-            floats = rows.astype(np.float32, copy=False)
-        content[kind] = pack(kind, floats)
-        overflowing[kind] = count_overflow(kind, content[kind])
-    return _PackedPiece(content, 0, overflowing)
+        return {kind: np.zeros(quant_shape_to_byte_shape(rows.shape, kind), np.uint8) for kind in kinds}, broken, {}
+    kept = {kind: rows.view(np.uint8) for kind in kinds if PLAIN.get(kind) == rows.dtype}
+    floats = rows.astype(np.float32, copy=False) if len(kept) < len(kinds) else rows
+    packed = {kind: quantize.pack(kind, floats) for kind in kinds - kept.keys()}
+    return kept | packed, 0, {kind: quantize.count_overflow(kind, content) for kind, content in packed.items()}
