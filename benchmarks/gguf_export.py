@@ -28,6 +28,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from macft.data.templates.chat_template import load_template
+from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.models.locate import resolve_model
 from macft.weights.folder import ModelFolder
 from macft.weights.tensors.lazy import LazyTensor
@@ -91,14 +93,13 @@ def make_model(folder: Path, layers: int) -> None:
 
 def run_macft(model: Path, out: Path, *quants: str) -> float | None:
     """What `macft export gguf` does."""
-    from macft.gguf.exporter.export import export_gguf, template_source
+    from macft.gguf.exporter.export import export_gguf
 
     export_gguf(
         ModelFolder(str(model), model),
         [],
         {quant: out / f"{quant}.gguf" for quant in quants},
-        tokenizer_folder=model,
-        template=template_source(model),
+        template=load_template(model, load_tokenizer(model).special_map).source,
     )
     return None
 
@@ -120,11 +121,11 @@ def run_converter(model: Path, out: Path) -> float | None:
 
 def run_ggml(model: Path, _out: Path) -> float | None:
     """Seconds of the calls alone; everything is in memory before, as float32 in parts of what macft packs at a time."""
-    from macft.gguf.exporter.export import read_gguf_model, template_source
+    from macft.gguf.exporter.export import read_gguf_model
     from macft.gguf.writing.quantize import pack, plan_types
 
     folder = ModelFolder(str(model), model)
-    gguf, _ = read_gguf_model(folder, [], tokenizer_folder=model, template=template_source(model))
+    gguf, _ = read_gguf_model(folder, [], template=load_template(model, load_tokenizer(model).special_map).source)
     types = plan_types(gguf, "q4_k_m").types
     parts = []
     for tensor in gguf.tensors:

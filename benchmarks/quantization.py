@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from macft.data.templates.chat_template import load_template
 from macft.data.tokenization.tokenizer import load_tokenizer
-from macft.gguf.exporter.export import export_gguf, template_source
+from macft.gguf.exporter.export import export_gguf
 from macft.gguf.writing.quantize import QUANTS
 from macft.models.locate import resolve_model
 from macft.verify.llama_cpp import LlamaCpp, llama_cpp
@@ -90,7 +91,10 @@ def measure(name: str, folder: Path, work: Path, positions: int) -> list[dict[st
     """A row for every quantization of one model."""
     outputs = {quant: work / f"{name}-{quant}.gguf" for quant in QUANTS}
     report = export_gguf(
-        ModelFolder(name, folder), [], outputs, tokenizer_folder=folder, template=template_source(folder)
+        ModelFolder(name, folder),
+        [],
+        outputs,
+        template=load_template(folder, load_tokenizer(folder).special_map).source,
     )
     tokenizer = load_tokenizer(folder)
     tokens = tokenizer.encode(TEXT).ids

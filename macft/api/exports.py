@@ -67,7 +67,6 @@ def export_gguf(
         prompted.model,
         prompted.adapters,
         outputs,
-        tokenizer_folder=prompted.model.path,
         template=prompted.template.source if prompted.template is not None else None,
     )
     for note in report.notes:
@@ -125,7 +124,6 @@ def export_ollama(
         Path(output),
         name=name if name is not None else default_name(prompted.model, prompted.adapters),
         quant=quant,
-        tokenizer_folder=prompted.model.path,
         template=prompted.template,
         system=system,
         check=check if checks else None,

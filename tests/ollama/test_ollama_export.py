@@ -48,7 +48,7 @@ def template_of(model: Path, source: str) -> ChatTemplate:
 def exported(model: Path, output: Path, source: str = CHATML, **settings) -> OllamaReport:
     settings = {"name": "Tiny:v1", "quant": "f16", **settings}
     template = template_of(model, source)
-    return export_ollama(ModelFolder("tiny", model), (), output, tokenizer_folder=model, template=template, **settings)
+    return export_ollama(ModelFolder("tiny", model), (), output, template=template, **settings)
 
 
 def with_sampling(model: Path, folder: Path, **settings) -> Path:

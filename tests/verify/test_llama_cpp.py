@@ -40,7 +40,7 @@ def template_of(source: str, tokenizer: Tokenizer) -> ChatTemplate:
 
 def written(model: Path, path: Path, quant: str = "f32", template: str = CHATML, adapters: tuple = ()) -> Path:
     folder = ModelFolder("tiny", model)
-    export_gguf(folder, adapters, {quant: path}, tokenizer_folder=model, template=template)
+    export_gguf(folder, adapters, {quant: path}, template=template)
     return path
 
 
@@ -283,7 +283,7 @@ def test_the_built_in_model_is_verified_at_q8_0(tmp_path):
     tokenizer = load_tokenizer(model.path)
     template = load_template(model.path, tokenizer.special_map)
     path = tmp_path / "q8_0.gguf"
-    export_gguf(model, (), {"q8_0": path}, tokenizer_folder=model.path, template=template.source)
+    export_gguf(model, (), {"q8_0": path}, template=template.source)
     found = verify_gguf(path, Subject(model.path), quant="q8_0", tokenizer=tokenizer, template=template, threads=1)
     assert (found.texts, found.prompts, found.warnings) == (4, 4, ())
     assert found.kl < 0.01 and found.top1 > 0.7

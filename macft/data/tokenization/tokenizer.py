@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     files = _read_files(folder)
     settings = read_json(folder / "tokenizer_config.json")
-    special_map = _special_map(folder, settings)
+    special_map = special_texts(read_settings(folder))
     core = _load_core(folder, files, settings, special_map)
     return Tokenizer(core, special_map=special_map, eos_ids=_eos_ids(folder, core, special_map), files=files)
 
@@ -150,6 +150,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds a JSON {type(value).__name__}, expected an object; fetch the model again")
     return value
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json over special_tokens_map.json."""
+    return {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
+
+
+def special_texts(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of bos_token, eos_token and so on, as far as they are set."""
+    texts = {name: _token_text(settings.get(name)) for name in _NAMED}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _encoded(encoding: Any) -> Encoded:
@@ -173,12 +184,6 @@ def _read_files(folder: Path) -> dict[str, bytes]:
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; a tokenizer is read from a model's folder")
     return {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
-
-
-def _special_map(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
-    merged = {**read_json(folder / "special_tokens_map.json"), **settings}
-    texts = {name: _token_text(merged.get(name)) for name in _NAMED}
-    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _token_text(token: Any) -> str | None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from macft.data.templates.chat_template import load_template
-from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ModelError, join_problems
 from macft.gguf.exporter.lora import adapter_to_gguf
 from macft.gguf.exporter.tensors import architecture_of, to_gguf
@@ -43,16 +41,15 @@ def export_gguf(
     adapters: Sequence[Adapter],
     outputs: Mapping[str, Path],
     *,
-    tokenizer_folder: Path,
     template: str | None,
 ) -> GgufReport:
     """Write a model, adapters merged, as one GGUF file for each quantization of `outputs`, in one pass.
 
-    Tokenizer and sampling settings come from `tokenizer_folder`; `template` is the Jinja chat template to embed.
+    `template` is the Jinja chat template to embed.
     Raises ModelError for an unknown architecture and for weights or tokenizer files that do not fit; nothing is then
     left behind.
     """
-    gguf, notes = read_gguf_model(model, adapters, tokenizer_folder=tokenizer_folder, template=template)
+    gguf, notes = read_gguf_model(model, adapters, template=template)
     written = write_gguf(gguf, outputs, if_not_finite=if_not_finite(model, adapters))
     return GgufReport(tuple(written), tuple(notes))
 
@@ -65,7 +62,7 @@ def if_not_finite(model: ModelFolder, adapters: Sequence[Adapter]) -> str:
 
 
 def read_gguf_model(
-    model: ModelFolder, adapters: Sequence[Adapter], *, tokenizer_folder: Path, template: str | None
+    model: ModelFolder, adapters: Sequence[Adapter], *, template: str | None
 ) -> tuple[GgufModel, list[str]]:
     """(The model in GGUF form, none of its weights read yet, notes for the user.)"""
     source = open_model(model.path, exact=True)
@@ -73,12 +70,12 @@ def read_gguf_model(
     architecture_of(tied_config)
     config, tensors = untie(tied_config, tensors, adapters)
     merged = merge_adapters(tensors, adapters)
-    vocabulary = read_vocabulary(tokenizer_folder, config)
+    vocabulary = read_vocabulary(model.path, config)
     vocab_rows = len(vocabulary.tokens.texts)
     gguf = to_gguf(config, merged, vocab_rows=vocab_rows)
     rows = _embedding_rows(gguf, vocab_rows)
     fields: dict[str, Field] = {"general.architecture": gguf.architecture, "general.type": "model"}
-    fields |= sampling_fields(tokenizer_folder)
+    fields |= sampling_fields(model.path)
     fields["general.name"] = _name(model, adapters, required_name(vocabulary))
     fields["general.size_label"] = _size_label(gguf.tensors)
     fields |= gguf.fields
@@ -94,11 +91,6 @@ def export_lora(model: ModelFolder, adapter: Adapter, output: Path) -> GgufRepor
     merge_adapters(untie(*as_hf(open_model(model.path, exact=True)), [adapter])[1], [adapter])
     broken = f"{adapter.folder} is broken; train it again"
     return GgufReport(tuple(write_gguf(gguf, {"f32": output}, if_not_finite=broken)), tuple(_notes(model, [adapter])))
-
-
-def template_source(folder: Path, template: str | None = None) -> str:
-    """The Jinja text of a folder's chat template, or of the file or name given."""
-    return load_template(folder, load_tokenizer(folder).special_map, template).source
 
 
 def _embedding_rows(gguf: GgufModel, vocab_rows: int) -> int:

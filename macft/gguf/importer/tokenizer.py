@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from macft.errors import ModelError
 from macft.files import write_json, write_text
 from macft.gguf.format import GgufFile
-from macft.gguf.vocabulary.merges import sentencepiece_tokenizer
+from macft.gguf.vocabulary.sentencepiece import sentencepiece_tokenizer
 from macft.gguf.vocabulary.split_patterns import PRE_TOKENIZERS, PreTokenizer
 
 log = logging.getLogger("macft")

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer, read_json
+from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer, read_json, read_settings
 from macft.errors import ModelError
 from macft.gguf.vocabulary.pieces import vocabulary_of_pieces, vocabulary_with_byte_fallback
 from macft.gguf.vocabulary.pre_tokenizer_hashes import TEXT
 from macft.gguf.vocabulary.pre_tokenizers import name_of_pre_tokenizer
-from macft.gguf.vocabulary.tokens import Vocabulary, added_tokens, mark_added, read_settings, tokens_of
+from macft.gguf.vocabulary.tokens import Vocabulary, added_tokens, mark_added, tokens_of
 
 # the classes whose code says how text is cut, which vocab.json and merges.txt do not
 _CLASSES = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
@@ -46,10 +46,9 @@ def _of_tokenizer_json(folder: Path) -> Vocabulary:
         return vocabulary_with_byte_fallback(folder, core, tokenizer, merges)
     if "'ByteLevel'" not in str(core.get("pre_tokenizer")):
         raise ModelError(f"{path}: its BPE is neither byte-level nor falls back to bytes, as llama.cpp needs it")
-    ids = tokenizer.vocabulary
-    bos = ids.get(tokenizer.special_map.get("bos_token", ""))
+    bos = tokenizer.vocabulary.get(tokenizer.special_map.get("bos_token", ""))
     pre = name_of_pre_tokenizer(path, core, tokenizer.encode(TEXT).ids, bos)
-    return _byte_level(folder, core, tokenizer, ids, merges, pre)
+    return _byte_level(folder, core, tokenizer, merges, pre)
 
 
 def _of_vocab_and_merges(folder: Path) -> Vocabulary:
@@ -61,19 +60,13 @@ def _of_vocab_and_merges(folder: Path) -> Vocabulary:
         )
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = _pairs(folder / "merges.txt", [line for line in lines if line and not line.startswith("#version")])
-    tokenizer = load_tokenizer(folder)
-    return _byte_level(folder, None, tokenizer, tokenizer.vocabulary, merges, _CLASSES[name])
+    return _byte_level(folder, None, load_tokenizer(folder), merges, _CLASSES[name])
 
 
 def _byte_level(
-    folder: Path,
-    core: Mapping[str, Any] | None,
-    tokenizer: Tokenizer,
-    ids: dict[str, int],
-    merges: list[tuple[str, str]],
-    pre: str,
+    folder: Path, core: Mapping[str, Any] | None, tokenizer: Tokenizer, merges: list[tuple[str, str]], pre: str
 ) -> Vocabulary:
-    settings = read_settings(folder)
+    settings, ids = read_settings(folder), tokenizer.vocabulary
     tokens = tokens_of(ids)
     mark_added(tokens, added_tokens(folder, core, settings, ids))
     # a space separates the two, so a space within one is written as in byte-level tokens

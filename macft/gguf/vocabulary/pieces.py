@@ -11,21 +11,10 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import AddedToken
 
-from macft.data.tokenization.tokenizer import Tokenizer
+from macft.data.tokenization.tokenizer import Tokenizer, read_settings, special_texts
 from macft.errors import ModelError
-from macft.gguf.vocabulary.merges import sentencepiece_tokenizer
-from macft.gguf.vocabulary.sentencepiece import SentencePieces, read_sentencepiece
-from macft.gguf.vocabulary.tokens import (
-    Added,
-    Prefix,
-    Tokens,
-    Vocabulary,
-    added_tokens,
-    mark_added,
-    read_settings,
-    texts_of_roles,
-    tokens_of,
-)
+from macft.gguf.vocabulary.sentencepiece import SentencePieces, read_sentencepiece, sentencepiece_tokenizer
+from macft.gguf.vocabulary.tokens import Added, Prefix, Tokens, Vocabulary, added_tokens, mark_added, steps, tokens_of
 
 logger = logging.getLogger("macft")
 
@@ -87,7 +76,7 @@ def vocabulary_of_pieces(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
         space = False  # the code of gemma's tokenizer adds none, whatever the file says
     has_prefix = pieces.add_dummy_prefix if space is None else bool(space)
     special_map = {role: pieces.texts[pieces.ids[name]] for role, name in _ROLES.items() if name in pieces.ids}
-    special_map |= texts_of_roles(settings)
+    special_map |= special_texts(settings)
     tokenizer = _tokenizer(folder, pieces, added, special_map, has_prefix)
     mark_added(tokens, {id_: token for id_, token in added.items() if id_ != pieces.ids.get("unk")})
     for id_, text in enumerate(tokens.texts):
@@ -162,18 +151,10 @@ def _check_bytes(path: Path, tokens: Tokens) -> None:
 
 def _prefix(core: Mapping[str, Any]) -> Prefix:
     """Where this tokenizer.json puts a space that is not in the text."""
-    for step in [*_steps(core.get("normalizer"), "normalizers"), *_steps(core.get("pre_tokenizer"), "pretokenizers")]:
+    for step in [*steps(core.get("normalizer"), "normalizers"), *steps(core.get("pre_tokenizer"), "pretokenizers")]:
         if step.get("type") == "Prepend":
             return "always"
         if step.get("type") == "Metaspace":
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
             return "first" if scheme == "first" else "always" if scheme == "always" else "never"
     return "never"
-
-
-def _steps(step: Any, key: str) -> list[dict[str, Any]]:
-    if not isinstance(step, dict):
-        return []
-    return (
-        [inner for one in step.get(key, []) for inner in _steps(one, key)] if step.get("type") == "Sequence" else [step]
-    )

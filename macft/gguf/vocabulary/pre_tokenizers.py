@@ -9,18 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from macft.errors import ModelError, join_problems
+from macft.gguf.vocabulary import split_patterns
 from macft.gguf.vocabulary.pre_tokenizer_hashes import HASHES
-from macft.gguf.vocabulary.split_patterns import (
-    CONTRACTION,
-    DEEPSEEK3,
-    FALCON_PUNCTUATION,
-    GPT2,
-    PRE_TOKENIZERS,
-    PUBLISHED_CASES,
-    QWEN35,
-    gpt4o,
-    tekken,
-)
+from macft.gguf.vocabulary.tokens import steps
 
 # One name for each way to cut; of those that llama.cpp treats alike, the one that leaves spaces before punctuation.
 _PREFERRED = ("llama-bpe", "smaug-bpe", "qwen2", "tekken", "gpt-4o", "seed-coder", "smollm", "gpt-2")
@@ -29,11 +20,14 @@ _ANY_CASE = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # (what cuts the text, step by step; whether a piece that is a token is taken without merging) -> name
 _Cut = tuple[tuple[str, ...], bool]
 _NAMES: dict[_Cut, str] = {
-    **{(PRE_TOKENIZERS[name].patterns, PRE_TOKENIZERS[name].whole_words): name for name in reversed(_PREFERRED)},
-    ((tekken(*PUBLISHED_CASES),), True): "tekken",
-    ((gpt4o(*PUBLISHED_CASES),), False): "gpt-4o",
-    ((QWEN35,), False): "qwen35",
-    (DEEPSEEK3, False): "deepseek-v3",
+    **{
+        (split_patterns.PRE_TOKENIZERS[name].patterns, split_patterns.PRE_TOKENIZERS[name].whole_words): name
+        for name in reversed(_PREFERRED)
+    },
+    ((split_patterns.tekken(*split_patterns.PUBLISHED_CASES),), True): "tekken",
+    ((split_patterns.gpt4o(*split_patterns.PUBLISHED_CASES),), False): "gpt-4o",
+    ((split_patterns.QWEN35,), False): "qwen35",
+    (split_patterns.DEEPSEEK3, False): "deepseek-v3",
 }
 # Normalizers that llama.cpp leaves out: NFC does not change text that is composed already, as typed text is.
 _HARMLESS = ("NFC",)
@@ -52,12 +46,12 @@ def name_of_pre_tokenizer(path: Path, core: Mapping[str, Any], ids: Sequence[int
             return name
     cuts = tuple(_cuts(core.get("pre_tokenizer")))
     is_whole = bool(core["model"].get("ignore_merges"))
-    normalizers = [name for name in _normalizers(core.get("normalizer")) if name not in _HARMLESS]
+    normalizers = [step for step in steps(core.get("normalizer"), "normalizers") if step.get("type") not in _HARMLESS]
     known = _NAMES.get((cuts, is_whole))
     if known is not None and not normalizers:
         return known
     shown = [f"cuts text by {cut}" for cut in cuts] or ["cuts text by nothing"]
-    shown += [f"changes text before by {name}" for name in normalizers]
+    shown += [f"changes text before by {json.dumps(step, ensure_ascii=False)}" for step in normalizers]
     if is_whole:
         shown.append("takes pieces that are tokens without merging (ignore_merges)")
     raise ModelError(
@@ -69,25 +63,21 @@ def name_of_pre_tokenizer(path: Path, core: Mapping[str, Any], ids: Sequence[int
     )
 
 
-def _cuts(step: Any) -> Iterable[str]:
+def _cuts(pre_tokenizer: Any) -> Iterable[str]:
     """The regular expressions that cut text one after the other; any other step as JSON."""
-    if step is None:
-        return
-    kind = step.get("type")
-    if kind == "Sequence":
-        for inner in step.get("pretokenizers", []):
-            yield from _cuts(inner)
-    elif kind == "ByteLevel" and not step.get("add_prefix_space"):
-        if step.get("use_regex", True):
-            yield GPT2
-    elif kind == "Digits":
-        yield r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
-    elif kind == "Punctuation" and step.get("behavior") == "Contiguous":
-        yield FALCON_PUNCTUATION
-    elif kind == "Split" and _is_isolating(step):
-        yield _canonical(step["pattern"]["Regex"])
-    else:
-        yield json.dumps(step, ensure_ascii=False)
+    for step in steps(pre_tokenizer, "pretokenizers"):
+        kind = step.get("type")
+        if kind == "ByteLevel" and not step.get("add_prefix_space"):
+            if step.get("use_regex", True):
+                yield split_patterns.GPT2
+        elif kind == "Digits":
+            yield r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+        elif kind == "Punctuation" and step.get("behavior") == "Contiguous":
+            yield split_patterns.FALCON_PUNCTUATION
+        elif kind == "Split" and _is_isolating(step):
+            yield _canonical(step["pattern"]["Regex"])
+        else:
+            yield json.dumps(step, ensure_ascii=False)
 
 
 def _is_isolating(step: Mapping[str, Any]) -> bool:
@@ -100,17 +90,8 @@ def _is_isolating(step: Mapping[str, Any]) -> bool:
 def _canonical(regex: str) -> str:
     """One spelling of the same expression: contractions in any case, line ends escaped."""
     return (
-        regex.replace(_ANY_CASE, CONTRACTION).replace("\r", r"\r").replace("\n", r"\n").replace(r"\p{N}{1}|", r"\p{N}|")
+        regex.replace(_ANY_CASE, split_patterns.CONTRACTION)
+        .replace("\r", r"\r")
+        .replace("\n", r"\n")
+        .replace(r"\p{N}{1}|", r"\p{N}|")
     )
-
-
-def _normalizers(step: Any) -> Iterable[str]:
-    if step is None:
-        return
-    if step.get("type") == "Sequence":
-        for inner in step.get("normalizers", []):
-            yield from _normalizers(inner)
-    elif step.get("type") in _HARMLESS:
-        yield step["type"]
-    else:
-        yield json.dumps(step, ensure_ascii=False)

@@ -9,14 +9,13 @@ from typing import Any, Literal
 
 from gguf import TokenType
 
-from macft.data.tokenization.tokenizer import Tokenizer, read_json
+from macft.data.tokenization.tokenizer import Tokenizer, read_json, special_texts
 from macft.errors import ModelError, join_problems
 
 SPACE = "▁"
 # tokens that must not show in an answer, though some models do not call them special
 _CONTROL_LIKE = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _CONTROL_FORMS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 Prefix = Literal["always", "first", "never"]
 
@@ -60,18 +59,6 @@ class Vocabulary:
     piece_ids: Mapping[str, int] | None = None
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json."""
-    return {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
-
-
-def texts_of_roles(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The texts of bos_token, eos_token and so on, as far as they are set."""
-    found = {role: settings.get(role) for role in _ROLES}
-    texts = {role: value.get("content") if isinstance(value, dict) else value for role, value in found.items()}
-    return {role: text for role, text in texts.items() if isinstance(text, str)}
-
-
 def tokens_of(vocabulary: Mapping[str, int]) -> Tokens:
     """The tokens of a vocabulary by id, all of type NORMAL."""
     size = 1 + max(vocabulary.values(), default=-1)
@@ -109,9 +96,18 @@ def added_tokens(
     ]
     if problems:
         raise ModelError(join_problems(f"{folder}: the tokenizer files are not of one model", problems))
-    roles = [vocabulary[text] for text in texts_of_roles(settings).values() if text in vocabulary]
+    roles = [vocabulary[text] for text in special_texts(settings).values() if text in vocabulary]
     texts = {id_: text for text, id_ in vocabulary.items() if id_ in roles}
     return {**older, **newer, **{id_: Added(text, True) for id_, text in texts.items()}}
+
+
+def steps(step: Any, key: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer in tokenizer.json; `key` is where a sequence of them holds its own."""
+    if not isinstance(step, dict):
+        return []
+    return (
+        [inner for one in step.get(key, []) for inner in steps(one, key)] if step.get("type") == "Sequence" else [step]
+    )
 
 
 def mark_added(tokens: Tokens, added: Mapping[int, Added]) -> None:

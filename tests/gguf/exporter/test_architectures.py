@@ -82,7 +82,7 @@ def test_llama_cpp_computes_what_transformers_does(folders: dict[str, Path], nam
     """Log-probabilities of the whole vocabulary after prompts of several lengths, and 32 greedy tokens."""
     case, folder = CASES[name], folders[name]
     path = folder / "exported.gguf"
-    export_gguf(ModelFolder(name, folder), [], {"f32": path}, tokenizer_folder=folder, template=None)
+    export_gguf(ModelFolder(name, folder), [], {"f32": path}, template=None)
     reader = gguf.GGUFReader(path)
     tokens, ends, plain = token_ids(folder, max(case.lengths)), end_tokens(reader), plain_token(reader)
     expected = torch_logps(folder, tokens)
