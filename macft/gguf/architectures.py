@@ -8,14 +8,15 @@ from functools import partial
 from typing import Any
 
 from macft.gguf import tensor_rules as rules
+from macft.gguf.dimensions import Sizes
 from macft.gguf.exporter import hyper_parameters as write
 from macft.gguf.exporter import rope
 from macft.gguf.format import Field, GgufFile
 from macft.gguf.importer import config as read
-from macft.gguf.sizes import Config, Sizes
 from macft.gguf.tensor_rules import EXPERT, TensorRule, TensorRules
 from macft.weights.layouts.mlx_experts import OSS_EXPERTS, SPARSE_BLOCK, stack_experts
 from macft.weights.layouts.mlx_rules import DROP_MTP, DROP_VISION, LayoutRule
+from macft.weights.model_config import Config
 
 _SUFFIX = {"ssm_a": "", "ssm_dt": ".bias"}  # all other tensors of a rule are called weights
 _ON_BY_DEFAULT = ("always", "qkv_bias")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,8 +65,3 @@ def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
         return np.concatenate([read_rows(tensor, int(run[0]), int(run[-1]) + 1) for run in runs])
 
     return derived(tensor.name, tensor.dtype, (len(order), *tensor.shape[1:]), rows, tensor)
-
-
-def first_rows(tensor: LazyTensor, count: int) -> LazyTensor:
-    """The tensor without the rows after the first `count`."""
-    return derived(tensor.name, tensor.dtype, (count, *tensor.shape[1:]), partial(read_rows, tensor), tensor)

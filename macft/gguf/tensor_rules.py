@@ -31,6 +31,20 @@ def norm(name: str, size: str = "hidden") -> TensorRule:
     return TensorRule(name, (size,))
 
 
+def shape_problems(
+    model_type: str, rules: TensorRules, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
+) -> list[str]:
+    """What keeps tensors of these shapes from being those of the rules, both by their names."""
+    problems = [f"{name} is not a tensor of {model_type}" for name in shapes.keys() - rules.keys()]
+    for name, rule in rules.items():
+        shape = tuple(sizes[word] for word in (rule.shape[:-1] if name.endswith(".bias") else rule.shape))
+        if name not in shapes:
+            problems.append(f"{name} is missing")
+        elif shapes[name] != shape:
+            problems.append(f"{name} has shape {list(shapes[name])}, {list(shape)} was expected")
+    return problems
+
+
 # --- changes of a group of rules
 
 

@@ -49,35 +49,33 @@ def prove_template(template: ChatTemplate, *, bos: str | None) -> Proof:
     `bos` is the text of the token that llama.cpp puts before a prompt by itself; the Go template does not hold it.
     """
     try:
-        known = _learn(template)
+        known, learned_limits, later_system, answer_first = _learn(template)
     except (NotDerivableError, DataError) as error:
         return Proof(None, _sentence(error), 0, (), _stops(template, {}))
-    stops = _stops(template, known.grammar)
-    if _writes_date(template.source, known.grammar):
+    stops = _stops(template, known)
+    if _writes_date(template.source, known):
         return Proof(None, "The template writes today's date, which a Go template cannot.", 0, (), stops)
-    own_texts = _own_texts(known.grammar)
-    system = any(context.system == GIVEN for context in known.grammar)
-    limits = [_PLAIN, *known.limits, _COLLATED]
+    own_texts = _own_texts(known)
+    system = any(context.system == GIVEN for context in known)
+    limits = [_PLAIN, *learned_limits, _COLLATED]
 
-    main = _compare(template, known.grammar, conversations.grammar_cases(own_texts, system=system))
+    main = _compare(template, known, conversations.grammar_cases(own_texts, system=system))
     if main.differs is not None:
         return Proof(None, main.differs, 0, (), stops)
     if main.spaced is not None:
         limits.append(f"Equal only for contents without outer white space, as Go cannot trim: {main.spaced}")
     random = conversations.random_cases(_RANDOM, own_texts, system=system, spaced=main.spaced is None)
-    mixed = _compare(template, known.grammar, random)
+    mixed = _compare(template, known, random)
     if mixed.differs is not None or mixed.spaced is not None:
         return Proof(None, mixed.differs or mixed.spaced, 0, (), stops)
     cases = main.equal + mixed.equal
 
-    proven = known.grammar
-    later = _compare(template, proven, conversations.later_system_cases()) if known.later_system else None
+    proven = known
+    later = _compare(template, proven, conversations.later_system_cases()) if later_system else None
     if later is None or later.differs is not None:
         proven = {c: piece for c, piece in proven.items() if "system" not in (c.role, c.before)}
         limits.append("A system message after the first message is left out.")
-    answers = (
-        _compare(template, proven, conversations.answer_first_cases(system=system)) if known.answer_first else None
-    )
+    answers = _compare(template, proven, conversations.answer_first_cases(system=system)) if answer_first else None
     if answers is None or answers.differs is not None:
         limits.append("A conversation that begins with an answer is written as if an empty question came first.")
         kept = {c: piece for c, piece in proven.items() if (c.before, c.role) != (START, "assistant")}
@@ -94,15 +92,8 @@ def needed_stops(proof: Proof, eog_texts: Collection[str]) -> tuple[str, ...]:
     return tuple(stop for stop in proof.stops if stop not in eog_texts)
 
 
-@dataclass(frozen=True)
-class _Learned:
-    grammar: Grammar
-    limits: list[str]
-    later_system: bool
-    answer_first: bool
-
-
-def _learn(template: ChatTemplate) -> _Learned:
+def _learn(template: ChatTemplate) -> tuple[Grammar, list[str], bool, bool]:
+    """(the grammar, its limits, whether it holds later system messages, whether answers that come first)."""
     limits = []
     shapes = grammar.alternating("user", _LEARNED)
     known = grammar.learn(template, shapes, NONE, {})
@@ -118,7 +109,7 @@ def _learn(template: ChatTemplate) -> _Learned:
             limits.append("The template leaves system messages out.")
     known, later_system = _more(template, grammar.later_system(5), states, known)
     known, answer_first = _more(template, grammar.alternating("assistant", _LEARNED), states, known)
-    return _Learned(known, limits, later_system, answer_first)
+    return known, limits, later_system, answer_first
 
 
 def _more(

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from macft.gguf import dimensions
+from macft.gguf.dimensions import Sizes
 from macft.gguf.exporter import linear_attention, rope
 from macft.gguf.format import Field
-from macft.gguf.sizes import (
-    FIELDS,
-    GEMMA2_27B,
-    GEMMA2_PERIOD,
-    GEMMA3_27B,
-    GEMMA3_PERIOD,
-    HYBRID_PERIOD,
-    KEYS,
-    Config,
-    Sizes,
-    as_fields,
-    gemma_query_scalar,
-    smollm3_rope_layers,
-    with_products,
-)
+from macft.weights.model_config import Config
 
 _NEEDED = ("layers", "hidden", "ffn", "heads", "context")
 _QWEN3_5_SECTIONS = (11, 11, 10)
@@ -35,7 +23,7 @@ def read_sizes(config: Config, rotated: float = 1.0) -> tuple[dict[str, int], li
     """
     sizes: dict[str, int] = {"one": 1}
     problems = []
-    for word, keys in KEYS.items():
+    for word, keys in dimensions.KEYS.items():
         value = next((config[key] for key in keys if config.get(key) is not None), None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             sizes[word] = value
@@ -52,7 +40,7 @@ def read_sizes(config: Config, rotated: float = 1.0) -> tuple[dict[str, int], li
     sizes.setdefault("head_dim", sizes["hidden"] // sizes["heads"])
     if sizes["heads"] % sizes["kv_heads"] or sizes["head_dim"] % 2:
         problems.append(f"{sizes['heads']} heads of {sizes['head_dim']} do not go with {sizes['kv_heads']} key heads")
-    sizes = with_products(sizes)
+    sizes = dimensions.with_products(sizes)
     part = rope.settings(config).get("partial_rotary_factor", rotated)
     sizes["rotated"] = int(part * sizes["head_dim"]) if isinstance(part, int | float) else 0
     return sizes, problems
@@ -61,19 +49,19 @@ def read_sizes(config: Config, rotated: float = 1.0) -> tuple[dict[str, int], li
 def common(config: Config, sizes: Sizes) -> dict[str, Field]:
     """The fields of every architecture, in the order of llama.cpp's converter."""
     fields: dict[str, Field] = {
-        **as_fields(sizes, "layers", "context", "hidden", "ffn", "heads", "kv_heads"),
+        **dimensions.as_fields(sizes, "layers", "context", "hidden", "ffn", "heads", "kv_heads"),
         **rope.fields(config),
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
     }
     if "experts" in sizes:
-        fields |= as_fields(sizes, "experts", "experts_used")
+        fields |= dimensions.as_fields(sizes, "experts", "experts_used")
     if config.get("head_dim") is not None:
         fields |= _head_sizes(sizes)
     return fields
 
 
 def _head_sizes(sizes: Sizes) -> dict[str, Field]:
-    return {**as_fields(sizes, "head_dim"), "attention.value_length": sizes["head_dim"]}
+    return {**dimensions.as_fields(sizes, "head_dim"), "attention.value_length": sizes["head_dim"]}
 
 
 def llama(config: Config, sizes: Sizes) -> dict[str, Field]:
@@ -83,7 +71,7 @@ def llama(config: Config, sizes: Sizes) -> dict[str, Field]:
 
 def mixture(config: Config, sizes: Sizes) -> dict[str, Field]:
     """The fields of qwen's mixtures of experts, whose experts have their own width."""
-    return {**common(config, sizes), **as_fields(sizes, "expert_ffn", "shared_ffn")}
+    return {**common(config, sizes), **dimensions.as_fields(sizes, "expert_ffn", "shared_ffn")}
 
 
 def gemma2(config: Config, sizes: Sizes) -> dict[str, Field]:
@@ -93,7 +81,7 @@ def gemma2(config: Config, sizes: Sizes) -> dict[str, Field]:
         **_head_sizes(sizes),
         "attn_logit_softcapping": float(config["attn_logit_softcapping"]),
         "final_logit_softcapping": float(config["final_logit_softcapping"]),
-        **_window(config, sizes, GEMMA2_PERIOD),
+        **_window(config, sizes, dimensions.GEMMA2_PERIOD),
     }
 
 
@@ -102,7 +90,7 @@ def gemma3(config: Config, sizes: Sizes) -> dict[str, Field]:
     fields = {**common(config, sizes), **_head_sizes(sizes)}
     if config.get("final_logit_softcapping"):
         fields["final_logit_softcapping"] = float(config["final_logit_softcapping"])
-    return {**fields, **_window(config, sizes, GEMMA3_PERIOD)}
+    return {**fields, **_window(config, sizes, dimensions.GEMMA3_PERIOD)}
 
 
 def phi3(config: Config, sizes: Sizes) -> dict[str, Field]:
@@ -126,8 +114,8 @@ def gpt_oss(config: Config, sizes: Sizes) -> dict[str, Field]:
     """The fields of gpt-oss: experts, and a window in every other layer."""
     return {
         **common(config, sizes),
-        **_window(config, sizes, GEMMA2_PERIOD),
-        FIELDS["expert_ffn"]: sizes["ffn"],
+        **_window(config, sizes, dimensions.GEMMA2_PERIOD),
+        dimensions.FIELDS["expert_ffn"]: sizes["ffn"],
     }
 
 
@@ -144,7 +132,7 @@ def hybrid(config: Config, sizes: Sizes) -> dict[str, Field]:
     return {
         **own,
         **{f"ssm.{key}": value for key, value in state.items()},
-        "full_attention_interval": _period(config, sizes["layers"], HYBRID_PERIOD) or sizes["layers"] + 1,
+        "full_attention_interval": _period(config, sizes["layers"], dimensions.HYBRID_PERIOD) or sizes["layers"] + 1,
         "rope.dimension_count": sizes["rotated"],
     }
 
@@ -207,7 +195,7 @@ def square_problems(config: Config, sizes: Sizes) -> list[str]:
 
 def smollm3_problems(config: Config, sizes: Sizes) -> list[str]:
     """Problems of SmolLM3: another order of the layers without rotary positions."""
-    expected = smollm3_rope_layers(sizes["layers"])
+    expected = dimensions.smollm3_rope_layers(sizes["layers"])
     found = config.get("no_rope_layers", expected)
     problems = plain_problems(config, sizes)
     if found and list(found) != expected:
@@ -232,7 +220,7 @@ def sparse_problems(config: Config, sizes: Sizes, *, normalized: bool) -> list[s
 def gemma_problems(config: Config, sizes: Sizes, *, default_period: int, largest: int) -> list[str]:
     """Problems of the gemmas: the scale of attention, the order of layers with a window."""
     problems = _activation(config, _GELU)
-    expected = gemma_query_scalar(sizes, largest)
+    expected = dimensions.gemma_query_scalar(sizes, largest)
     scalar = config.get("query_pre_attn_scalar")
     if scalar is not None and scalar != expected:
         problems.append(f"query_pre_attn_scalar is {scalar}, llama.cpp assumes {expected}")
@@ -252,18 +240,18 @@ def _window_problems(config: Config, sizes: Sizes, default_period: int) -> list[
 
 def gemma2_problems(config: Config, sizes: Sizes) -> list[str]:
     """Problems of Gemma 2, which always has its soft caps, and a window somewhere."""
-    problems = gemma_problems(config, sizes, default_period=GEMMA2_PERIOD, largest=GEMMA2_27B)
+    problems = gemma_problems(config, sizes, default_period=dimensions.GEMMA2_PERIOD, largest=dimensions.GEMMA2_27B)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if not isinstance(config.get(key), int | float):
             problems.append(f"{key} is {config.get(key)!r}; llama.cpp always caps, a number was expected")
-    if _period(config, sizes["layers"], GEMMA2_PERIOD) == 1:
+    if _period(config, sizes["layers"], dimensions.GEMMA2_PERIOD) == 1:
         problems.append("no layer has a window (layer_types); llama.cpp gives gemma2 one")
     return problems
 
 
 def gemma3_problems(config: Config, sizes: Sizes) -> list[str]:
     """Problems of Gemma 3, which has no cap on attention."""
-    problems = gemma_problems(config, sizes, default_period=GEMMA3_PERIOD, largest=GEMMA3_27B)
+    problems = gemma_problems(config, sizes, default_period=dimensions.GEMMA3_PERIOD, largest=dimensions.GEMMA3_27B)
     if config.get("attn_logit_softcapping"):
         problems.append(f"attn_logit_softcapping is {config['attn_logit_softcapping']}; llama.cpp has none in gemma3")
     return problems
@@ -280,14 +268,14 @@ def qwen2_moe_problems(config: Config, sizes: Sizes) -> list[str]:
 def gpt_oss_problems(config: Config, sizes: Sizes) -> list[str]:
     """Problems of gpt-oss: missing sizes of experts, the order of layers with a window."""
     problems = [f"{word} is missing from config.json" for word in ("experts", "experts_used") if word not in sizes]
-    if _period(config, sizes["layers"], GEMMA2_PERIOD) == 1:
+    if _period(config, sizes["layers"], dimensions.GEMMA2_PERIOD) == 1:
         problems.append("no layer has a window (layer_types); llama.cpp gives gpt-oss one")
-    return problems + _window_problems(config, sizes, GEMMA2_PERIOD)
+    return problems + _window_problems(config, sizes, dimensions.GEMMA2_PERIOD)
 
 
 def hybrid_problems(config: Config, sizes: Sizes) -> list[str]:
     """Problems of Qwen3-Next and Qwen3.5: the order of layers with full attention, layers without experts."""
     problems = sparse_problems(config, sizes, normalized=True) if "experts" in sizes else plain_problems(config, sizes)
-    if _period(config, sizes["layers"], HYBRID_PERIOD) is None:
+    if _period(config, sizes["layers"], dimensions.HYBRID_PERIOD) is None:
         problems.append("layer_types is not every Nth layer full_attention, all that llama.cpp reads")
     return problems + linear_attention.problems(config)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from macft.gguf.row_order import mapped, reordered
-from macft.gguf.sizes import Config
+from macft.weights.model_config import Config
 from macft.weights.tensors.lazy import Array, LazyTensor, renamed
 
 _MODULE = re.compile(r"(.*\.linear_attn\.)(\w+?)(\.weight)?$")

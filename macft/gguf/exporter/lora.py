@@ -8,12 +8,11 @@ from macft.errors import ModelError, join_problems
 from macft.gguf.architectures import ARCHITECTURES
 from macft.gguf.exporter.tensors import module_rule
 from macft.gguf.format import Field, GgufModel
-from macft.gguf.sizes import Config
 from macft.weights.adapters.peft import Adapter
 from macft.weights.adapters.shapes import EMBEDDING, LINEAR, scale_of, split_modules
+from macft.weights.model_config import Config
 from macft.weights.tensors.lazy import Array, LazyTensor, from_array
 
-_WRAPPED = "model.language_model."  # where a model that sees images too keeps the layers
 _HEAD = "output"
 
 
@@ -59,7 +58,7 @@ def adapter_to_gguf(config: Config, adapter: Adapter) -> GgufModel:
 def _pair(config: Config, module: str, a: Array, b: Array, problems: list[str]) -> list[LazyTensor]:
     """A [rank, columns] and B [rows, rank] of a module under their GGUF names; [] and a line more in `problems`."""
     try:
-        name, change = module_rule(config, module.replace(_WRAPPED, "model.", 1))
+        name, change = module_rule(config, module)
         if name == _HEAD and config.get("tie_word_embeddings", str(config.get("model_type")).startswith("gemma")):
             raise ModelError(f"{module} is the embedding too, so the GGUF file has no separate head")
         if change is not None:

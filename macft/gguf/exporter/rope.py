@@ -10,7 +10,7 @@ import numpy as np
 
 from macft.errors import ModelError
 from macft.gguf.format import Field
-from macft.gguf.sizes import Config
+from macft.weights.model_config import Config
 from macft.weights.tensors.lazy import Array, LazyTensor, from_array
 
 # `dynamic` begins to differ from no scaling beyond max_position_embeddings, which becomes the file's context length

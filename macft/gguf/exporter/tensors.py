@@ -10,14 +10,14 @@ import numpy as np
 
 from macft.errors import ModelError, join_problems
 from macft.gguf.architectures import ARCHITECTURES, Architecture
+from macft.gguf.dimensions import Sizes
 from macft.gguf.exporter import linear_attention, rope
 from macft.gguf.exporter.hyper_parameters import read_sizes
 from macft.gguf.format import GgufModel
-from macft.gguf.row_order import first_rows, interleave, interleaved, mapped
-from macft.gguf.sizes import Config, Sizes
-from macft.gguf.tensor_rules import EXPERT
+from macft.gguf.row_order import interleave, interleaved, mapped, reordered
+from macft.gguf.tensor_rules import EXPERT, shape_problems
 from macft.weights.layouts.mlx import flat_config
-from macft.weights.model_config import normalize_config
+from macft.weights.model_config import Config, normalize_config
 from macft.weights.tensors.lazy import Array, LazyTensor, cast, derived, read_rows, renamed
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -163,7 +163,7 @@ def _settle_vocabulary(
         by_name[_HEAD] = renamed(by_name[_EMBEDDING], _HEAD)
     for name in (_EMBEDDING, _HEAD):
         if architecture.cuts_vocabulary and name in by_name:
-            by_name[name] = first_rows(by_name[name], vocab_rows)
+            by_name[name] = reordered(by_name[name], np.arange(vocab_rows))
     if not is_tied and _HEAD not in by_name:
         raise ModelError(f"{_HEAD} is missing, though config.json says tie_word_embeddings: false")
 
@@ -180,23 +180,16 @@ def _converted(
     """Every tensor of the architecture, converted from the model's; all problems in one ModelError."""
     rows = architecture.tensors(config, sizes["layers"], has_head=_HEAD in by_name)
     expected = {name: (hf_name.replace(EXPERT, _STACKED), rule) for name, (hf_name, rule) in rows.items()}
-    unknown = by_name.keys() - {name for name, _ in expected.values()}
-    problems = [f"{name} is not a tensor of {config['model_type']}" for name in unknown]
-    result = []
-    for name, (hf_name, rule) in expected.items():
-        tensor = by_name.get(hf_name)
-        shape = tuple(sizes[word] for word in rule.shape)
-        shape = shape[:-1] if hf_name.endswith(".bias") else shape
-        if tensor is None:
-            problems.append(f"{hf_name} is missing")
-        elif tensor.shape != shape:
-            problems.append(f"{hf_name} has shape {list(tensor.shape)}, {list(shape)} was expected")
-        else:
-            moved = interleaved(tensor, sizes[rule.heads]) if rule.heads else tensor
-            result.append(renamed(_plus_one(moved) if rule.is_shifted else moved, name))
+    shapes = {name: tensor.shape for name, tensor in by_name.items()}
+    problems = shape_problems(config["model_type"], dict(expected.values()), shapes, sizes)
     if problems:
         headline = f"the tensors do not make a {config['model_type']} model:"
         raise ModelError(join_problems(headline, sorted(problems)))
+    result = []
+    for name, (hf_name, rule) in expected.items():
+        tensor = by_name[hf_name]
+        moved = interleaved(tensor, sizes[rule.heads]) if rule.heads else tensor
+        result.append(renamed(_plus_one(moved) if rule.is_shifted else moved, name))
     return result
 
 

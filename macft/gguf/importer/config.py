@@ -8,20 +8,9 @@ from typing import Any
 import numpy as np
 
 from macft.errors import ModelError, join_problems
+from macft.gguf import dimensions
+from macft.gguf.dimensions import Sizes
 from macft.gguf.format import GgufFile, GgufTensor
-from macft.gguf.sizes import (
-    FIELDS,
-    GEMMA2_27B,
-    GEMMA2_PERIOD,
-    GEMMA3_27B,
-    GEMMA3_PERIOD,
-    SMOLLM3_PERIOD,
-    Sizes,
-    as_config,
-    gemma_query_scalar,
-    smollm3_rope_layers,
-    with_products,
-)
 
 _NEEDED = ("layers", "hidden", "ffn", "heads")
 _EXPERTS = ("experts", "experts_used", "expert_ffn")
@@ -34,7 +23,7 @@ def read_sizes(source: GgufFile, *, has_experts: bool, is_partly_rotated: bool) 
     sizes: dict[str, int] = {}
     problems = []
     for word in (*_NEEDED, *(_EXPERTS if has_experts else ())):
-        key = FIELDS[word]
+        key = dimensions.FIELDS[word]
         value = source.fields.get(f"{prefix}.{key}")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.append(f"{prefix}.{key} is {str(value)[:60]}, a positive whole number was expected")
@@ -44,14 +33,14 @@ def read_sizes(source: GgufFile, *, has_experts: bool, is_partly_rotated: bool) 
         problems.append(f"{sizes['layers']} layers in {len(source.tensors)} tensors")
     if problems:
         raise ModelError(join_problems(headline, problems))
-    sizes["kv_heads"] = source.number(f"{prefix}.{FIELDS['kv_heads']}", sizes["heads"])
-    sizes["head_dim"] = source.number(f"{prefix}.{FIELDS['head_dim']}", sizes["hidden"] // sizes["heads"])
+    sizes["kv_heads"] = source.number(f"{prefix}.{dimensions.FIELDS['kv_heads']}", sizes["heads"])
+    sizes["head_dim"] = source.number(f"{prefix}.{dimensions.FIELDS['head_dim']}", sizes["hidden"] // sizes["heads"])
     sizes["rotated"] = source.number(f"{prefix}.rope.dimension_count", sizes["head_dim"])
     problems = _odd_heads(source, prefix, sizes, is_partly_rotated)
     if problems:
         raise ModelError(join_problems(headline, problems))
     embedding = source.tensors.get("token_embd.weight")
-    return with_products({**sizes, "vocab": embedding.shape[0] if embedding else 0})
+    return dimensions.with_products({**sizes, "vocab": embedding.shape[0] if embedding else 0})
 
 
 def _odd_heads(source: GgufFile, prefix: str, sizes: dict[str, int], is_partly_rotated: bool) -> list[str]:
@@ -84,7 +73,7 @@ def common(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     """The entries that every model type has."""
     prefix = source.fields["general.architecture"]
     return {
-        **as_config(sizes, "hidden", "ffn", "layers", "heads", "kv_heads", "head_dim"),
+        **dimensions.as_config(sizes, "hidden", "ffn", "layers", "heads", "kv_heads", "head_dim"),
         "rms_norm_eps": _number(source, "attention.layer_norm_rms_epsilon", 1e-6),
         "max_position_embeddings": source.number(f"{prefix}.context_length", 2048),
         "rope_parameters": _rope_parameters(source, prefix, sizes["head_dim"]),
@@ -110,8 +99,8 @@ def smollm3(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "no_rope_layer_interval": SMOLLM3_PERIOD,
-        "no_rope_layers": smollm3_rope_layers(sizes["layers"]),
+        "no_rope_layer_interval": dimensions.SMOLLM3_PERIOD,
+        "no_rope_layers": dimensions.smollm3_rope_layers(sizes["layers"]),
         "use_sliding_window": False,
         "sliding_window": None,
     }
@@ -132,7 +121,7 @@ def qwen_moe(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     """As qwen3; every layer is a mixture whose chosen weights are scaled to sum to 1 (llama.cpp assumes both)."""
     return {
         **qwen(source, sizes),
-        **as_config(sizes, "expert_ffn", "experts", "experts_used"),
+        **dimensions.as_config(sizes, "expert_ffn", "experts", "experts_used"),
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -146,9 +135,9 @@ def gemma2(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
         "attention_bias": False,
         "attn_logit_softcapping": _number(source, "attn_logit_softcapping", 50.0),
         "final_logit_softcapping": _number(source, "final_logit_softcapping", 30.0),
-        "query_pre_attn_scalar": gemma_query_scalar(sizes, GEMMA2_27B),
+        "query_pre_attn_scalar": dimensions.gemma_query_scalar(sizes, dimensions.GEMMA2_27B),
         "sliding_window": source.number("gemma2.attention.sliding_window", 4096),
-        "layer_types": _layer_types(source, sizes["layers"], GEMMA2_PERIOD),
+        "layer_types": _layer_types(source, sizes["layers"], dimensions.GEMMA2_PERIOD),
     }
 
 
@@ -163,9 +152,9 @@ def gemma3(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
         "attention_bias": False,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": _number(source, "final_logit_softcapping", 0.0) or None,
-        "query_pre_attn_scalar": gemma_query_scalar(sizes, GEMMA3_27B),
+        "query_pre_attn_scalar": dimensions.gemma_query_scalar(sizes, dimensions.GEMMA3_27B),
         "sliding_window": window or 4096,
-        "layer_types": _layer_types(source, sizes["layers"], GEMMA3_PERIOD) if window else all_global,
+        "layer_types": _layer_types(source, sizes["layers"], dimensions.GEMMA3_PERIOD) if window else all_global,
         "rope_parameters": {"full_attention": whole, "sliding_attention": local},
     }
 

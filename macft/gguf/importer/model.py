@@ -14,13 +14,13 @@ from gguf import GGMLQuantizationType as GgmlType
 from macft.errors import ModelError, join_problems
 from macft.files import new_dir, write_json
 from macft.gguf.architectures import ARCHITECTURES, IMPORTED
+from macft.gguf.dimensions import Sizes
 from macft.gguf.format import PLAIN, GgufFile, GgufTensor, Shape, read_gguf
 from macft.gguf.importer import config as gguf_config
 from macft.gguf.importer.tokenizer import GgufVocabulary, read_gguf_vocabulary, write_tokenizer
 from macft.gguf.row_order import deinterleave
-from macft.gguf.sizes import Config, Sizes
-from macft.gguf.tensor_rules import EXPERT, TensorRule
-from macft.weights.model_config import normalize_config
+from macft.gguf.tensor_rules import EXPERT, TensorRule, shape_problems
+from macft.weights.model_config import Config, normalize_config
 from macft.weights.tensors.lazy import Array, LazyTensor
 from macft.weights.tensors.safetensors import write_safetensors
 
@@ -44,7 +44,8 @@ def import_gguf(path: Path, destination: Path) -> None:
     tensors = _tensors(source, config, sizes)
     with new_dir(destination) as folder:
         write_json(folder / "config.json", normalize_config(config))
-        write_json(folder / "generation_config.json", _generation_config(vocabulary))
+        named = {key: value for key, value in _special_ids(vocabulary).items() if value is not None}
+        write_json(folder / "generation_config.json", named)
         write_tokenizer(source, vocabulary, folder)
         write_safetensors(folder / "model.safetensors", tensors)
 
@@ -95,34 +96,24 @@ def _special_ids(vocabulary: GgufVocabulary) -> dict[str, Any]:
     }
 
 
-def _generation_config(vocabulary: GgufVocabulary) -> dict[str, Any]:
-    return {key: value for key, value in _special_ids(vocabulary).items() if value is not None}
-
-
 def _tensors(source: GgufFile, config: Config, sizes: Sizes) -> list[LazyTensor]:
     """Pair every tensor of the architecture with one of the file; all problems in one ModelError."""
     architecture = ARCHITECTURES[config["model_type"]]
     expected = architecture.tensors(config, sizes["layers"], has_head=not config["tie_word_embeddings"])
-    tensors: list[LazyTensor] = []
-    unknown = source.tensors.keys() - expected.keys() - architecture.rope_tensors
-    problems = [f"{name} is not a tensor of {config['model_type']}" for name in unknown]
-    for name, (hf_name, rule) in expected.items():
-        tensor = source.tensors.get(name)
-        shape = tuple(sizes[word] for word in rule.shape)
-        if name.endswith(".bias"):
-            shape = shape[:1]
-        if tensor is None:
-            problems.append(f"{name} is missing")
-        elif tensor.shape != shape:
-            problems.append(f"{name} has shape {list(tensor.shape)}, {list(shape)} was expected")
-        elif not _is_readable(tensor.kind):
-            problems.append(f"{name} has type {tensor.kind.name}, which cannot be dequantized")
-        else:
-            tensors += _lazy(source, tensor, hf_name, rule, sizes)
+    found = {name: tensor for name, tensor in source.tensors.items() if name not in architecture.rope_tensors}
+    rules = {name: rule for name, (_, rule) in expected.items()}
+    problems = shape_problems(
+        config["model_type"], rules, {name: tensor.shape for name, tensor in found.items()}, sizes
+    )
+    problems += [
+        f"{name} has type {tensor.kind.name}, which cannot be dequantized"
+        for name, tensor in found.items()
+        if name in expected and not _is_readable(tensor.kind)
+    ]
     if problems:
         headline = f"{source.path}: the tensors do not make a {config['model_type']} model:"
         raise ModelError(join_problems(headline, sorted(problems)))
-    return tensors
+    return [one for name, row in expected.items() for one in _lazy(source, found[name], *row, sizes)]
 
 
 def _is_readable(kind: GgmlType) -> bool:
@@ -142,18 +133,16 @@ def _dtype(tensor: GgufTensor) -> np.dtype[Any]:
 
 def _lazy(source: GgufFile, tensor: GgufTensor, hf_name: str, rule: TensorRule, sizes: Sizes) -> list[LazyTensor]:
     """One tensor, or one for each expert of a stack [experts, rows, columns]."""
-    dtype = _dtype(tensor)
-    if EXPERT not in hf_name:
-        heads = sizes[rule.heads] if rule.heads else 0
-        read = partial(_read, source, tensor, slice(None), tensor.shape, heads, rule.is_shifted)
-        return [LazyTensor(hf_name, dtype, tensor.shape, read)]
-    experts = []
-    rows = tensor.shape[1]
-    for expert in range(tensor.shape[0]):
-        part = slice(expert * rows, (expert + 1) * rows)
-        read = partial(_read, source, tensor, part, tensor.shape[1:], 0, rule.is_shifted)
-        experts.append(LazyTensor(hf_name.format(expert=expert), dtype, tensor.shape[1:], read))
-    return experts
+    shape, parts = tensor.shape, [slice(None)]
+    if EXPERT in hf_name:
+        shape = tensor.shape[1:]
+        parts = [slice(expert * shape[0], (expert + 1) * shape[0]) for expert in range(tensor.shape[0])]
+    heads = sizes[rule.heads] if rule.heads else 0
+    tensors = []
+    for expert, part in enumerate(parts):
+        read = partial(_read, source, tensor, part, shape, heads, rule.is_shifted)
+        tensors.append(LazyTensor(hf_name.format(expert=expert), _dtype(tensor), shape, read))
+    return tensors
 
 
 def _read(source: GgufFile, tensor: GgufTensor, part: slice, shape: Shape, heads: int, is_shifted: bool) -> Array:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-Config = Mapping[str, Any]  # the content of config.json
 Sizes = Mapping[str, int]  # numbers by the words that tensor rules use
 
 # word: (GGUF field, keys of config.json)
