@@ -37,17 +37,12 @@ class GgufReport:
 
 
 def export_gguf(
-    model: ModelFolder,
-    adapters: Sequence[Adapter],
-    outputs: Mapping[str, Path],
-    *,
-    template: str | None,
+    model: ModelFolder, adapters: Sequence[Adapter], outputs: Mapping[str, Path], *, template: str | None
 ) -> GgufReport:
     """Write a model, adapters merged, as one GGUF file for each quantization of `outputs`, in one pass.
 
-    `template` is the Jinja chat template to embed.
-    Raises ModelError for an unknown architecture and for weights or tokenizer files that do not fit; nothing is then
-    left behind.
+    `template` is the Jinja chat template to embed. Raises ModelError for an unknown architecture and for weights or
+    tokenizer files that do not fit; nothing is then left behind.
     """
     gguf, notes = read_gguf_model(model, adapters, template=template)
     written = write_gguf(gguf, outputs, if_not_finite=if_not_finite(model, adapters))
