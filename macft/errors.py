@@ -43,3 +43,9 @@ def join_problems(headline: str, problems: list[str], limit: int = 20) -> str:
     if len(problems) > limit:
         shown.append(f"... and {len(problems) - limit} more")
     return "\n".join([headline, *(f"  {problem}" for problem in shown)])
+
+
+def raise_problems(headline: str, problems: list[str]) -> None:
+    """Raise a ModelError that lists all problems under the headline, if there are any."""
+    if problems:
+        raise ModelError(join_problems(headline, problems))

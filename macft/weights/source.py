@@ -10,17 +10,10 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from macft.errors import ModelError, join_problems
+from macft.errors import ModelError, raise_problems
 from macft.weights.folder import pickle_problem, weight_files
 from macft.weights.model_config import normalize_config, read_config
-from macft.weights.quantization.affine import (
-    MXFP4_BITS,
-    MXFP4_GROUP_SIZE,
-    Quantization,
-    dequantize_affine,
-    dequantize_mxfp4,
-    quantization_of,
-)
+from macft.weights.quantization.affine import MXFP4, Quantization, dequantize_affine, dequantize_mxfp4, quantization_of
 from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows
 from macft.weights.tensors.safetensors import open_safetensors
 
@@ -45,15 +38,6 @@ class Source:
     quantized: frozenset[str]
 
 
-@dataclass(frozen=True)
-class _Form:
-    """How one module is quantized, and whether it is dequantized to float32."""
-
-    bits: int
-    group_size: int
-    exact: bool
-
-
 def open_model(folder: Path, *, exact: bool = False) -> Source:
     """Open and check a model folder; only the headers of its weights are read.
 
@@ -68,7 +52,8 @@ def open_model(folder: Path, *, exact: bool = False) -> Source:
     is_mlx = quantization is not None
     places: dict[str, Path] = {}
     problems: list[str] = []
-    for path in _model_files(folder):
+    index = _read_index(folder)
+    for path in _indexed_files(folder, index) if index else _model_files(folder):
         file = open_safetensors(path)
         is_mlx |= file.metadata.get("format") == "mlx"
         for tensor in file.tensors:
@@ -76,11 +61,10 @@ def open_model(folder: Path, *, exact: bool = False) -> Source:
                 problems.append(f"{tensor.name} is in {places[tensor.name].name} and in {path.name}")
             places[tensor.name] = path
         tensors += file.tensors
-    problems += _index_problems(folder, places)
-    if problems:
-        raise ModelError(
-            join_problems(f"{folder}: its weight files contradict each other; download it again", problems)
-        )
+    problems += [
+        f"{name} is missing from {file}, where {INDEX} places it" for name, file in index.items() if name not in places
+    ]
+    raise_problems(f"{folder}: its weight files contradict each other; download it again", problems)
     quantized: frozenset[str] = frozenset()
     if quantization is not None:
         quantized = frozenset(name.removesuffix(".scales") for name in places if name.endswith(".scales"))
@@ -90,10 +74,7 @@ def open_model(folder: Path, *, exact: bool = False) -> Source:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, in order of name: those in its index, else model*, else all but adapters."""
-    index = _read_index(folder)
-    if index:
-        return _indexed_files(folder, index)
+    """The safetensors files of a model without an index, in order of name: model*, else all but adapters."""
     found = sorted(folder.glob("model*.safetensors")) or sorted(weight_files(folder))
     if (folder / "model.safetensors") in found:
         return [folder / "model.safetensors"]
@@ -119,19 +100,16 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 def _indexed_files(folder: Path, index: dict[str, str]) -> list[Path]:
     names = sorted(set(index.values()))
-    outside = [name for name in names if not _is_inside(name)]
-    if outside:
-        problems = [f"{name!r} is not a file name inside the folder" for name in outside]
-        raise ModelError(join_problems(f"{folder / INDEX}: refused", problems))
+    outside = [f"{name!r} is not a file name inside the folder" for name in names if not _is_inside(name)]
+    raise_problems(f"{folder / INDEX}: refused", outside)
     foreign = [name for name in names if not name.endswith(".safetensors")]
     if foreign:
         raise ModelError(
             f"{folder / INDEX}: names {foreign[0]}, which is not a .safetensors file; nothing else is read"
         )
     missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        headline = f"{folder}: {len(missing)} of {len(names)} weight files are missing; download it again"
-        raise ModelError(join_problems(headline, missing))
+    headline = f"{folder}: {len(missing)} of {len(names)} weight files are missing; download it again"
+    raise_problems(headline, missing)
     return [folder / name for name in names]
 
 
@@ -141,14 +119,6 @@ def _is_inside(name: str) -> bool:
         return False
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts
-
-
-def _index_problems(folder: Path, places: dict[str, Path]) -> list[str]:
-    return [
-        f"{name} is missing from {file}, where {INDEX} places it"
-        for name, file in _read_index(folder).items()
-        if name not in places
-    ]
 
 
 def _refuse_foreign_quantization(folder: Path, config: dict[str, Any]) -> None:
@@ -184,54 +154,40 @@ def _dequantized(folder: Path, quantization: Quantization, tensors: list[LazyTen
                 problems.append(f"{tensor.name} is packed, but has no matching {module}.scales")
             result.append(tensor)
             continue
-        form = _Form(*quantization.of(module), exact)
-        if biases is not None:
-            result.append(_affine(tensor, scales, biases, form, problems))
+        parts = [tensor, scales] if biases is None else [tensor, scales, biases]
+        weight = _weight(parts, quantization.of(module), exact)
+        if weight is None:
+            problems.append(_misfit(parts, *quantization.of(module)))
         else:
-            result.append(_mxfp4(tensor, scales, form, problems))
-    if problems:
-        raise ModelError(join_problems(f"{folder}: a damaged quantized model; download it again", problems))
+            result.append(weight)
+    raise_problems(f"{folder}: a damaged quantized model; download it again", problems)
     return result
 
 
-def _fits(packed: LazyTensor, scales: LazyTensor, bits: int, group_size: int) -> bool:
-    return (
-        packed.dtype == np.uint32
-        and len(packed.shape) > 1
-        and packed.shape[:-1] == scales.shape[:-1]
-        and packed.shape[-1] * 32 == scales.shape[-1] * group_size * bits
-    )
-
-
-def _affine(packed: LazyTensor, scales: LazyTensor, biases: LazyTensor, form: _Form, problems: list[str]) -> LazyTensor:
-    bits, group_size = form.bits, form.group_size
-    if not _fits(packed, scales, bits, group_size) or biases.shape != scales.shape:
-        problems.append(
-            f"{packed.name}: {packed.dtype} {list(packed.shape)} with scales {list(scales.shape)} and biases "
-            f"{list(biases.shape)} is not {bits} bits in groups of {group_size}"
-        )
-        return packed
-    dtype = np.dtype(np.float32) if form.exact else scales.dtype
+def _weight(parts: list[LazyTensor], form: tuple[int, int], exact: bool) -> LazyTensor | None:
+    """The matrix of packed numbers, scales and (unless it is mxfp4) biases; None if they do not fit each other."""
+    (packed, scales, *biases), (bits, group_size) = parts, form
+    if packed.dtype != np.uint32 or len(packed.shape) < 2 or packed.shape[:-1] != scales.shape[:-1]:
+        return None
+    shape = (*scales.shape[:-1], scales.shape[-1] * group_size)
+    is_known = biases[0].shape == scales.shape if biases else scales.dtype == np.uint8 and form == MXFP4
+    if packed.shape[-1] * 32 != shape[-1] * bits or not is_known:
+        return None
+    own = scales.dtype if biases else np.dtype(ml_dtypes.bfloat16)  # which holds mxfp4 exactly
+    dtype = np.dtype(np.float32) if exact else own
 
     def rows(start: int, stop: int) -> Array:
-        parts = [read_rows(tensor, start, stop) for tensor in (packed, scales, biases)]
-        return dequantize_affine(*parts, bits=bits, group_size=group_size).astype(dtype, copy=False)
+        arrays = [read_rows(tensor, start, stop) for tensor in parts]
+        values = dequantize_affine(*arrays, bits=bits, group_size=group_size) if biases else dequantize_mxfp4(*arrays)
+        return values.astype(dtype, copy=False)
 
-    return from_rows(packed.name, dtype, (*scales.shape[:-1], scales.shape[-1] * group_size), rows)
+    return from_rows(packed.name, dtype, shape, rows)
 
 
-def _mxfp4(packed: LazyTensor, scales: LazyTensor, form: _Form, problems: list[str]) -> LazyTensor:
-    is_mxfp4 = scales.dtype == np.uint8 and (form.bits, form.group_size) == (MXFP4_BITS, MXFP4_GROUP_SIZE)
-    if not is_mxfp4 or not _fits(packed, scales, MXFP4_BITS, MXFP4_GROUP_SIZE):
-        problems.append(
-            f"{packed.name}: {packed.dtype} {list(packed.shape)} with scales {scales.dtype} {list(scales.shape)} and "
-            "no biases is not mxfp4"
-        )
-        return packed
-    dtype = np.dtype(np.float32) if form.exact else np.dtype(ml_dtypes.bfloat16)  # both hold mxfp4 exactly
-
-    def rows(start: int, stop: int) -> Array:
-        parts = [read_rows(tensor, start, stop) for tensor in (packed, scales)]
-        return dequantize_mxfp4(*parts).astype(dtype, copy=False)
-
-    return from_rows(packed.name, dtype, (*scales.shape[:-1], scales.shape[-1] * MXFP4_GROUP_SIZE), rows)
+def _misfit(parts: list[LazyTensor], bits: int, group_size: int) -> str:
+    packed, scales, *biases = parts
+    found = f"{packed.name}: {packed.dtype} {list(packed.shape)} with scales"
+    if biases:
+        shapes = f"{list(scales.shape)} and biases {list(biases[0].shape)}"
+        return f"{found} {shapes} is not {bits} bits in groups of {group_size}"
+    return f"{found} {scales.dtype} {list(scales.shape)} and no biases is not mxfp4"

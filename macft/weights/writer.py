@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from macft.errors import ModelError, join_problems
+from macft.errors import ModelError, raise_problems
 from macft.files import new_dir, write_json, write_text
 from macft.weights.model_config import normalize_config
 from macft.weights.source import INDEX, WeightLayout
@@ -71,8 +71,7 @@ def write_model(
         check_room({destination: needed})
         with new_dir(destination) as folder:
             sums, broken = _write_shards(folder, tensors, layout, max_shard_bytes)
-            if broken:
-                raise ModelError(join_problems(f"{destination}: not written: {if_not_finite}", broken))
+            raise_problems(f"{destination}: not written: {if_not_finite}", broken)
             for name, more in (beside or {}).items():
                 write_safetensors(folder / name, more)
             write_json(folder / "config.json", normalize_config(config))
@@ -84,10 +83,9 @@ def _check_tensors(tensors: Sequence[LazyTensor]) -> None:
     counts = Counter(tensor.name for tensor in tensors)
     problems = [f"{name} comes {count} times" for name, count in counts.items() if count > 1]
     problems += [f"{t.name} has type {t.dtype}" for t in tensors if t.dtype not in DTYPE_CODES]
-    if problems or not tensors:
-        raise ModelError(
-            join_problems("these tensors cannot be written as a model:", problems or ["the list is empty"])
-        )
+    if not tensors:
+        problems.append("the list is empty")
+    raise_problems("these tensors cannot be written as a model:", problems)
 
 
 def _write_shards(
@@ -96,9 +94,8 @@ def _write_shards(
     """Write the shards, and an index if there are several; the SHA-256 of each file, and what is not finite."""
     shards = _plan_shards(tensors, max_shard_bytes)
     count = len(shards)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    if count == 1:
-        names = ["model.safetensors"]
+    numbered = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = numbered if count > 1 else ["model.safetensors"]
     sums: dict[str, str] = {}
     broken: Counter[str] = Counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor(1) as flusher:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from macft.errors import ModelError, join_problems
+from macft.errors import ModelError, raise_problems
 from macft.weights.adapters.peft import Adapter
 from macft.weights.adapters.shapes import (
     COPY,
@@ -70,8 +70,7 @@ def merge_adapters(tensors: Sequence[LazyTensor], adapters: Sequence[Adapter]) -
         for name, change in _changes(adapter, by_name, own).items():
             changes.setdefault(name, []).append(change)
         problems += [f"{adapter.folder}: {problem}" for problem in own]
-    if problems:
-        raise ModelError(join_problems("the adapter does not fit this model; nothing was merged:", problems))
+    raise_problems("the adapter does not fit this model; nothing was merged:", problems)
     return [_merged(tensor, changes[tensor.name]) if tensor.name in changes else tensor for tensor in tensors]
 
 

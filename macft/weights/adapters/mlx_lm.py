@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from macft.errors import ModelError, join_problems
+from macft.errors import ModelError, join_problems, raise_problems
 from macft.files import write_json
 from macft.weights.adapters.experts import has_experts, is_expert
 from macft.weights.adapters.peft import CONFIG_NAME, Adapter, AdapterConfig, metadata_of, read_json_config, read_tensors
@@ -55,8 +55,7 @@ def read_mlx_adapter(folder: Path, base_config: Config | None) -> Adapter:
             modules |= _peft_module(name, found, config, base_config, problems)
         split_modules(join_modules(modules), config.use_dora, problems)
         problems += _num_layers_problems(raw, modules, base_config)
-    if problems:
-        raise ModelError(join_problems(f"{folder / MLX_WEIGHTS_NAME}: this adapter cannot be used as it is", problems))
+    raise_problems(f"{folder / MLX_WEIGHTS_NAME}: this adapter cannot be used as it is", problems)
     return Adapter(folder, replace(config, target_modules=tuple(modules)), join_modules(modules), base_hash)
 
 
@@ -81,8 +80,7 @@ def _mlx_config(folder: Path, raw: Mapping[str, Any]) -> AdapterConfig:
         problems.append(f"lora_parameters.scale is {scale!r}, expected a number{hint}")
     if not _is_number(dropout):
         problems.append(f"lora_parameters.dropout is {dropout!r}, expected a number")
-    if problems:
-        raise ModelError(join_problems(f"{folder / CONFIG_NAME}: this adapter cannot be used as it is", problems))
+    raise_problems(f"{folder / CONFIG_NAME}: this adapter cannot be used as it is", problems)
     assert isinstance(rank, int) and isinstance(scale, int | float)
     base = raw.get("model")
     return AdapterConfig(

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from macft import __version__
-from macft.errors import MacftError, ModelError, join_problems
+from macft.errors import MacftError, ModelError, raise_problems
 from macft.files import write_json
 from macft.weights.adapters.experts import fuse_experts, split_experts
 from macft.weights.adapters.shapes import (
@@ -103,8 +103,7 @@ def write_peft_adapter(folder: Path, adapter: Adapter, base_config: Config | Non
     config = adapter.config
     problems: list[str] = []
     modules = split_modules(adapter.state, config.use_dora, problems)
-    if problems:
-        raise ModelError(join_problems(f"{adapter.folder}: PEFT cannot represent this adapter", problems))
+    raise_problems(f"{adapter.folder}: PEFT cannot represent this adapter", problems)
     fused = fuse_experts(modules, base_config, config.rank)
     as_parameters = {name.rpartition(".")[0] for name in fused.parameters}
     targets = [name for name in fused.modules if name.removesuffix(".base_layer") not in as_parameters]
@@ -213,8 +212,7 @@ def read_tensors(folder: Path, name: str) -> tuple[State, str | None]:
     except (SafetensorError, TypeError, OSError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from None
     problems = [f"{key} holds NaN or infinite numbers" for key, value in state.items() if not np.isfinite(value).all()]
-    if problems:
-        raise ModelError(join_problems(f"{path}: the adapter is broken; take an earlier checkpoint", problems))
+    raise_problems(f"{path}: the adapter is broken; take an earlier checkpoint", problems)
     return state, metadata.get("base_weights")
 
 
@@ -264,8 +262,7 @@ def _checked(folder: Path, raw: dict[str, Any], base_config: Config | None, *, w
         problems.append(f"target_modules is {targets!r}, expected a list of module names")
     elif targets and not isinstance(targets, str | list):
         problems.append(f"target_modules is {targets!r}, expected module names")
-    if problems:
-        raise ModelError(join_problems(f"{path}: this adapter cannot be used as it is", problems))
+    raise_problems(f"{path}: this adapter cannot be used as it is", problems)
     return AdapterConfig(
         base=str(raw.get("base_model_name_or_path") or ""),
         rank=rank,
@@ -297,8 +294,7 @@ def _shaped(
         problems += _rank_problems(modules, {module: shape_of(module) for module in modules})
     if not problems and not modules:
         problems.append("holds no tensors")
-    if problems:
-        raise ModelError(join_problems(f"{folder / WEIGHTS_NAME}: does not fit its {CONFIG_NAME}", problems))
+    raise_problems(f"{folder / WEIGHTS_NAME}: does not fit its {CONFIG_NAME}", problems)
     modules, shape = uniform(modules, shape_of, default)
     changed = replace(
         config,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from macft.errors import ModelError, join_problems
+from macft.errors import ModelError, raise_problems
 from macft.weights.layouts.litgpt_config import LitConfig, read_lit_config
 from macft.weights.model_config import normalize_config, read_config
 from macft.weights.source import Source
@@ -147,9 +147,8 @@ def _check(folder: Path, lit: LitConfig, found: dict[str, LazyTensor], shapes: d
             problems.append(f"{name} is missing")
         elif found[name].shape != shape:
             problems.append(f"{name} has shape {list(found[name].shape)}, expected {list(shape)}")
-    if problems:
-        headline = f"{folder / WEIGHTS}: the tensors do not match the {lit.model_type} model of {CONFIG}:"
-        raise ModelError(join_problems(headline, problems))
+    headline = f"{folder / WEIGHTS}: the tensors do not match the {lit.model_type} model of {CONFIG}:"
+    raise_problems(headline, problems)
 
 
 def _converted(lit: LitConfig, name: str, found: dict[str, LazyTensor]) -> list[LazyTensor]:

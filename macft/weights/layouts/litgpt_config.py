@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from macft.errors import ModelError, join_problems
+from macft.errors import ModelError, raise_problems
 
 # Settings that no llama-like or phi-like model of transformers has, with the values that change nothing.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
@@ -91,8 +91,7 @@ def read_lit_config(path: Path, settings: Any) -> LitConfig:
     if not isinstance(settings, dict):
         raise ModelError(f"{path}: holds a {type(settings).__name__}, expected a mapping")
     problems = [f"{key} is missing" for key in (*_SIZES, *_CHOICES) if settings.get(key) is None]
-    if problems:
-        raise ModelError(join_problems(f"{path}: not the configuration of a litgpt model:", problems))
+    raise_problems(f"{path}: not the configuration of a litgpt model:", problems)
     found = {**_DEFAULTS, **settings}
     problems += [
         f"{key} is {found[key]!r}, expected a whole number above 0"
@@ -104,8 +103,7 @@ def read_lit_config(path: Path, settings: Any) -> LitConfig:
         for key in ("rotary_percentage", "norm_eps", "rope_base", "rope_condense_ratio")
         if type(found[key]) not in (int, float) or not found[key] > 0
     ]
-    if problems:
-        raise ModelError(join_problems(f"{path}: not the configuration of a litgpt model:", problems))
+    raise_problems(f"{path}: not the configuration of a litgpt model:", problems)
     if found["n_head"] % found["n_query_groups"]:
         problems.append(f"n_head is {found['n_head']}, not a multiple of n_query_groups {found['n_query_groups']}")
     known = _IDLE.union(_HARMLESS, _SIZES, _CHOICES, _DEFAULTS)
@@ -118,9 +116,8 @@ def read_lit_config(path: Path, settings: Any) -> LitConfig:
     model_type = _model_type(found, problems)
     _check_family(model_type, found, problems)
     rope = _rope(found, problems)
-    if problems:
-        headline = f"{path}: this model cannot be converted (llama-like and phi-like models can):"
-        raise ModelError(join_problems(headline, problems))
+    headline = f"{path}: this model cannot be converted (llama-like and phi-like models can):"
+    raise_problems(headline, problems)
     return LitConfig(
         model_type=model_type,
         layers=found["n_layer"],

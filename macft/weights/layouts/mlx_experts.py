@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from macft.errors import ModelError, join_problems
+from macft.errors import ModelError, raise_problems
 from macft.weights.layouts.mlx_rules import Change, LayoutRule, Tensors, mapped, same, swap_last
 from macft.weights.model_config import Config
 from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows, renamed
@@ -77,8 +77,7 @@ def _check_groups(groups: dict[str, dict[int, LazyTensor]], count: int) -> None:
         kinds = sorted({f"{tensor.dtype} {list(tensor.shape)}" for tensor in experts.values()})
         if len(kinds) > 1:
             problems.append(f"{target}: experts are of different kinds: {', '.join(kinds)}")
-    if problems:
-        raise ModelError(join_problems("these experts cannot be stacked:", problems))
+    raise_problems("these experts cannot be stacked:", problems)
 
 
 def _stack(name: str, experts: dict[int, LazyTensor]) -> LazyTensor:

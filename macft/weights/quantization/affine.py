@@ -17,8 +17,7 @@ _UNPACKED_AT_ONCE = 1 << 20  # elements unpacked at a time
 # the group size of `quantization_bit` on every backend
 LOAD_GROUP_SIZE = 64
 
-MXFP4_GROUP_SIZE = 32
-MXFP4_BITS = 4
+MXFP4 = (4, 32)  # bits, group size
 
 # E2M1, by the four bits of a code: sign, two bits of exponent, one of mantissa. Source: OCP Microscaling 1.0, 5.3.3.
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -154,13 +153,14 @@ def dequantize_mxfp4(packed: Array, scales: Array) -> Array:
 
     `scales` is uint8 [..., columns / 32]. ModelError if the shapes disagree.
     """
-    columns = scales.shape[-1] * MXFP4_GROUP_SIZE
+    _, group_size = MXFP4
+    columns = scales.shape[-1] * group_size
     if packed.dtype != np.uint32 or scales.dtype != np.uint8 or packed.shape != (*scales.shape[:-1], columns // 8):
         raise ModelError(
             f"packed {packed.dtype} {list(packed.shape)} and scales {scales.dtype} {list(scales.shape)} do not fit "
-            f"mxfp4 in groups of {MXFP4_GROUP_SIZE}"
+            f"mxfp4 in groups of {group_size}"
         )
     codes = np.ascontiguousarray(packed).reshape(-1, packed.shape[-1]).view(np.uint8)
-    values = _PAIRS[codes].reshape(*scales.shape, MXFP4_GROUP_SIZE)
+    values = _PAIRS[codes].reshape(*scales.shape, group_size)
     values *= scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)[..., None]
     return values.reshape(*scales.shape[:-1], columns)

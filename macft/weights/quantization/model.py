@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from macft.errors import ModelError, join_problems
+from macft.errors import ModelError, raise_problems
 from macft.weights.layouts.mlx import layout_of
 from macft.weights.model_config import Config
 from macft.weights.quantization.affine import BITS, quantize_affine
@@ -76,8 +76,7 @@ def quantize(
             )
             continue
         result += _quantized(module, tensor, form["bits"], form["group_size"], quantizer)
-    if problems:
-        raise ModelError(join_problems("these weights cannot be quantized:", problems))
+    raise_problems("these weights cannot be quantized:", problems)
     return {**config, "quantization": settings, "quantization_config": settings}, result
 
 

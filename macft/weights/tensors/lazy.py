@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from macft.errors import ModelError
 
 Array = np.ndarray[Any, Any]
 
@@ -41,6 +44,30 @@ def from_array(name: str, array: Array) -> LazyTensor:
 def from_rows(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], rows: Callable[[int, int], Array]) -> LazyTensor:
     """A tensor that `rows(start, stop)` can read in parts of its first axis."""
     return LazyTensor(name, dtype, shape, lambda: rows(0, shape[0]), rows)
+
+
+def mapped_tensor(path: Path, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> LazyTensor:
+    """A tensor whose bytes lie in a file from `offset` on; it is read as read-only views of the file."""
+    if not shape:
+        return LazyTensor(name, dtype, shape, lambda: _mapped(path, dtype, offset, shape))
+    row_bytes = prod(shape[1:]) * dtype.itemsize
+
+    def rows(start: int, stop: int) -> Array:
+        return _mapped(path, dtype, offset + start * row_bytes, (stop - start, *shape[1:]))
+
+    return from_rows(name, dtype, shape, rows)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...]) -> Array:
+    """A view of the file, which is closed with the array."""
+    if not prod(shape):
+        return np.zeros(shape, dtype)
+    try:
+        # bytes first: the numbers in a file may be at any offset
+        flat = np.memmap(path, np.uint8, "r", offset, (prod(shape) * dtype.itemsize,))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: changed or vanished while it was read ({error})") from None
+    return np.asarray(flat).view(dtype).reshape(shape)
 
 
 def derived(

@@ -12,9 +12,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from macft.errors import ModelError, join_problems
+from macft.errors import ModelError, raise_problems
 from macft.files import new_file
-from macft.weights.tensors.lazy import Array, LazyTensor, cast, from_array, from_rows
+from macft.weights.tensors.lazy import Array, LazyTensor, cast, from_array, mapped_tensor
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the format
 
@@ -103,9 +103,9 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     entries = [entry for name, value in header.items() if (entry := _entry(name, value, problems)) is not None]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     problems += _layout_problems(entries, size - 8 - length)
-    if problems:
-        raise ModelError(join_problems(f"{path}: a damaged safetensors file; download it again", problems))
-    return SafetensorsFile(dict(metadata), [_lazy(path, 8 + length, entry) for entry in entries])
+    raise_problems(f"{path}: a damaged safetensors file; download it again", problems)
+    tensors = [mapped_tensor(path, entry.name, entry.dtype, entry.shape, 8 + length + entry.begin) for entry in entries]
+    return SafetensorsFile(dict(metadata), tensors)
 
 
 @dataclass(frozen=True)
@@ -173,32 +173,3 @@ def _layout_problems(entries: list[_HeaderEntry], data_bytes: int) -> list[str]:
     if not problems and position != data_bytes:
         problems.append(f"{data_bytes} bytes of data, the header describes {position}")
     return problems
-
-
-def _lazy(path: Path, base: int, entry: _HeaderEntry) -> LazyTensor:
-    offset = base + entry.begin
-
-    def whole() -> Array:
-        return _mapped(path, entry.dtype, offset, entry.shape)
-
-    if not entry.shape:
-        return LazyTensor(entry.name, entry.dtype, entry.shape, whole)
-    row_shape = entry.shape[1:]
-    row_bytes = prod(row_shape) * entry.dtype.itemsize
-
-    def rows(start: int, stop: int) -> Array:
-        return _mapped(path, entry.dtype, offset + start * row_bytes, (stop - start, *row_shape))
-
-    return from_rows(entry.name, entry.dtype, entry.shape, rows)
-
-
-def _mapped(path: Path, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...]) -> Array:
-    """A read-only view of the file, which is closed with the array."""
-    if not prod(shape):
-        return np.zeros(shape, dtype)
-    try:
-        # bytes first: the numbers in a file may be at any offset
-        flat = np.memmap(path, np.uint8, "r", offset, (prod(shape) * dtype.itemsize,))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: changed or vanished while it was read ({error})") from None
-    return np.asarray(flat).view(dtype).reshape(shape)

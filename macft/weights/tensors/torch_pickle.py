@@ -17,8 +17,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from macft.errors import ModelError, join_problems
-from macft.weights.tensors.lazy import Array, LazyTensor, from_rows
+from macft.errors import ModelError, raise_problems
+from macft.weights.tensors.lazy import LazyTensor, mapped_tensor
 
 _MAX_PICKLE = 100_000_000  # bytes; names and shapes of a large model take less than one million
 _TENSOR = "torch._utils _rebuild_tensor_v2"
@@ -103,8 +103,7 @@ def open_torch_file(path: Path) -> list[LazyTensor]:
         raise ModelError(f"{path}: holds no dictionary of tensors")
     problems: list[str] = []
     tensors = [_lazy(path, str(name), value, entries, problems) for name, value in state.items()]
-    if problems:
-        raise ModelError(join_problems(f"{path}: these entries cannot be read:", problems))
+    raise_problems(f"{path}: these entries cannot be read:", problems)
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -272,18 +271,7 @@ def _lazy(
         problems.append(f"{name}: the file has no {count * size} bytes for it")
         return None
     start = _data_start(path, info) + value.offset * size
-    dtype, shape = value.storage.dtype, value.shape
-
-    def rows(first: int, last: int) -> Array:
-        row = prod(shape[1:])
-        if first >= last or row == 0:
-            return np.zeros((max(0, last - first), *shape[1:]), dtype)
-        flat: Array = np.memmap(path, dtype, "r", start + first * row * size, ((last - first) * row,))
-        return flat.reshape(last - first, *shape[1:])
-
-    if not shape:
-        return LazyTensor(name, dtype, shape, lambda: np.array(np.memmap(path, dtype, "r", start, (1,))[0]))
-    return from_rows(name, dtype, shape, rows)
+    return mapped_tensor(path, name, value.storage.dtype, value.shape, start)
 
 
 def _is_contiguous(tensor: _Tensor) -> bool:
