@@ -13,7 +13,7 @@ from macft.config.names import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES
 from macft.config.settings import Settings
 from macft.config.translate import TRANSLATIONS
 from macft.gguf.architectures import IMPORTED
-from macft.weights.layouts.litgpt_config import model_types
+from macft.weights.layouts.litgpt_config import CLASSES
 from macft.weights.layouts.mlx import LAYOUTS
 from macft.weights.layouts.mlx_rules import DROP_ROTARY
 
@@ -105,7 +105,7 @@ def _type(annotation: Any) -> str:
 def conversion_table() -> str:
     """The table of docs/weights.md: which conversions know a model type (merging into HF layout knows all)."""
     from_gguf = set(IMPORTED.values())
-    from_litgpt = set(model_types())
+    from_litgpt = set(CLASSES)
     rows = [
         f"| {name} | {_yes(name in LAYOUTS)} | {_yes(name in from_gguf)} | {_yes(name in from_litgpt)} |"
         for name in sorted({*LAYOUTS, *from_gguf, *from_litgpt})

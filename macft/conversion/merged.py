@@ -55,14 +55,17 @@ def export_merged(
     config, base = untie(tied_config, tensors, adapters)
     rounded = untie(*_as_trained(open_model(model.path), adapters), adapters)[1]
     versions = Versions(base, merge_adapters(base, adapters), rounded)
-    notes = _notes(model, adapters, is_untied=config is not tied_config)
+    notes = [note for adapter in adapters if (note := other_base_note(adapter, model))]
+    if config is not tied_config:
+        notes.append("an adapter changes the head or the embedding, which were one matrix: the merged model has two")
     if source.quantization is not None and bits is None and not requantize:
         notes.append(
             f"{model.name} is quantized, the merged model is not: quantizing it again (--requantize --to mlx) would "
             "erase part of what the adapter adds"
         )
     if layout == "mlx":
-        config, versions = _as_mlx(config, versions)
+        lists = [to_mlx(config, tensors) for tensors in (versions.base, versions.merged, versions.rounded)]
+        config, versions = mlx_config(config, versions.base), Versions(*lists)
     loss = None
     if bits is None and not requantize:
         result = [cast(tensor, like.dtype) for tensor, like in zip(versions.merged, versions.rounded, strict=True)]
@@ -70,13 +73,14 @@ def export_merged(
         loss = AdapterLoss()
         default, forms = _forms(source, config, versions, bits, group_size)
         config, result = quantize_merged(config, versions, forms, default, loss)
+    templates = [path for adapter in adapters if (path := adapter.folder / TEMPLATE).is_file()]
     write_model(
         destination,
         config,
         result,
         source_folder=model.path,
         layout=layout,
-        template=_template(adapters),
+        template=templates[-1] if templates else None,
         if_not_finite="the model is broken, or with the adapters its numbers are too large for their type",
     )
     if loss is not None:
@@ -95,9 +99,11 @@ def _check_options(
         raise UsageError(f"{asked} quantizes to MLX's own format: add --to mlx, or leave {asked} out")
     if bits is not None:
         check_quantization(bits, group_size)
-    if requantize and source.quantization is None:
+    if not requantize:
+        return
+    if source.quantization is None:
         raise UsageError(f"{model.name} is not quantized, so --requantize has no bits to take from it; pass --bits")
-    if requantize and source.quantization is not None and source.quantization.mode != "affine":
+    if source.quantization.mode != "affine":
         raise ModelError(
             f"{model.name} is quantized as {source.quantization.mode}, which is read but not written; pass --bits "
             "instead of --requantize"
@@ -112,11 +118,6 @@ def _as_trained(source: Source, adapters: Sequence[Adapter]) -> tuple[dict[str, 
     return config, tensors
 
 
-def _as_mlx(config: dict[str, Any], versions: Versions) -> tuple[dict[str, Any], Versions]:
-    lists = [to_mlx(config, tensors) for tensors in (versions.base, versions.merged, versions.rounded)]
-    return mlx_config(config, versions.base), Versions(*lists)
-
-
 def _forms(
     source: Source, config: dict[str, Any], versions: Versions, bits: int | None, group_size: int
 ) -> tuple[Form, dict[str, Form]]:
@@ -126,16 +127,3 @@ def _forms(
     own = source.quantization
     assert own is not None
     return (own.bits, own.group_size), {module: own.of(module) for module in source.quantized}
-
-
-def _notes(model: ModelFolder, adapters: Sequence[Adapter], *, is_untied: bool) -> list[str]:
-    notes = [note for adapter in adapters if (note := other_base_note(adapter, model))]
-    if is_untied:
-        notes.append("an adapter changes the head or the embedding, which were one matrix: the merged model has two")
-    return notes
-
-
-def _template(adapters: Sequence[Adapter]) -> Path | None:
-    """The chat template of the last adapter that has one."""
-    found = [adapter.folder / TEMPLATE for adapter in adapters if (adapter.folder / TEMPLATE).is_file()]
-    return found[-1] if found else None

@@ -52,17 +52,17 @@ def convert_model(
     source = open_litgpt(folder) if is_lit else open_model(folder)
     config, tensors = source.config, source.tensors
     lost: list[str] = []
-    beside: dict[str, list[LazyTensor]] = {}
+    norms: list[LazyTensor] = []
     if source.layout == "hf" and to == "mlx":
         lost = lost_in_mlx(config, tensors)
-        if norms := _inexact_norms(source):
-            beside[NORMS] = norms
+        norms = _inexact_norms(source, lost)
         config, tensors = mlx_config(config, tensors), to_mlx(config, tensors)
     elif source.layout == "mlx" and to == "hf":
         config, tensors = as_hf(source)
         tensors = _with_norms(folder, tensors)
     if bits is not None:
         config, tensors = quantize(config, tensors, bits, group_size)
+    beside = {NORMS: norms} if norms else {}
     write_model(destination, config, tensors, source_folder=folder, layout=to, beside=beside)
     return ConvertReport(
         came_as="litgpt" if is_lit else source.layout,
@@ -73,21 +73,16 @@ def convert_model(
     )
 
 
-def _flat_name(name: str) -> str:
-    return name.replace("model.language_model.", "model.", 1)
-
-
-def _is_exact(norm: Array) -> bool:
-    """Whether subtracting one from what MLX stores restores this norm."""
-    return np.array_equal(shift(shift(norm, 1), -1), norm)
-
-
-def _inexact_norms(source: Source) -> list[LazyTensor]:
+def _inexact_norms(source: Source, lost: list[str]) -> list[LazyTensor]:
+    """The norms that are not restored when one is subtracted from what MLX stores."""
     if SHIFT_NORMS not in layout_of(source.config).rules:
         return []
-    lost = set(lost_in_mlx(source.config, source.tensors))
     norms = {t.name: t.read() for t in source.tensors if is_shifted_norm(t) and t.name not in lost}
-    return [from_array(_flat_name(name), norm) for name, norm in norms.items() if not _is_exact(norm)]
+    return [
+        from_array(name.replace("model.language_model.", "model.", 1), norm)
+        for name, norm in norms.items()
+        if not np.array_equal(shift(shift(norm, 1), -1), norm)
+    ]
 
 
 def _with_norms(folder: Path, tensors: Iterable[LazyTensor]) -> list[LazyTensor]:

@@ -41,14 +41,7 @@ def download_snapshot(name: str) -> Path:
 
     Raises ModelError, in one line, when the repository is missing, gated or out of reach.
     """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import constants, errors, snapshot_download
 
     if constants.HF_HUB_OFFLINE:
         raise ModelError(
@@ -57,15 +50,15 @@ def download_snapshot(name: str) -> Path:
     here = f"and there is no folder {Path(name).absolute()}"
     try:
         return Path(snapshot_download(name, allow_patterns=_MODEL_FILES, ignore_patterns=_IGNORED))
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise ModelError(
             f"{name}: gated; accept its terms on {constants.ENDPOINT}/{name}, then run: hf auth login"
         ) from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise ModelError(
             f"{name}: no such repository on {constants.ENDPOINT} (a private one needs: hf auth login), {here}"
         ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
         cause = str(error.__cause__ or error).strip().splitlines()
         raise ModelError(
             f"{name}: cannot be downloaded from {constants.ENDPOINT} ({cause[0] if cause else 'no answer'}), "
@@ -75,9 +68,7 @@ def download_snapshot(name: str) -> Path:
 
 def asks_modelscope(hub: str | None) -> bool:
     """Whether models come from ModelScope: `hub` says so, or, where it is None, $USE_MODELSCOPE_HUB."""
-    if hub is None:
-        return is_on(MODELSCOPE_VARIABLE)
-    return hub == "modelscope"
+    return is_on(MODELSCOPE_VARIABLE) if hub is None else hub == "modelscope"
 
 
 def modelscope_snapshot(name: str) -> Path:

@@ -19,11 +19,10 @@ from macft.weights.model_config import check_text_model, normalize_config, read_
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _OPTIONAL_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 # Entries that may be set although the file leaves them to the default.
-_KNOWN = frozenset(
-    (*_SIZES, *_OPTIONAL_SIZES, "tie_word_embeddings", "initializer_range", "rms_norm_eps", "rope_theta", "hidden_act")
-) | frozenset(
-    ("rope_parameters", "rope_scaling", "attention_bias", "mlp_bias", "layer_types", "use_sliding_window", "dtype")
-)
+_KNOWN = (
+    *_SIZES, *_OPTIONAL_SIZES, "tie_word_embeddings", "initializer_range", "rms_norm_eps", "rope_theta", "hidden_act",
+    "rope_parameters", "rope_scaling", "attention_bias", "mlp_bias", "layer_types", "use_sliding_window", "dtype",
+)  # fmt: skip
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -59,12 +58,10 @@ def new_model(
     size = config.get("vocab_size")
     if isinstance(size, int) and size < vocabulary:
         problems.append(f"vocab_size {size}: the tokenizer has {vocabulary} tokens; set it to that or more")
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
     if problems:
-        raise ConfigError(
-            problems[0]
-            if len(problems) == 1
-            else join_problems(f"{shape.name}: {len(problems)} problems in its shape", problems)
-        )
+        raise ConfigError(join_problems(f"{shape.name}: {len(problems)} problems in its shape", problems))
     config = normalize_config(config)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     folder = cache_dir() / "scratch" / digest[:16]
@@ -132,5 +129,4 @@ def _update_dependents(config: dict[str, Any], overrides: Mapping[str, Any]) -> 
     if not isinstance(kinds, list) or not kinds or "layer_types" in overrides or not isinstance(layers, int):
         return
     periods = (n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
-    period = next(periods)
-    config["layer_types"] = [kinds[i % period] for i in range(layers)]
+    config["layer_types"] = (kinds[: next(periods)] * layers)[:layers]

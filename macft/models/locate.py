@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 import json
 import logging
@@ -14,13 +15,7 @@ from pathlib import Path
 
 from macft.errors import MissingPackageError, ModelError
 from macft.files import cache_dir, locked
-from macft.hub.models import (
-    asks_modelscope,
-    cached_snapshot,
-    download_snapshot,
-    modelscope_snapshot,
-    partial_snapshot,
-)
+from macft.hub import models as hub_models
 from macft.weights.folder import ModelFolder, listing, pickle_problem, weight_files
 
 log = logging.getLogger("macft")
@@ -47,8 +42,8 @@ def resolve_model(name: str, hub: str | None = None) -> ModelFolder:
             raise ModelError(f"{name}: a {path.suffix or 'nameless'} file; pass a model folder or a .gguf file")
         return ModelFolder(name, _imported(path))
     if path.suffix.lower() != ".gguf" and _HUB_ID.fullmatch(name):
-        if asks_modelscope(hub):
-            return ModelFolder(name, _checked_model(modelscope_snapshot(name)))
+        if hub_models.asks_modelscope(hub):
+            return ModelFolder(name, _checked_model(hub_models.modelscope_snapshot(name)))
         return ModelFolder(name, _from_hub(name, "config.json", _model_problem))
     raise ModelError(_not_found(name, path))
 
@@ -99,7 +94,9 @@ def _imported(gguf: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():
-                _remove_leftovers(folder)
+                # of a killed import: under the lock, none can be running
+                for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+                    shutil.rmtree(leftover, ignore_errors=True)
                 # the gguf package takes 0.2 s to import, and most runs find the model in the cache
                 from macft.gguf.importer.model import import_gguf
 
@@ -112,22 +109,15 @@ def _imported(gguf: Path) -> Path:
     return folder
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Delete what a killed import of this folder left behind; call it under the lock, when no import can be running."""
-    for entry in folder.parent.iterdir():
-        if entry.name.startswith(f".{folder.name}.") and entry.suffix == ".tmp":
-            shutil.rmtree(entry, ignore_errors=True)
-
-
 def _from_hub(name: str, marker: str, problem_of: Callable[[Path], str | None]) -> Path:
     """The cached copy if it is complete, without network; else a download; else a partial copy that will do."""
-    folder = cached_snapshot(name)
+    folder = hub_models.cached_snapshot(name)
     if folder is not None and problem_of(folder) is None:
         return folder
     try:
-        folder = download_snapshot(name)
+        folder = hub_models.download_snapshot(name)
     except ModelError as error:
-        folder = partial_snapshot(name, marker)
+        folder = hub_models.partial_snapshot(name, marker)
         if folder is None or problem_of(folder):
             raise
         log.warning("%s; using the copy in the hub cache, which may lack files", error)
@@ -137,8 +127,7 @@ def _from_hub(name: str, marker: str, problem_of: Callable[[Path], str | None]) 
 
 
 def _checked_model(path: Path) -> Path:
-    problem = _model_problem(path)
-    if problem:
+    if problem := _model_problem(path):
         raise ModelError(f"{path}: {problem}")
     return path
 

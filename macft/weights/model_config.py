@@ -106,10 +106,8 @@ def _mirror(config: dict[str, Any], new: str, old: str) -> None:
 
 def _rope(config: dict[str, Any]) -> None:
     parameters = config.get("rope_parameters")
-    if parameters is None:
-        parameters = _parameters_from_old_keys(config)
-        if parameters is None:
-            return
+    if parameters is None and (parameters := _parameters_from_old_keys(config)) is None:
+        return
     if not isinstance(parameters, dict):
         raise ModelError(f"config.json: rope_parameters is {parameters!r}, an object was expected")
     if "full_attention" in parameters:
@@ -123,10 +121,9 @@ def _rope(config: dict[str, Any]) -> None:
         theta = parameters.get("rope_theta", config.get("rope_theta", _default_theta(config)))
         whole = {**parameters, "rope_theta": theta} if theta is not None else parameters
         config["rope_parameters"] = whole
-    if whole.get("rope_theta") is not None:
-        _set(config, "rope_theta", whole["rope_theta"])
-    if whole.get("partial_rotary_factor") is not None:
-        _set(config, "partial_rotary_factor", whole["partial_rotary_factor"])
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if whole.get(key) is not None:
+            _set(config, key, whole[key])
     rope_type = whole.get("rope_type", whole.get("type", "default"))
     if rope_type != "default":
         config["rope_scaling"] = {**whole, "rope_type": rope_type, "type": rope_type}
@@ -139,11 +136,8 @@ def _parameters_from_old_keys(config: dict[str, Any]) -> dict[str, Any] | None:
     scaling = config.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise ModelError(f"config.json: rope_scaling is {scaling!r}, an object was expected")
-    whole = {
-        **scaling,
-        "rope_theta": theta,
-        "rope_type": scaling.get("rope_type", scaling.get("type", "default")),
-    }
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    whole = {**scaling, "rope_theta": theta, "rope_type": rope_type}
     if config.get("partial_rotary_factor") is not None:
         whole["partial_rotary_factor"] = config["partial_rotary_factor"]
     if "rope_local_base_freq" not in config and config.get("model_type") != "gemma3_text":

@@ -52,11 +52,6 @@ def is_expert(module: str) -> bool:
     return _SINGLE.fullmatch(module) is not None
 
 
-def is_router(module: str) -> bool:
-    """Whether this is the matrix that chooses the experts, in transformers a parameter and not a linear layer."""
-    return _ROUTER.fullmatch(module) is not None
-
-
 def _family(config: Config) -> _Family:
     return _MIXTRAL if config.get("model_type") == "mixtral" else _COMMON
 
@@ -113,22 +108,13 @@ def _split(prefix: str, parts: Mapping[str, Array], config: Config, family: _Fam
     }
 
 
-@dataclass(frozen=True)
-class FusedAdapter:
-    """An adapter as PEFT stores it: `parameters` are target_parameters, `gate_up_rank` the rank of all gate_up_proj."""
-
-    modules: Modules
-    parameters: tuple[str, ...]
-    gate_up_rank: int
-
-
-def fuse_experts(modules: Modules, config: Config | None, rank: int) -> FusedAdapter:
-    """The reverse of `split_experts`; routers become parameters too.
+def fuse_experts(modules: Modules, config: Config | None, rank: int) -> tuple[Modules, list[str], int]:
+    """The reverse of `split_experts`: (modules, target_parameters, rank of all gate_up_proj); routers are parameters.
 
     Gate and up are one parameter: where their A differ, one A of twice the rank holds both.
     """
     if config is None or not has_experts(config):
-        return FusedAdapter(modules, (), rank)
+        return modules, [], rank
     family, count = _family(config), expert_count(config)
     blocks: dict[str, dict[str, dict[int, Mapping[str, Array]]]] = defaultdict(lambda: defaultdict(dict))
     fused, parameters = Modules(), list[str]()
@@ -148,18 +134,17 @@ def fuse_experts(modules: Modules, config: Config | None, rank: int) -> FusedAda
     doubles = any(gate and up and not np.array_equal(gate[0], up[0]) for gate, up in halves.values())
     for block, names in stacked.items():
         gate_up = _gate_up(*halves[block], doubles=doubles)
-        found = {"gate_up_proj": gate_up, "down_proj": names.get(family.down)}
         # PEFT wraps gate_up_proj first: it is the inner one
+        found = {"down_proj": names.get(family.down), "gate_up_proj": gate_up}
         name = block
-        for parameter in ("down_proj", "gate_up_proj"):
-            pair = found[parameter]
+        for parameter, pair in found.items():
             if pair is not None:
                 parameters.append(f"{block}.{parameter}")
                 a, b = pair
                 flat = b.transpose(1, 2, 0).reshape(b.shape[1], -1)
                 fused[name] = {_A: a.reshape(-1, a.shape[2]), _B: flat}
                 name = f"{block}.base_layer"
-    return FusedAdapter(fused, tuple(parameters), 2 * rank if doubles else rank)
+    return fused, parameters, 2 * rank if doubles else rank
 
 
 def _stack(experts: Mapping[int, Mapping[str, Array]], count: int, suffix: str) -> Array:

@@ -11,17 +11,9 @@ from typing import Any
 import numpy as np
 
 from macft.errors import ModelError, raise_problems
+from macft.weights.adapters import shapes
 from macft.weights.adapters.peft import Adapter
-from macft.weights.adapters.shapes import (
-    COPY,
-    EMBEDDING,
-    MAGNITUDE,
-    PREFIX,
-    by_module,
-    module_problem,
-    pair_of,
-    scale_of,
-)
+from macft.weights.adapters.shapes import COPY, EMBEDDING, MAGNITUDE, PREFIX
 from macft.weights.layouts.mlx_rules import HEAD
 from macft.weights.tensors.lazy import Array, LazyTensor, cast, derived, read_rows, renamed
 
@@ -46,14 +38,7 @@ class _Update:
     copy: Array | None
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """A tensor that was trained as a whole and replaces the base's."""
-
-    array: Array
-
-
-_Change = _Update | _Whole
+_Change = _Update | Array  # an array replaces the base's tensor: it was trained as a whole
 
 
 def merge_adapters(tensors: Sequence[LazyTensor], adapters: Sequence[Adapter]) -> list[LazyTensor]:
@@ -83,7 +68,7 @@ def merge_problems(tensors: Mapping[str, LazyTensor], adapter: Adapter) -> list[
 
 def adapted_modules(adapter: Adapter) -> set[str]:
     """The modules an adapter changes, such as model.layers.0.self_attn.q_proj."""
-    return {*by_module(adapter.state, []), *(name.rpartition(".")[0] for name in adapter.saved)}
+    return {*shapes.by_module(adapter.state, []), *(name.rpartition(".")[0] for name in adapter.saved)}
 
 
 def untie(
@@ -118,7 +103,7 @@ def _changes(adapter: Adapter, by_name: Mapping[str, LazyTensor], problems: list
     problems += [
         f"{name} holds NaN or infinite numbers" for name, array in named.items() if not np.isfinite(array).all()
     ]
-    modules = by_module(adapter.state, problems)
+    modules = shapes.by_module(adapter.state, problems)
     if not modules:
         problems.append("holds no LoRA tensors")
     for module, parts in modules.items():
@@ -136,17 +121,17 @@ def _changes(adapter: Adapter, by_name: Mapping[str, LazyTensor], problems: list
         elif base.shape != array.shape or not base.shape:
             problems.append(f"{name}, trained whole, is {list(array.shape)}, in the model {list(base.shape)}")
         else:
-            found[name] = _Whole(array)
+            found[name] = array
     return found
 
 
 def _misfit(adapter: Adapter, parts: dict[str, Array], base: LazyTensor) -> str | None:
     """Why these tensors cannot be merged into the base's, or None."""
-    if problem := module_problem(parts, adapter.config.use_dora):
+    if problem := shapes.module_problem(parts, adapter.config.use_dora):
         return problem
     if len(base.shape) != 2 or base.dtype.name not in _FLOATS:
         return f"{base.dtype} {list(base.shape)} in the model, expected a matrix of floats"
-    names, rank, (rows, columns) = pair_of(parts), adapter.config.rank, base.shape
+    names, rank, (rows, columns) = shapes.pair_of(parts), adapter.config.rank, base.shape
     a, b = _pair(parts)
     if a.shape != (rank, columns) or b.shape != (rows, rank):
         first, second = (f"{name} {list(parts[name].shape)}" for name in names)
@@ -164,17 +149,16 @@ def _misfit(adapter: Adapter, parts: dict[str, Array], base: LazyTensor) -> str 
 
 def _pair(parts: dict[str, Array]) -> tuple[Array, Array]:
     """a [rank, columns] and b [rows, rank]: PEFT holds an embedding's for the transposed matrix."""
-    names = pair_of(parts)
+    names = shapes.pair_of(parts)
     first, second = (parts[name] for name in names)
     return (second.T, first.T) if names == EMBEDDING else (first, second)
 
 
 def _update(adapter: Adapter, parts: dict[str, Array]) -> _Update:
-    config = adapter.config
-    a, b = _pair(parts)
-    scale = scale_of(config.rank, config.alpha, config.use_rslora)
+    config, (a, b) = adapter.config, _pair(parts)
+    scale = shapes.scale_of(config.rank, config.alpha, config.use_rslora)
     scaled = np.ascontiguousarray(b) * b.dtype.type(scale)
-    is_embedding = pair_of(parts) == EMBEDDING
+    is_embedding = shapes.pair_of(parts) == EMBEDDING
     return _Update(np.ascontiguousarray(a), scaled, parts.get(MAGNITUDE), is_embedding, parts.get(COPY))
 
 
@@ -201,8 +185,12 @@ def _merged(tensor: LazyTensor, changes: list[_Change]) -> LazyTensor:
 
 def _step(tensor: LazyTensor, earlier: list[_Change], update: _Change) -> Callable[[Array, int], None]:
     """A function that changes a block of rows, the first of which is given, in place."""
-    if isinstance(update, _Whole):
-        return _replacing(update.array)
+    if isinstance(update, np.ndarray):
+
+        def replace(block: Array, start: int) -> None:
+            block[:] = update[start : start + len(block)]
+
+        return replace
 
     def add(block: Array, start: int) -> None:
         if update.copy is not None and not earlier:
@@ -222,20 +210,14 @@ def _step(tensor: LazyTensor, earlier: list[_Change], update: _Change) -> Callab
 
     if not update.is_embedding:
         return rescale_rows
-    norms_of_columns = _once(lambda: _column_norms(_merged_wide(tensor, earlier), add))
+    unrounded = cast(tensor, np.promote_types(tensor.dtype, np.float32))
+    norms_of_columns = _once(lambda: _column_norms(_merged(unrounded, earlier), add))
 
     def rescale_columns(block: Array, start: int) -> None:
         add(block, start)
         block *= magnitude / norms_of_columns()
 
     return rescale_columns
-
-
-def _replacing(array: Array) -> Callable[[Array, int], None]:
-    def replace(block: Array, start: int) -> None:
-        block[:] = array[start : start + len(block)]
-
-    return replace
 
 
 def _add_product(block: Array, b: Array, a: Array) -> None:
@@ -252,11 +234,6 @@ def _add_product(block: Array, b: Array, a: Array) -> None:
         block[:even, first : first + width] += np.matmul(tiles, part).reshape(even, part.shape[1])
         if even < len(b):
             block[even:, first : first + width] += b[even:] @ part
-
-
-def _merged_wide(tensor: LazyTensor, changes: list[_Change]) -> LazyTensor:
-    """The tensor with these changes, not rounded."""
-    return _merged(cast(tensor, np.promote_types(tensor.dtype, np.float32)), changes)
 
 
 def _column_norms(tensor: LazyTensor, add: Callable[[Array, int], None]) -> Array:

@@ -10,21 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from macft.errors import ModelError, join_problems, raise_problems
+from macft.errors import ModelError, raise_problems
 from macft.files import write_json
+from macft.weights.adapters import shapes
 from macft.weights.adapters.experts import has_experts, is_expert
 from macft.weights.adapters.peft import CONFIG_NAME, Adapter, AdapterConfig, metadata_of, read_json_config, read_tensors
-from macft.weights.adapters.shapes import (
-    COPY,
-    EMBEDDING,
-    LINEAR,
-    MAGNITUDE,
-    Modules,
-    join_modules,
-    layers_of,
-    scale_of,
-    split_modules,
-)
+from macft.weights.adapters.shapes import COPY, EMBEDDING, LINEAR, MAGNITUDE, Modules
 from macft.weights.layouts.mlx import layout_of
 from macft.weights.layouts.mlx_experts import EXPERTS_APART
 from macft.weights.layouts.mlx_rules import Change, LayoutRule
@@ -37,7 +28,6 @@ EMBED, HEAD = "embed_tokens", "lm_head"
 
 _PARTS = ("lora_a", "lora_b", "m")
 _NAMING = ("PREFIX", *EXPERTS_APART)  # the rules of a layout that affect names of adapted modules
-_MERGE = "merge it instead: macft export merged BASE --adapter {folder} --output NEW"
 
 
 def read_mlx_adapter(folder: Path, base_config: Config | None) -> Adapter:
@@ -53,10 +43,10 @@ def read_mlx_adapter(folder: Path, base_config: Config | None) -> Adapter:
     if not problems:
         for name, found in parts.items():
             modules |= _peft_module(name, found, config, base_config, problems)
-        split_modules(join_modules(modules), config.use_dora, problems)
+        shapes.split_modules(shapes.join_modules(modules), config.use_dora, problems)
         problems += _num_layers_problems(raw, modules, base_config)
     raise_problems(f"{folder / MLX_WEIGHTS_NAME}: this adapter cannot be used as it is", problems)
-    return Adapter(folder, replace(config, target_modules=tuple(modules)), join_modules(modules), base_hash)
+    return Adapter(folder, replace(config, target_modules=tuple(modules)), shapes.join_modules(modules), base_hash)
 
 
 def _mlx_config(folder: Path, raw: Mapping[str, Any]) -> AdapterConfig:
@@ -190,7 +180,7 @@ def _num_layers_problems(raw: Mapping[str, Any], modules: Modules, base: Config 
     if not isinstance(total, int):
         return []
     count, keys = raw.get("num_layers"), raw["lora_parameters"].get("keys") or []
-    layers = layers_of(modules)
+    layers = shapes.layers_of(modules)
     if beyond := sorted(layer for layer in layers if layer >= total):
         return [f"has tensors for layer {beyond[-1]}, the base has {total} layers"]
     is_relative = not any(".layers." in str(key) for key in keys)
@@ -206,19 +196,18 @@ def write_mlx_adapter(folder: Path, adapter: Adapter, base_config: Config | None
     and experts.
     """
     problems: list[str] = []
-    modules = split_modules(adapter.state, adapter.config.use_dora, problems)
+    modules = shapes.split_modules(adapter.state, adapter.config.use_dora, problems)
     if not problems:
         modules = _tied_once(modules, adapter, base_config, problems)
-    parts = (
-        {name: _mlx_parts(name, found, adapter, problems) for name, found in modules.items()} if not problems else {}
-    )
+    parts: Modules = {}
+    if not problems:
+        parts = {name: _mlx_parts(name, found, adapter, problems) for name, found in modules.items()}
     if not problems:
         parts = _mlx_names(parts, base_config, problems)
-    if problems:
-        way_out = _MERGE.format(folder=adapter.folder)
-        raise ModelError(join_problems(f"{adapter.folder}: mlx-lm cannot represent this adapter; {way_out}", problems))
+    merge = f"merge it instead: macft export merged BASE --adapter {adapter.folder} --output NEW"
+    raise_problems(f"{adapter.folder}: mlx-lm cannot represent this adapter; {merge}", problems)
     config = adapter.config
-    scale = scale_of(config.rank, config.alpha, config.use_rslora)
+    scale = shapes.scale_of(config.rank, config.alpha, config.use_rslora)
     content = {
         "fine_tune_type": "dora" if config.use_dora else "lora",
         "lora_parameters": {
@@ -248,13 +237,12 @@ def _tied_once(modules: Modules, adapter: Adapter, base: Config | None, problems
         return modules
     if not tied:
         return modules
-    if embedding is not None and HEAD in modules and not adapter.config.use_dora:
-        first, second = (modules[embedding].get(name) for name in EMBEDDING)
-        a, b = (modules[HEAD].get(name) for name in LINEAR)
-        if first is not None and second is not None and a is not None and b is not None:
-            same = np.array_equal(second.T, a) and np.array_equal(first.T, b)
-            if same:
-                return {name: parts for name, parts in modules.items() if name != HEAD}
+    both, head = modules.get(embedding or "", {}), modules.get(HEAD, {})
+    if EMBEDDING[0] in both and LINEAR[0] in head and not adapter.config.use_dora:
+        first, second = (both[name] for name in EMBEDDING)
+        a, b = (head[name] for name in LINEAR)
+        if np.array_equal(second.T, a) and np.array_equal(first.T, b):
+            return {name: parts for name, parts in modules.items() if name != HEAD}
     problems.append(
         f"{embedding or HEAD}: the base ties its head to its embedding; in mlx-lm an adapter changes both alike, this "
         "one does not"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from macft.errors import MacftError, ModelError, raise_problems
 from macft.files import write_json
 from macft.weights.adapters.experts import fuse_experts, split_experts
 from macft.weights.adapters.shapes import (
-    Modules,
     Shape,
     join_modules,
     layer_problems,
@@ -104,21 +103,21 @@ def write_peft_adapter(folder: Path, adapter: Adapter, base_config: Config | Non
     problems: list[str] = []
     modules = split_modules(adapter.state, config.use_dora, problems)
     raise_problems(f"{adapter.folder}: PEFT cannot represent this adapter", problems)
-    fused = fuse_experts(modules, base_config, config.rank)
-    as_parameters = {name.rpartition(".")[0] for name in fused.parameters}
-    targets = [name for name in fused.modules if name.removesuffix(".base_layer") not in as_parameters]
+    fused, parameters, gate_up_rank = fuse_experts(modules, base_config, config.rank)
+    as_parameters = {name.rpartition(".")[0] for name in parameters}
+    targets = [name for name in fused if name.removesuffix(".base_layer") not in as_parameters]
     content = peft_config(config) | {"target_modules": targets}
     notes: list[str] = []
-    if fused.parameters:
-        content |= {"target_parameters": list(fused.parameters), "lora_dropout": 0.0}
+    if parameters:
+        content |= {"target_parameters": parameters, "lora_dropout": 0.0}
         if config.dropout:
             notes.append(f"lora_dropout is 0 in place of {config.dropout}: PEFT has none on experts")
-    if fused.gate_up_rank != config.rank:
+    if gate_up_rank != config.rank:
         key = "experts.gate_up_proj"
-        content["rank_pattern"] = {key: fused.gate_up_rank}
-        content["alpha_pattern"] = {key: config.alpha * fused.gate_up_rank / config.rank}
-        notes.append(f"gate and up of the experts are one parameter in PEFT: its rank is {fused.gate_up_rank}")
-    write_state(folder / WEIGHTS_NAME, join_modules(fused.modules), metadata=metadata_of("pt", adapter.base_hash))
+        content["rank_pattern"] = {key: gate_up_rank}
+        content["alpha_pattern"] = {key: config.alpha * gate_up_rank / config.rank}
+        notes.append(f"gate and up of the experts are one parameter in PEFT: its rank is {gate_up_rank}")
+    write_state(folder / WEIGHTS_NAME, join_modules(fused), metadata=metadata_of("pt", adapter.base_hash))
     write_json(folder / CONFIG_NAME, content)
     return notes
 
@@ -165,10 +164,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "layer_replication": ((None,), f"layers of the base are repeated, which is not supported{_WAY_OUT}"),
     "use_qalora": ((False, None), _NO_PLACE),
     "use_bdlora": ((False, None), _NO_PLACE),
-    "arrow_config": ((None,), _NO_PLACE),
-    "kasa_config": ((None,), _NO_PLACE),
-    "monteclora_config": ((None,), _NO_PLACE),
-    "velora_config": ((None,), _NO_PLACE),
+    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config", "velora_config"), ((None,), _NO_PLACE)),
     "trainable_token_indices": ((None,), f"rows of the embedding were trained, which is not supported{_WAY_OUT}"),
     "alora_invocation_tokens": ((None,), _NO_PLACE),
     "init_lora_weights": ((True, False, None, "gaussian", "orthogonal"), _CHANGES_BASE),
@@ -253,7 +249,7 @@ def _checked(folder: Path, raw: dict[str, Any], base_config: Config | None, *, w
     problems += pattern_problems(raw)
     rank: Any = raw.get("r")
     alpha: Any = raw.get("lora_alpha")
-    targets: Any = raw.get("target_modules")
+    targets = raw.get("target_modules")
     if type(rank) is not int or rank < 1:
         problems.append(f"r is {rank!r}, expected a rank above 0")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
@@ -285,31 +281,16 @@ def _shaped(
     keys: dict[str, str] = {}  # what PEFT matches its patterns against, where it is not the module's name
     if not problems and raw.get("target_parameters"):
         modules, keys = split_experts(modules, base_config, problems)
-    by_pattern = pattern_shapes(raw, default)
-
-    def shape_of(module: str) -> Shape:
-        return by_pattern(keys.get(module, module))
-
+    shape_of = pattern_shapes(raw, default)
+    shapes = {module: shape_of(keys.get(module, module)) for module in modules}
     if not problems:
-        problems += _rank_problems(modules, {module: shape_of(module) for module in modules})
+        problems += [
+            f"{module}: its tensors are of rank {rank}, the configuration says {shapes[module].rank}"
+            for module, parts in modules.items()
+            if (rank := parts[pair_of(parts)[0]].shape[0]) != shapes[module].rank
+        ]
     if not problems and not modules:
         problems.append("holds no tensors")
     raise_problems(f"{folder / WEIGHTS_NAME}: does not fit its {CONFIG_NAME}", problems)
-    modules, shape = uniform(modules, shape_of, default)
-    changed = replace(
-        config,
-        rank=shape.rank,
-        alpha=shape.alpha,
-        use_rslora=shape.use_rslora,
-        target_modules=tuple(modules),
-    )
-    return changed, join_modules(modules)
-
-
-def _rank_problems(modules: Modules, shapes: Mapping[str, Shape]) -> list[str]:
-    return [
-        f"{module}: its tensors are of rank {parts[pair_of(parts)[0]].shape[0]}, the configuration says "
-        f"{shapes[module].rank}"
-        for module, parts in modules.items()
-        if parts[pair_of(parts)[0]].shape[0] != shapes[module].rank
-    ]
+    modules, shape = uniform(modules, shapes, default)
+    return replace(config, **asdict(shape), target_modules=tuple(modules)), join_modules(modules)

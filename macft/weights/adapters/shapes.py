@@ -108,18 +108,16 @@ def pair_of(parts: Mapping[str, Array]) -> tuple[str, str]:
     return EMBEDDING if EMBEDDING[0] in parts or EMBEDDING[1] in parts else LINEAR
 
 
-def uniform(modules: Modules, shape_of: Callable[[str], Shape], default: Shape) -> tuple[Modules, Shape]:
+def uniform(modules: Modules, shapes: Mapping[str, Shape], default: Shape) -> tuple[Modules, Shape]:
     """Give all modules one rank and scale: A and B are padded with zeros, and B is multiplied by the ratio of scales.
 
-    `shape_of` returns the shape of a module; if all have `default`, nothing changes.
+    If all have the shape `default`, nothing changes.
     """
-    shapes = {module: shape_of(module) for module in modules}
-    scales = {shape.scale for shape in shapes.values()}
-    rank = max(shape.rank for shape in shapes.values())
     if all(shape.rank == default.rank and shape.scale == default.scale for shape in shapes.values()):
         return modules, default
+    rank = max(shape.rank for shape in shapes.values())
     # the largest, so that no ratio makes a number larger
-    scale = max(scales, key=abs)
+    scale = max({shape.scale for shape in shapes.values()}, key=abs)
     changed: Modules = {}
     for module, parts in modules.items():
         first, second = pair_of(parts)
@@ -167,13 +165,10 @@ def pattern_problems(raw: Mapping[str, Any]) -> list[str]:
             except re.error as error:
                 problems.append(f"{name}: {key!r} is not a regular expression ({error})")
     layers = raw.get("layers_to_transform")
-    if layers is not None and not _are_layers(layers):
+    numbers = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(type(number) is int and number >= 0 for number in numbers):
         problems.append(f"layers_to_transform is {layers!r}, expected layer numbers")
     return problems
-
-
-def _are_layers(value: Any) -> bool:
-    return all(type(item) is int and item >= 0 for item in (value if isinstance(value, list) else [value]))
 
 
 def layer_problems(raw: Mapping[str, Any], modules: Modules) -> list[str]:

@@ -53,7 +53,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 _LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"}
 _ACTIVATIONS = {"tanh": "gelu_new", "none": "gelu"}
-_CLASSES = {
+# of the model types that a litgpt checkpoint can become
+CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -79,11 +80,6 @@ class LitConfig:
     qkv_bias: bool
     has_qk_norms: bool
     hf: dict[str, Any]
-
-
-def model_types() -> tuple[str, ...]:
-    """The model types that a litgpt checkpoint can become."""
-    return tuple(_CLASSES)
 
 
 def read_lit_config(path: Path, settings: Any) -> LitConfig:
@@ -213,7 +209,7 @@ def _rope(found: dict[str, Any], problems: list[str]) -> dict[str, Any]:
 
 def _hf(model_type: str, found: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "architectures": [_CLASSES[model_type]],
+        "architectures": [CLASSES[model_type]],
         "model_type": model_type,
         "vocab_size": found["padded_vocab_size"],
         "hidden_size": found["n_embd"],

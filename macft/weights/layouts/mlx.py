@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from macft.errors import ModelError
-from macft.weights.layouts.mlx_experts import (
-    EXPERTS_APART,
-    FUSED_EXPERTS,
-    GRANITE_EXPERTS,
-    OSS_EXPERTS,
-    SPARSE_BLOCK,
-    stack_experts,
-)
+from macft.weights.layouts import mlx_experts as experts
 from macft.weights.layouts.mlx_rules import (
     ALWAYS_TIED,
     CONV_AXIS,
@@ -52,7 +45,7 @@ class MlxLayout:
 
 
 _MLX_NAME = re.compile(r"\.switch_mlp\.|^language_model\.")
-_EXPERTS = stack_experts("mlp")
+_EXPERTS = experts.stack_experts("mlp")
 _ROUTERS = ("mlp.gate", "shared_expert_gate")
 _GRANITE = ("self_attn.o_proj", "mlp.down_proj", "lm_head")
 _HYBRID = (DROP_ROTARY, DROP_MTP, TIED_HEAD, SHIFT_NORMS, CONV_AXIS)
@@ -74,15 +67,15 @@ LAYOUTS: dict[str, MlxLayout] = {
     **dict.fromkeys(("phi", "stablelm", "glm4"), MlxLayout((DROP_ROTARY, NEVER_TIED))),
     "granite": MlxLayout(eight_bits=_GRANITE),
     "granitemoe": MlxLayout(
-        (DROP_ROTARY, TIED_HEAD, GRANITE_EXPERTS), eight_bits=(*_GRANITE, "block_sparse_moe.router.layer")
+        (DROP_ROTARY, TIED_HEAD, experts.GRANITE_EXPERTS), eight_bits=(*_GRANITE, "block_sparse_moe.router.layer")
     ),
     "qwen2_moe": MlxLayout((DROP_ROTARY, NEVER_TIED, _EXPERTS)),
     "qwen3_moe": MlxLayout((DROP_ROTARY, TIED_HEAD, _EXPERTS), eight_bits=("mlp.gate",)),
     "olmoe": MlxLayout((DROP_ROTARY, TIED_HEAD, _EXPERTS)),
     "mixtral": MlxLayout(
-        (DROP_ROTARY, TIED_HEAD, SPARSE_BLOCK, stack_experts("block_sparse_moe", ("w1", "w3", "w2"))),
+        (DROP_ROTARY, TIED_HEAD, experts.SPARSE_BLOCK, experts.stack_experts("block_sparse_moe", ("w1", "w3", "w2"))),
     ),
-    "gpt_oss": MlxLayout((DROP_ROTARY, NEVER_TIED, OSS_EXPERTS), eight_bits=("router",)),
+    "gpt_oss": MlxLayout((DROP_ROTARY, NEVER_TIED, experts.OSS_EXPERTS), eight_bits=("router",)),
     "qwen3_next": MlxLayout((*_HYBRID, _EXPERTS), eight_bits=_ROUTERS),
     **dict.fromkeys(("qwen3_5", "qwen3_5_text"), _QWEN3_5),
     **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text"), _QWEN3_5_MOE),
@@ -135,10 +128,10 @@ def as_hf(source: Source) -> tuple[dict[str, Any], list[LazyTensor]]:
 
 def with_experts_apart(config: Config, tensors: list[LazyTensor]) -> list[LazyTensor]:
     """HF-layout tensors with a module for each expert; transformers can also save a layer's experts as one tensor."""
-    if not any(FUSED_EXPERTS.search(tensor.name) for tensor in tensors):
+    if not any(experts.FUSED_EXPERTS.search(tensor.name) for tensor in tensors):
         return tensors
     flat = flat_config(config)
-    rules = [rule for rule in layout_of(config).rules if rule.name in EXPERTS_APART]
+    rules = [rule for rule in layout_of(config).rules if rule.name in experts.EXPERTS_APART]
     for rule in rules:
         tensors = rule.to_mlx(flat, tensors)
     for rule in reversed(rules):
@@ -157,10 +150,8 @@ def flat_config(config: Config) -> dict[str, Any]:
     text = config.get("text_config")
     if not isinstance(text, dict):
         return dict(config)
-    outer = {
-        key: value for key, value in config.items() if key not in ("text_config", "vision_config", "architectures")
-    }
-    return {**outer, **text, "model_type": config["model_type"]}
+    own = {key: value for key, value in config.items() if key not in ("text_config", "vision_config", "architectures")}
+    return {**own, **text, "model_type": config["model_type"]}
 
 
 def mlx_config(config: Config, tensors: list[LazyTensor]) -> dict[str, Any]:

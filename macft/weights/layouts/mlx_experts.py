@@ -57,10 +57,10 @@ def stack_experts(block: str, names: tuple[str, str, str] = _PROJECTIONS) -> Lay
     def to_hf(_: Config, tensors: Tensors) -> Tensors:
         result: Tensors = []
         for tensor in tensors:
-            match = stacked.fullmatch(tensor.name)
-            result += (
-                _unstack(tensor, f"{match[1]}.experts", names[_PROJECTIONS.index(match[2])]) if match else [tensor]
-            )
+            if match := stacked.fullmatch(tensor.name):
+                result += _unstack(tensor, f"{match[1]}.experts", names[_PROJECTIONS.index(match[2])])
+            else:
+                result.append(tensor)
         return result
 
     each = f"{block}.experts.N.{{{','.join(names)}}}"
@@ -250,8 +250,5 @@ def _block_to_mlx(_: Config, tensors: Tensors) -> Tensors:
 
 # transformers calls the block mlp in memory, and in files written as it is in memory
 SPARSE_BLOCK = LayoutRule(
-    "SPARSE_BLOCK",
-    "mlp, as transformers calls the block in memory, is block_sparse_moe",
-    _block_to_mlx,
-    same,
+    "SPARSE_BLOCK", "mlp, as transformers calls the block in memory, is block_sparse_moe", _block_to_mlx, same
 )

@@ -108,11 +108,9 @@ def _dropping(pattern: re.Pattern[str]) -> Change:
     return lambda _, tensors: [tensor for tensor in tensors if not pattern.search(tensor.name)]
 
 
-_ROTARY, _MTP, _VISION = (
-    re.compile(r"\.rotary_emb\.inv_freq$"),
-    re.compile(r"(^|\.)mtp\."),
-    re.compile(r"^(model\.visual|vision_tower)\b"),
-)
+_ROTARY = re.compile(r"\.rotary_emb\.inv_freq$")
+_MTP = re.compile(r"(^|\.)mtp\.")
+_VISION = re.compile(r"^(model\.visual|vision_tower)\b")
 
 
 def _prefix_to_mlx(_: Config, tensors: Tensors) -> Tensors:

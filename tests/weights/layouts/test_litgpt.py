@@ -18,7 +18,7 @@ from support.tiny_models import write_model
 from macft.conversion.model import convert_model
 from macft.errors import ModelError
 from macft.weights.layouts.litgpt import is_litgpt
-from macft.weights.layouts.litgpt_config import model_types
+from macft.weights.layouts.litgpt_config import CLASSES
 from macft.weights.model_config import read_config
 from macft.weights.source import open_model
 from macft.weights.tensors.torch_pickle import open_torch_file
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_litgpt_itself_computes_the_same_after_import(case, tmp_
 
 
 def test_every_model_type_has_a_case():
-    assert {model_type for model_type, _ in CASES.values()} == set(model_types())
+    assert {model_type for model_type, _ in CASES.values()} == set(CLASSES)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["today", "before"])
