@@ -4,29 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from macft.api.conversions import convert, export_merged
-    from macft.api.exports import export_gguf, export_ollama
-    from macft.api.models import LanguageModel, TokenLogp, load_model
-    from macft.api.runs import load_config, train
-    from macft.backends.base import Sampling
-    from macft.config.settings import Settings
-    from macft.errors import MacftError
+    from macft.api.conversions import convert as convert
+    from macft.api.conversions import export_merged as export_merged
+    from macft.api.exports import export_gguf as export_gguf
+    from macft.api.exports import export_ollama as export_ollama
+    from macft.api.models import LanguageModel as LanguageModel
+    from macft.api.models import TokenLogp as TokenLogp
+    from macft.api.models import load_model as load_model
+    from macft.backends.base import Sampling as Sampling
+    from macft.config.load import load_config as load_config
+    from macft.config.settings import Settings as Settings
+    from macft.errors import MacftError as MacftError
+    from macft.training.run import train as train
 
 __version__ = "0.1.0"
-__all__ = [
-    "LanguageModel",
-    "MacftError",
-    "Sampling",
-    "Settings",
-    "TokenLogp",
-    "convert",
-    "export_gguf",
-    "export_merged",
-    "export_ollama",
-    "load_config",
-    "load_model",
-    "train",
-]
 
 # public name -> the module that is imported when it is first used: importing macft alone stays fast
 _MODULES = {
@@ -37,12 +28,13 @@ _MODULES = {
     "LanguageModel": "macft.api.models",
     "TokenLogp": "macft.api.models",
     "load_model": "macft.api.models",
-    "load_config": "macft.api.runs",
-    "train": "macft.api.runs",
     "Sampling": "macft.backends.base",
+    "load_config": "macft.config.load",
     "Settings": "macft.config.settings",
     "MacftError": "macft.errors",
+    "train": "macft.training.run",
 }
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:

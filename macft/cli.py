@@ -80,12 +80,11 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("\nstopped", err=True)
         code = 130
+    except BrokenPipeError:
+        # the reader left early; Python's own flush at exit must not complain about it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            # the reader left early; Python's own flush at exit must not complain about it again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 1
-        else:
-            click.echo(f"error: {error.filename or 'file system'}: {error.strerror or error}", err=True)
-            code = 1
+        click.echo(f"error: {error.filename or 'file system'}: {error.strerror or error}", err=True)
+        code = 1
     sys.exit(code if isinstance(code, int) else 0)

@@ -56,7 +56,7 @@ from support.rows import write_lines
 from support.tiny_tokenizer import CHATML, write_tiny_model
 from support.toy_backend import toy_settings, write_pairs, write_rows
 
-from macft.config.load import load_settings
+from macft.config.load import load_config
 from macft.config.settings import Settings
 from macft.data.templates.chat_template import load_template, template_end_ids
 from macft.data.tokenization.tokenizer import load_tokenizer
@@ -73,7 +73,7 @@ LISTED = re.findall(r"^    (P\d+) ([\w/]+\.py) (test_\w+)$", str(__doc__), flags
 def settings(tmp_path: Path, **keys: Any) -> Settings:
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(BASE | keys))
-    return load_settings(path, [])
+    return load_config(path, [])
 
 
 def rows_of(model: Path, path: Path, cutoff_len: int = 2048) -> Any:

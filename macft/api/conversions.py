@@ -18,6 +18,8 @@ from macft.errors import UsageError
 from macft.files import StrPath
 from macft.models.locate import resolve_adapter, resolve_model
 from macft.progress import watching
+from macft.verify.logits import EXACT, Subject, check_engine, tolerance_of
+from macft.verify.logits import verify as compare
 from macft.weights.adapters.formats import AdapterFormat, read_any_adapter
 from macft.weights.adapters.peft import CONFIG_NAME, Adapter
 from macft.weights.layouts.litgpt import is_litgpt
@@ -72,13 +74,10 @@ def convert_adapter(
     model = resolve_model(os.fspath(base)) if base is not None else None
     folder = resolve_adapter(os.fspath(source))
     if verify:
-        _check_engine(folder)
+        check_engine(folder)
     for note in convert_adapter_folder(folder, new, to, model):
         logger.warning(note)
     if verify and model is not None:
-        from macft.verify.logits import EXACT, Subject
-        from macft.verify.logits import verify as compare
-
         config = read_config(model.path)
         before, after = (read_any_adapter(path, config) for path in (folder, new))
         prefers = next(name for name, engine in BACKENDS.items() if engine.adapter_format == to)
@@ -106,7 +105,7 @@ def convert_model(
         raise UsageError("--group-size does nothing without --bits; give both or neither")
     path = Path(source).expanduser()
     if verify:
-        _check_engine(path)
+        check_engine(path)
     folder = path if is_litgpt(path) else resolve_model(os.fspath(source)).path
     with watching(new, f"converting {source}"):
         size = GROUP_SIZE if group_size is None else group_size
@@ -142,7 +141,7 @@ def export_merged(
     new = _new(output)
     base = resolve_model(os.fspath(model))
     if verify:
-        _check_engine(base.path)
+        check_engine(base.path)
     read = read_adapters(adapters, base.path)
     with watching(new, f"merging into {model}"):
         report = merge_folder(base, read, new, layout=to, bits=bits, requantize=requantize)
@@ -167,16 +166,8 @@ def _new(destination: StrPath) -> Path:
     return path
 
 
-def _check_engine(source: Path) -> None:
-    from macft.verify.logits import check_engine
-
-    check_engine(source)
-
-
 def _verify_model(
     source: Path, result: Path, adapters: tuple[Adapter, ...] = (), *, is_rounded: bool, prefers: str
 ) -> None:
-    from macft.verify.logits import Subject, tolerance_of, verify
-
     tolerance = tolerance_of(result, is_rounded=is_rounded)
-    logger.info(verify(Subject(source, adapters), Subject(result), tolerance, prefers=prefers))
+    logger.info(compare(Subject(source, adapters), Subject(result), tolerance, prefers=prefers))

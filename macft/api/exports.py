@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from macft.api.conversions import read_adapters
 from macft.data.templates.chat_template import ChatTemplate, load_template, template_folder
@@ -18,15 +18,16 @@ from macft.gguf.exporter.export import GgufReport, export_lora
 from macft.gguf.exporter.export import export_gguf as write_gguf_files
 from macft.gguf.writing.quantize import QUANTS
 from macft.models.locate import resolve_model
+from macft.ollama.client import Created, Upload, create_model
+from macft.ollama.export import OllamaReport, default_name
+from macft.ollama.export import export_ollama as write_folder
 from macft.progress import counting_bytes
+from macft.verify.llama_cpp import is_installed
+from macft.verify.llama_cpp_compare import GgufCheck, verify_gguf
+from macft.verify.logits import Subject
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.layouts.litgpt import is_litgpt
-
-if TYPE_CHECKING:
-    from macft.ollama.client import Created
-    from macft.ollama.export import OllamaReport
-    from macft.verify.llama_cpp_compare import GgufCheck
 
 logger = logging.getLogger("macft")
 
@@ -106,9 +107,6 @@ def export_ollama(
     for every conversation. `template` and `verify` are those of `export_gguf`. Raises UsageError, ModelError for a
     model without a chat template or one that cannot be exported, VerifyError.
     """
-    from macft.ollama.export import default_name
-    from macft.ollama.export import export_ollama as write_folder
-
     _check_quant(quant)
     checks = _checks(verify)
     prompted = _prompted(model, adapters, template)
@@ -132,8 +130,6 @@ def export_ollama(
 
 def create_in_ollama(report: OllamaReport) -> Created:
     """Make an exported folder a model of the Ollama that runs here (OLLAMA_HOST), and show the upload."""
-    from macft.ollama.client import Upload, create_model
-
     path = report.gguf.path
     with counting_bytes(path.stat().st_size, f"uploading {path.name}") as advance:
         upload = Upload(path, path.name, report.gguf.sha256)
@@ -167,13 +163,9 @@ def _check_quant(name: str) -> None:
 
 def _checks(verify: bool | None) -> bool:
     """Whether to load the result in llama.cpp: as asked, or where it is installed."""
-    if verify is False:
-        return False
-    from macft.verify.llama_cpp import is_installed
-
     if verify and not is_installed():
         raise MissingPackageError("--verify needs llama.cpp: pip install 'macft[export]', or leave it out")
-    return is_installed()
+    return is_installed() if verify is None else verify
 
 
 def _prompted(model: StrPath, adapters: Sequence[StrPath], template: StrPath | None) -> _Prompted:
@@ -205,9 +197,6 @@ def _has_template(folder: Path) -> bool:
 
 
 def _check(prompted: _Prompted, path: Path, quant: str, name: Path | None = None) -> GgufCheck:
-    from macft.verify.llama_cpp_compare import verify_gguf
-    from macft.verify.logits import Subject
-
     logger.info("loading %s in llama.cpp", path.name)
     subject = Subject(prompted.model.path, prompted.adapters)
     return verify_gguf(path, subject, quant=quant, tokenizer=prompted.tokenizer, template=prompted.template, name=name)

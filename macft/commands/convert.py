@@ -8,7 +8,9 @@ from typing import Literal
 import click
 
 from macft.commands.options import LAYOUT, PATH, verify_logits_option
-from macft.commands.output import folder_bytes, say_model
+from macft.commands.output import say_model
+from macft.files import folder_size
+from macft.text import size
 
 
 @click.group()
@@ -31,7 +33,7 @@ def convert_adapter(source: str, destination: Path, to: Literal["mlx", "peft"], 
         "peft": ("a PEFT adapter", "PeftModel.from_pretrained, vLLM or macft chat --adapter"),
         "mlx": ("an mlx-lm adapter", "mlx_lm.generate --adapter-path or macft chat --adapter"),
     }[to]
-    click.echo(f"{destination}: {kind}, {folder_bytes(destination)}; use it with {use}")
+    click.echo(f"{destination}: {kind}, {size(folder_size(destination))}; use it with {use}")
 
 
 @convert.command("model")

@@ -13,10 +13,14 @@ from macft.commands.options import KEYS_AS_OPTIONS, config_and_overrides, train_
 @click.option("--dry-run", is_flag=True, help="Read all data, train two steps on the longest rows, keep nothing.")
 def train(arguments: tuple[str, ...], backend: str | None, dry_run: bool) -> None:
     """Fine-tune as CONFIG.yaml says; key=value overrides a key of it."""
-    from macft.api import runs
+    from macft.config.load import load_config
 
     config, overrides = config_and_overrides(arguments, "train")
     if backend is not None:
         overrides.append(f"backend={backend}")
-    settings = runs.load_config(config, overrides)
-    click.echo(runs.dry_run(settings) if dry_run else runs.train(settings))
+    settings = load_config(config, overrides)
+    # only now, so that an error in the configuration shows at once
+    from macft.training import dry_run as trial
+    from macft.training import run
+
+    click.echo(trial.dry_run(settings) if dry_run else run.train(settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from macft.config.parse import ConfigEntry, parse_overrides, read_yaml
 from macft.config.settings import Settings
 from macft.config.translate import TRANSLATIONS, own_name, shown, to_own_names
 from macft.errors import ConfigError, join_problems
+from macft.files import StrPath
 from macft.hub.models import MODELSCOPE_VARIABLE, asks_modelscope
+from macft.text import plural
 
 logger = logging.getLogger("macft")
 
@@ -37,9 +40,16 @@ class LoadedConfig:
     warnings: list[str] = field(default_factory=list)
 
 
-def load_settings(config: Path | None, overrides: Sequence[str]) -> Settings:
-    """Settings of a run; raises ConfigError listing every unknown key and wrong value."""
-    loaded = load(config, overrides)
+def load_config(path: StrPath | None = None, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Settings:
+    """Read a YAML file and overrides into checked settings.
+
+    `overrides` is a mapping of keys to values, or words as on the command line: `["max_steps=2"]`. Without `path` they
+    are the whole configuration. What has no effect is logged under the name `macft`.
+    Raises ConfigError, which lists every unknown key and wrong value.
+    """
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in overrides.items()]
+    loaded = load(Path(path) if path is not None else None, overrides)
     for note in loaded.notes:
         logger.info(note)
     if loaded.unused:
@@ -50,7 +60,7 @@ def load_settings(config: Path | None, overrides: Sequence[str]) -> Settings:
 
 
 def load(config: Path | None, overrides: Sequence[str]) -> LoadedConfig:
-    """Like `load_settings`, but with the origin of every value; logs nothing."""
+    """Like `load_config`, but with the origin of every value; logs nothing."""
     written = read_yaml(config) if config is not None else {}
     given = parse_overrides(overrides, own_name)
     problems: list[str] = []
@@ -77,9 +87,8 @@ def load(config: Path | None, overrides: Sequence[str]) -> LoadedConfig:
             unsupported_keys[key] = unsupported
     settings = _checked_settings(known, problems)
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         headline = f"{config}: " if config is not None else ""
-        raise ConfigError(join_problems(f"{headline}{count} in the configuration", problems))
+        raise ConfigError(join_problems(f"{headline}{plural(len(problems), 'problem')} in the configuration", problems))
     unused = {key: unsupported.reason for key, unsupported in unsupported_keys.items()}
     if useless := without_effect(settings):
         warnings.append(f"no effect here: {'; '.join(useless)}")

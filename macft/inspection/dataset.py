@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from macft.config.load import load_settings, overridden_keys
+from macft.config.load import load_config, overridden_keys
 from macft.config.settings import Settings
 from macft.data.cache.workers import Encoder
 from macft.data.formats.dataset import Request
@@ -145,10 +145,8 @@ def _is_config(source: str) -> bool:
 def _settings(source: str, overrides: Sequence[str], model: str | None) -> Settings:
     named = [f"model_name_or_path={model}"] if model is not None else []
     if _is_config(source):
-        return load_settings(Path(source), [*overrides, *named])
+        return load_config(Path(source), [*overrides, *named])
     given = [*overrides, *named]
     defaults = {"model_name_or_path": DEFAULT_MODEL, "dataset": source, "output_dir": "."}
     named_keys = overridden_keys(given)
-    return load_settings(
-        None, [*(f"{key}={value}" for key, value in defaults.items() if key not in named_keys), *given]
-    )
+    return load_config(None, [*(f"{key}={value}" for key, value in defaults.items() if key not in named_keys), *given])

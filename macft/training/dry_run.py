@@ -16,7 +16,10 @@ logger = logging.getLogger("macft")
 
 
 def dry_run(settings: Settings) -> str:
-    """Do all that a run does in two steps, the first on the longest rows, in a folder that is deleted afterwards."""
+    """Do all that a run does in two steps, the first on the longest rows, in a folder that is deleted afterwards.
+
+    Returns in a line what was learned from it.
+    """
     try:
         check_output_dir(settings, Path(settings.output_dir).expanduser())
     except UsageError as error:

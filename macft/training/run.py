@@ -35,7 +35,11 @@ logger = logging.getLogger("macft")
 
 
 def train(settings: Settings) -> Path:
-    """Train as the settings say; returns the run folder."""
+    """Train as the settings say and return the run folder, with the adapter or model, the log and the results.
+
+    Progress goes to standard error and to the logger `macft`. Raises MacftError for what the settings, the data or the
+    model make impossible, StoppedError when the user stops the run.
+    """
     output_dir = Path(settings.output_dir).expanduser()
     logger.info("done: %s; saved to %s", train_into(output_dir, settings), output_dir)
     return output_dir

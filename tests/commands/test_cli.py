@@ -17,7 +17,7 @@ from support.toy_backend import write_toy_model
 
 from macft.cli import cli
 from macft.commands.data import data
-from macft.config.load import load_settings
+from macft.config.load import load_config
 
 SAMPLING = {"--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty", "--seed"}
 MODEL = {"--backend", "--template", "--max-new-tokens"}
@@ -149,7 +149,7 @@ def test_train_in_a_process_keeps_progress_off_stdout(adapter, folder):
 def test_the_engine_option_and_key_mean_the_same(folder):
     macft("train", "run.yaml", "output_dir=by-option", "--backend", "torch", "max_steps=1")
     macft("train", "run.yaml", "output_dir=by-key", "backend=torch", "max_steps=1")
-    runs = [load_settings(folder / name / "config.yaml", []) for name in ("by-option", "by-key")]
+    runs = [load_config(folder / name / "config.yaml", []) for name in ("by-option", "by-key")]
     assert [run.backend for run in runs] == ["torch", "torch"]
 
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 from support.paths import FIXTURES
 
-from macft.config.load import load, load_settings
+from macft.config.load import load, load_config
 from macft.config.settings import Settings
 from macft.errors import ConfigError
 
@@ -158,7 +158,7 @@ def test_the_shell_example_gives_the_same_run_as_the_file():
 
 def test_what_has_no_effect_is_said_in_one_warning_with_the_reasons(caplog):
     caplog.set_level(logging.INFO, logger="macft")
-    load_settings(FOLDER / "sft_ray.yaml", [])
+    load_config(FOLDER / "sft_ray.yaml", [])
     assert [record.getMessage() for record in caplog.records] == [
         "no effect here: trust_remote_code (code from a model repository is never run); dataloader_num_workers "
         "(batches are made in the training process); ddp_timeout (one process trains); ray_num_workers "

@@ -11,7 +11,7 @@ from support.commands import CHECKOUT
 from support.configs import YAML, from_file, load, problem, refusal
 
 from macft.config import mlx_lm
-from macft.config.load import dump_yaml, load_settings
+from macft.config.load import dump_yaml, load_config
 from macft.config.names import ALIASES, NO_EFFECT, REFUSED
 from macft.config.settings import Settings
 from macft.config.translate import TRANSLATIONS
@@ -106,18 +106,18 @@ def test_a_problem_of_yaml_is_one_line_with_its_place(tmp_path, text, message):
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"a: \xff\n")
     with pytest.raises(ConfigError, match=r"run.yaml: not UTF-8 at byte 3; save the file as UTF-8$"):
-        load_settings(tmp_path / "run.yaml", [])
+        load_config(tmp_path / "run.yaml", [])
 
 
 def test_a_missing_file_names_those_that_are_there(tmp_path):
     (tmp_path / "one.yaml").touch()
     (tmp_path / "two.yml").touch()
     with pytest.raises(ConfigError) as caught:
-        load_settings(tmp_path / "run.yaml", [])
+        load_config(tmp_path / "run.yaml", [])
     there = f"{tmp_path} holds {tmp_path / 'one.yaml'}, {tmp_path / 'two.yml'}"
     assert str(caught.value) == f"{tmp_path / 'run.yaml'}: no such configuration file; {there}"
     with pytest.raises(ConfigError) as caught:
-        load_settings(tmp_path, [])
+        load_config(tmp_path, [])
     assert str(caught.value) == f"{tmp_path}: a folder, expected a YAML file; {there}"
 
 
@@ -177,7 +177,7 @@ def test_no_and_null_mean_what_they_say(tmp_path):
 
 def test_lists_are_joined():
     lists = ["lora_target=[q_proj, v_proj]", "report_to=[wandb]", "dataset=[a.jsonl, b.json]"]
-    settings = load_settings(None, ["model_name_or_path=m", "output_dir=o", *lists])
+    settings = load_config(None, ["model_name_or_path=m", "output_dir=o", *lists])
     assert (settings.lora_target, settings.report_to, settings.dataset) == ("q_proj,v_proj", "wandb", "a.jsonl,b.json")
 
 
@@ -232,7 +232,7 @@ def test_keys_that_exclude_each_other_are_refused(overrides, message):
 
 def test_contradictions_come_with_the_problems_of_single_values():
     with pytest.raises(ConfigError) as caught:
-        load_settings(None, ["dataset=d", "output_dir=o", "seed=x", "lora_rnk=1", "bf16=true", "fp16=true"])
+        load_config(None, ["dataset=d", "output_dir=o", "seed=x", "lora_rnk=1", "bf16=true", "fp16=true"])
     assert str(caught.value).split("\n") == [
         "4 problems in the configuration",
         "  lora_rnk (command line): unknown key; did you mean lora_rank?",
@@ -349,7 +349,7 @@ def test_defaults_are_llama_factorys_or_say_that_they_are_not():
 @pytest.mark.parametrize("path", sorted((CHECKOUT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configurations_load_without_a_warning(path, warnings, monkeypatch):
     monkeypatch.chdir(CHECKOUT)
-    settings = load_settings(path, [])
+    settings = load_config(path, [])
     if not path.name.startswith("seed_"):  # those ask for a data set of the user's
         assert all(Path(name).is_file() for name in settings.dataset.split(","))
     assert not warnings.records

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from macft.config.load import load, load_settings
+from macft.config.load import load, load_config
 from macft.config.mlx_lm import DEFAULTS, TABLE
 from macft.errors import ConfigError
 
@@ -36,7 +36,7 @@ def notes(path: Path, *overrides: str) -> list[str]:
 
 def problem(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        load_settings(path, overrides)
+        load_config(path, overrides)
     headline, *problems = str(caught.value).split("\n")
     assert headline.endswith(": 1 problem in the configuration") and len(problems) == 1, problems
     return problems[0].strip()
@@ -161,7 +161,7 @@ def test_iterations_are_batches(folder):
 
 def test_rows_of_text_make_it_pre_training(folder):
     (folder / "train.jsonl").write_text('{"text": "abc"}\n', encoding="utf-8")
-    settings = load_settings(write(folder, "iters: 5\n"), [])
+    settings = load_config(write(folder, "iters: 5\n"), [])
     assert settings.stage == "pt" and not settings.is_packed and not settings.train_on_prompt
     assert problem(write(folder, "mask_prompt: true\n")) == (
         "mask_prompt (line 3): found true, expected false: rows of text have no prompt"
@@ -170,19 +170,19 @@ def test_rows_of_text_make_it_pre_training(folder):
 
 def test_without_a_validation_set_nothing_is_evaluated(folder):
     (folder / "valid.jsonl").unlink()
-    settings = load_settings(write(folder, "iters: 5\nsteps_per_eval: 2\n"), [])
+    settings = load_config(write(folder, "iters: 5\nsteps_per_eval: 2\n"), [])
     assert settings.eval_dataset is None and settings.when_to_evaluate == "no"
 
 
 def test_a_name_that_is_no_folder_is_a_data_set(tmp_path):
     path = tmp_path / "lora.yaml"
     path.write_text("model: m\ndata: mlx-community/wikisql\niters: 5\n", encoding="utf-8")
-    settings = load_settings(path, [])
+    settings = load_config(path, [])
     assert settings.dataset == "mlx-community/wikisql" and settings.train_on_prompt
 
 
 def test_kinds_of_training(folder):
-    dora = load_settings(write(folder, "fine_tune_type: dora\n"), [])
+    dora = load_config(write(folder, "fine_tune_type: dora\n"), [])
     assert dora.use_dora and dora.finetuning_type == "lora"
     full = load(write(folder, "fine_tune_type: full\nnum_layers: 4\n"), [])
     assert full.settings.finetuning_type == "full" and "lora_rank" not in full.entries
@@ -191,7 +191,7 @@ def test_kinds_of_training(folder):
 
 def test_courses_of_the_learning_rate(folder):
     def course(text: str) -> tuple[object, ...]:
-        settings = load_settings(write(folder, f"iters: 100\nlr_schedule: {text}\n"), [])
+        settings = load_config(write(folder, f"iters: 100\nlr_schedule: {text}\n"), [])
         return settings.lr_scheduler_type, settings.learning_rate, settings.lr_scheduler_kwargs, settings.warmup_steps
 
     assert course("{name: cosine_decay, arguments: [1e-4, 100]}") == ("cosine", 1e-4, {}, 0)
@@ -204,16 +204,16 @@ def test_courses_of_the_learning_rate(folder):
 
 def test_the_command_line_overrides_by_either_name(folder):
     path = write(folder, "iters: 100\nlora_parameters: {rank: 4, scale: 2.0}\n")
-    settings = load_settings(path, ["--iters", "7", "--grad-checkpoint", "lora_rank=16", "--output-dir", "o", "seed=9"])
+    settings = load_config(path, ["--iters", "7", "--grad-checkpoint", "lora_rank=16", "--output-dir", "o", "seed=9"])
     assert (settings.max_steps, settings.lora_rank, settings.output_dir, settings.seed) == (7, 16, "o", 9)
     assert settings.gradient_checkpointing and settings.alpha == 8.0
-    alone = load_settings(None, ["--model", "m", "--train", "--data", str(folder), "--iters", "7", "--mask-prompt"])
+    alone = load_config(None, ["--model", "m", "--train", "--data", str(folder), "--iters", "7", "--mask-prompt"])
     assert alone.max_steps == 7 and alone.mask_history and alone.dataset == str(folder / "train.jsonl")
 
 
 def test_an_adapter_is_resumed_by_its_folder(folder):
     path = write(folder, "iters: 5\nresume_adapter_file: old/adapters.safetensors\n")
-    assert load_settings(path, []).adapter_name_or_path == "old"
+    assert load_config(path, []).adapter_name_or_path == "old"
     assert problem(path, "resume_adapter_file=old/0000100_adapters.safetensors") == (
         "resume_adapter_file (command line): found 'old/0000100_adapters.safetensors', expected a file "
         "adapters.safetensors beside its adapter_config.json"
@@ -262,7 +262,7 @@ def test_a_folder_without_training_data_is_refused(folder):
 
 def test_what_has_no_effect_is_named(folder, caplog):
     caplog.set_level(logging.WARNING, logger="macft")
-    load_settings(write(folder, "iters: 5\nnum_layers: -1\nval_batches: 10\ntest: true\n"), [])
+    load_config(write(folder, "iters: 5\nnum_layers: -1\nval_batches: 10\ntest: true\n"), [])
     assert [record.getMessage() for record in caplog.records] == [
         "no effect here: val_batches (the whole validation set is evaluated); test (test.jsonl is not evaluated)"
     ]

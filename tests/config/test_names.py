@@ -8,7 +8,7 @@ import pytest
 from support.configs import YAML, from_file, load, problem, refusal
 
 from macft.config.load import load as load_whole
-from macft.config.load import load_settings, overridden_keys
+from macft.config.load import load_config, overridden_keys
 from macft.config.names import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES
 from macft.config.settings import Settings
 from macft.config.translate import TRANSLATIONS
@@ -76,7 +76,7 @@ SAME = [
 @pytest.mark.parametrize(("written", "key", "value", "others"), SAME, ids=[case[0] for case in SAME])
 def test_another_name_sets_the_same_key(written, key, value, others, said):
     required = [name for name in ("model_name_or_path=m", "dataset=d", "output_dir=o") if not overlap(name, others)]
-    assert getattr(load_settings(None, [*required, *others, written]), key) == value
+    assert getattr(load_config(None, [*required, *others, written]), key) == value
     assert said() == []
 
 
@@ -85,9 +85,9 @@ def overlap(name: str, others: list[str]) -> bool:
 
 
 def test_names_of_required_keys():
-    settings = load_settings(None, ["model=m", "dataset_name=x.json", "output_dir=o"])
+    settings = load_config(None, ["model=m", "dataset_name=x.json", "output_dir=o"])
     assert (settings.model_name_or_path, settings.dataset) == ("m", "x.json")
-    assert load_settings(None, ["model=m", "train_dataset=x.json", "output_dir=o"]).dataset == "x.json"
+    assert load_config(None, ["model=m", "train_dataset=x.json", "output_dir=o"]).dataset == "x.json"
     assert overridden_keys(["train_dataset=x", "--lora-r", "4", "--use_peft"]) == {
         "dataset",
         "lora_rank",
@@ -341,7 +341,7 @@ CONTRADICTIONS = [
 def test_what_does_not_go_together_is_refused_in_one_line(overrides, message):
     required = [name for name in ("model_name_or_path=m", "dataset=d", "output_dir=o") if not overlap(name, overrides)]
     with pytest.raises(Exception, match="1 problem") as caught:
-        load_settings(None, [*required, *overrides])
+        load_config(None, [*required, *overrides])
     assert str(caught.value).split("\n")[1].strip() == message
 
 

@@ -8,7 +8,7 @@ import pytest
 from support.commands import CHECKOUT
 from support.configs import from_file, load, problem
 
-from macft.config.load import dump_yaml, load_settings
+from macft.config.load import dump_yaml, load_config
 
 DPO, FOODPO, KTO = "stage=dpo", "stage=foodpo", "stage=kto"
 BEST = ["load_best_model_at_end=true", "val_size=2"]
@@ -287,7 +287,7 @@ def test_the_resolved_configuration_of_a_preference_run_reads_back(overrides, tm
 
 
 def test_the_seed_experiment_has_its_ten_steps():
-    settings = load_settings(CHECKOUT / "configs" / "seed_foodpo_qwen.yaml", [])
+    settings = load_config(CHECKOUT / "configs" / "seed_foodpo_qwen.yaml", [])
     assert settings.max_samples == 20 and settings.num_train_epochs == 1
     assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps == 2
     assert (settings.stage, settings.lora_rank, settings.alpha, settings.cutoff_len) == ("foodpo", 8, 16, 1024)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from macft.config.checks import contradictions
-from macft.config.load import dump_yaml, load_settings
+from macft.config.load import dump_yaml, load_config
 from macft.config.settings import SCHEDULE_OPTIONS, Settings
 
 REQUIRED = {"model_name_or_path": "m", "dataset": "d.jsonl", "output_dir": "o"}
@@ -86,10 +86,10 @@ def test_any_keys_that_go_together_survive_yaml(drawn):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
-        read = load_settings(path, [])
+        read = load_config(path, [])
         assert read == expected
         path.write_text(dump_yaml(read), encoding="utf-8")
-        again = load_settings(path, [])
+        again = load_config(path, [])
         assert again.model_dump(exclude={"lora_alpha"}) == expected.model_dump(exclude={"lora_alpha"})
         assert again.alpha == expected.alpha
 
@@ -98,7 +98,7 @@ def test_any_keys_that_go_together_survive_yaml(drawn):
 @given(ANY)
 def test_the_command_line_says_the_same_as_the_file(drawn):
     values = that_go_together(drawn)
-    assert load_settings(None, [f"{key}={as_word(key, value)}" for key, value in values.items()]) == Settings(**values)
+    assert load_config(None, [f"{key}={as_word(key, value)}" for key, value in values.items()]) == Settings(**values)
 
 
 def as_word(key: str, value: Any) -> str:

@@ -12,7 +12,7 @@ from support.data_rows import read_examples, read_pairs
 from support.toy_backend import ENGINES
 
 from macft.commands.data import data
-from macft.config.load import load_settings
+from macft.config.load import load_config
 from macft.errors import MacftError
 from macft.models.locate import resolve_model
 from macft.training.log.report import read_log
@@ -40,7 +40,7 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 @each_example
 def test_an_example_trains_for_its_two_steps(name: str, backend: str, model: Path, tmp_path: Path) -> None:
     overrides = [f"model_name_or_path={model}", f"output_dir={tmp_path}/out", f"backend={backend}"]
-    train(load_settings(CONFIGS[name], overrides))
+    train(load_config(CONFIGS[name], overrides))
     rows = [row for row in read_log(tmp_path / "out") if "loss" in row]
     assert [row["current_steps"] for row in rows] == [1, 2] and all(row["grad_norm"] > 0 for row in rows)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
@@ -64,7 +64,7 @@ def test_the_keys_of_an_example_are_understood_or_named_as_without_effect(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, logger="macft")
-    settings = load_settings(CONFIGS[name], [])
+    settings = load_config(CONFIGS[name], [])
     expected = {
         "foodpo_zh": ("foodpo", 0.1, 2),
         "gsm8k": ("sft", 0.1, 4),
@@ -111,7 +111,7 @@ def test_the_foodpo_example_trains_the_model_it_names(tmp_path: Path) -> None:
     assert resolve_model("smollm2-135m").path.is_dir()
     # its two steps of two pairs run on a toy model above
     shorter = ["max_steps=1", "gradient_accumulation_steps=1", f"output_dir={tmp_path}/out"]
-    train(load_settings(CONFIGS["foodpo_zh"], shorter))
+    train(load_config(CONFIGS["foodpo_zh"], shorter))
     rows = [row for row in read_log(tmp_path / "out") if "loss" in row]
     # the reference is the model itself before the first step
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=2e-2) and rows[0]["rewards/margins"] == pytest.approx(

@@ -9,7 +9,7 @@ import pytest
 from support.commands import CHECKOUT
 from support.toy_backend import ENGINES, curve
 
-from macft.config.load import load_settings
+from macft.config.load import load_config
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.training.run import train
 from macft.weights.model_config import read_config
@@ -22,7 +22,7 @@ STAGES = ("pt", "sft", "dpo")
 
 def run(stage: str, runs: Path, engine: str, *overrides: str) -> Path:
     """One stage as its file has it, in another folder, and each step logged."""
-    settings = load_settings(
+    settings = load_config(
         FOLDER / f"{stage}.yaml",
         [f"backend={engine}", f"output_dir={runs / stage}", "logging_steps=1", "plot_loss=false", *overrides],
     )
@@ -51,7 +51,7 @@ def test_three_stages_make_a_model_that_prefers_the_wanted_answers(engine, tmp_p
 
 
 def test_each_stage_begins_where_the_one_before_it_ends():
-    settings = {stage: load_settings(FOLDER / f"{stage}.yaml", []) for stage in STAGES}
+    settings = {stage: load_config(FOLDER / f"{stage}.yaml", []) for stage in STAGES}
     assert settings["sft"].model_name_or_path == settings["pt"].output_dir
     assert settings["dpo"].model_name_or_path == settings["sft"].output_dir
     assert [settings[stage].stage for stage in STAGES] == list(STAGES)

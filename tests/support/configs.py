@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from macft.config.load import load_settings
+from macft.config.load import load_config
 from macft.config.settings import Settings
 from macft.errors import ConfigError
 
@@ -14,7 +14,7 @@ REQUIRED = ["model_name_or_path=m", "dataset=d.jsonl", "output_dir=o"]
 
 
 def load(*overrides: str) -> Settings:
-    return load_settings(None, [*REQUIRED, *overrides])
+    return load_config(None, [*REQUIRED, *overrides])
 
 
 def problem(*overrides: str) -> str:
@@ -29,7 +29,7 @@ def problem(*overrides: str) -> str:
 def from_file(folder: Path, text: str, *overrides: str) -> Settings:
     path = folder / "run.yaml"
     path.write_text(text, encoding="utf-8")
-    return load_settings(path, overrides)
+    return load_config(path, overrides)
 
 
 def refusal(folder: Path, text: str, *overrides: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 from support.paths import CHECKOUT
 from support.toy_backend import ENGINES
 
-from macft.config.load import load_settings
+from macft.config.load import load_config
 from macft.training.log.report import read_log
 from macft.training.run import train
 
@@ -27,7 +27,7 @@ def test_smollm2_learns_to_prefer(engine, tmp_path, monkeypatch):
         # few steps at a high rate: 32 pairs, 8 held out, are enough to see it learn
         *(f"max_steps={STEPS}", "max_samples=40", "learning_rate=2e-4", "logging_steps=1", "plot_loss=false"),
     ]
-    train(load_settings(CHECKOUT / "configs" / "dpo.yaml", overrides))
+    train(load_config(CHECKOUT / "configs" / "dpo.yaml", overrides))
     rows = [row for row in read_log(tmp_path / "out") if "loss" in row]
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
     last = rows[-5:]

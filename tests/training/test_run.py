@@ -19,7 +19,7 @@ from support.commands import heed_ctrl_c
 from support.toy_backend import ENGINES, curve, press_ctrl_c_in_step, toy_settings, write_rows, write_toy_model
 from transformers import AutoModelForCausalLM
 
-from macft.config.load import load_settings
+from macft.config.load import load_config
 from macft.data.batches import collate
 from macft.errors import MacftError, MissingPackageError, StoppedError, UsageError
 from macft.training.checkpoint import list_checkpoints
@@ -207,7 +207,7 @@ def test_the_config_of_a_run_reads_back_to_its_settings(kind, model, data, tmp_p
     keys = {"finetuning_type": kind, "val_size": 2, "max_steps": 2, "learning_rate": 1.5e-5}
     settings = toy_settings(model, data, tmp_path / "out", "mlx", **keys)
     train(settings)
-    again = load_settings(tmp_path / "out" / "config.yaml", [])
+    again = load_config(tmp_path / "out" / "config.yaml", [])
     expected = settings.model_dump() | ({"lora_alpha": 8.0} if kind == "lora" else {})
     assert again.model_dump() == expected
 
@@ -218,8 +218,8 @@ def test_the_config_of_a_run_that_began_from_an_adapter_runs_again(model, data, 
     start = {"model_name_or_path": str(model), "dataset": str(data), "backend": "mlx", "plot_loss": False}
     start |= {"adapter_name_or_path": str(tmp_path / "first"), "output_dir": str(tmp_path / "second"), "max_steps": 2}
     (tmp_path / "start.yaml").write_text(yaml.safe_dump(start))
-    train(load_settings(tmp_path / "start.yaml", []))
-    again = load_settings(tmp_path / "second" / "config.yaml", [f"output_dir={tmp_path / 'third'}"])
+    train(load_config(tmp_path / "start.yaml", []))
+    again = load_config(tmp_path / "second" / "config.yaml", [f"output_dir={tmp_path / 'third'}"])
     assert (again.lora_rank, again.lora_alpha, again.lora_target) == (4, 8.0, "q_proj,v_proj")
     train(again)
     assert curve(tmp_path / "second") == curve(tmp_path / "third")
