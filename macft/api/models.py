@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from macft.backends.base import Model, Sampling
+from macft.backends.base import Sampling
 from macft.data.batches import collate
 from macft.data.formats.conversations import Example
 from macft.data.templates.chat_template import Message
@@ -20,14 +20,11 @@ from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.table import TokenizedExample
 from macft.errors import DataError
 from macft.files import StrPath
-from macft.inference.answer import stream_text
-from macft.inference.chat import ChatModel, fit_prompt
+from macft.inference.chat import MAX_NEW_TOKENS, ChatModel, answer, fit_prompt
 from macft.inference.load import load_chat_model
 from macft.inference.prompts import user_turn
 
 logger = logging.getLogger("macft")
-
-_MAX_NEW_TOKENS = 512
 
 
 class TokenLogp(NamedTuple):
@@ -42,14 +39,13 @@ class TokenLogp(NamedTuple):
 class LanguageModel:
     """A loaded model, with the adapter and the chat template that it is prompted with."""
 
-    model: Model
     chat: ChatModel
 
     def generate(
         self,
         prompt: str | Sequence[Message],
         *,
-        max_new_tokens: int = _MAX_NEW_TOKENS,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling = Sampling(),  # noqa: B008  # frozen
     ) -> str:
         """Answer a question, or a list of `{"role": ..., "content": ...}` messages, and return the whole answer.
@@ -58,16 +54,11 @@ class LanguageModel:
         oldest turns. Raises DataError when the last question alone does not fit, or the template refuses the messages.
         """
         messages = user_turn(prompt) if isinstance(prompt, str) else list(prompt)
-        has_system = self.chat.template is not None and messages[0]["role"] == "system"
-        system = str(messages[0]["content"]) if has_system else None
         chat = replace(self.chat, sampling=sampling, max_new_tokens=max_new_tokens)
-        fitted = fit_prompt(chat, system, messages[1:] if has_system else messages)
+        fitted = fit_prompt(chat, messages)
         if fitted.dropped:
             logger.warning("the conversation is too long: its first %d messages are left out", fitted.dropped)
-        new_ids = self.model.generate(
-            fitted.prompt, max_new_tokens=fitted.max_new_tokens, stop_ids=chat.stop_ids, sampling=sampling
-        )
-        return "".join(stream_text(new_ids, chat.tokenizer.decode))
+        return "".join(answer(chat, fitted))
 
     def logps(self, text: str | Sequence[Message]) -> list[TokenLogp]:
         """Score what training would train on: the assistant's answers among messages, or every token of a text.
@@ -82,7 +73,7 @@ class LanguageModel:
         if not row.loss_mask.any():
             return []
         batch = collate([row])
-        logps = self.model.logps(batch, batch.loss_mask[:, 1:])[0]
+        logps = self.chat.model.logps(batch, batch.loss_mask[:, 1:])[0]
         return [
             TokenLogp(int(row.tokens[i]), scored[ends[i - 1] : ends[i]], float(logps[i - 1]))
             for i in row.loss_mask.nonzero()[0].tolist()
@@ -116,15 +107,13 @@ def load_model(
     Raises ModelError for a model or adapter that is missing, damaged or does not fit, MissingPackageError when the
     engine is not installed.
     """
-    chat, model = load_chat_model(
+    chat = load_chat_model(
         os.fspath(name),
         os.fspath(adapter) if adapter is not None else None,
         backend_name=backend,
         template=os.fspath(template) if template is not None else None,
         raw=raw,
-        sampling=Sampling(),
-        max_new_tokens=_MAX_NEW_TOKENS,
     )
-    for note in model.info.notes:
+    for note in chat.model.info.notes:
         logger.warning(note)
-    return LanguageModel(model, chat)
+    return LanguageModel(chat)

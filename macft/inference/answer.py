@@ -1,32 +1,15 @@
-"""Answer a conversation, piece by piece, as text."""
+"""Turn a conversation into the ids that prompt its next turn, and new ids into text, piece by piece."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 
-from macft.backends.base import Generates, Sampling
 from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.data.tokenization.tokenizer import Tokenizer
 
 _BROKEN = "\ufffd"
 _WINDOW = 16
 _LONGEST_WAIT = 64
-
-
-def answer(
-    model: Generates,
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    messages: Sequence[Message],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_ids: frozenset[int],
-) -> Iterator[str]:
-    """Yield pieces of the assistant's next turn; raises DataError when the template refuses the messages."""
-    prompt = encode_prompt(tokenizer, template, messages)
-    new_ids = model.generate(prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling)
-    return stream_text(new_ids, tokenizer.decode)
 
 
 def encode_prompt(tokenizer: Tokenizer, template: ChatTemplate | None, messages: Sequence[Message]) -> list[int]:

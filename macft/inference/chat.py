@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
-from macft.backends.base import Generates, Sampling
+from macft.backends.base import Model, Sampling
 from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import DataError, MacftError
@@ -20,6 +20,7 @@ from macft.inference.answer import encode_prompt, stream_text
 from macft.inference.prompts import user_turn, with_system
 
 PROMPT = "> "
+MAX_NEW_TOKENS = 512
 HELP = """\
 /reset         forget the conversation, keep the system prompt
 /system TEXT   set the system prompt and forget the conversation; without TEXT show it
@@ -31,12 +32,12 @@ HELP = """\
 class ChatModel:
     """A loaded model and how it answers."""
 
-    model: Generates
+    model: Model
     tokenizer: Tokenizer
     template: ChatTemplate | None  # None: each prompt's text is continued as it is
     stop_ids: frozenset[int]
-    sampling: Sampling
-    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = MAX_NEW_TOKENS
     context_length: int | None = None  # tokens the model can hold; None: unknown
 
 
@@ -49,15 +50,17 @@ class FittedPrompt:
     dropped: int
 
 
-def fit_prompt(model: ChatModel, system: str | None, turns: Sequence[Message], dropped: int = 0) -> FittedPrompt:
+def fit_prompt(model: ChatModel, messages: Sequence[Message], dropped: int = 0) -> FittedPrompt:
     """Leave out the oldest turns, after the first `dropped`, until there is room for the answer.
 
-    Raises DataError when even the last question does not fit, or when the template refuses the turns.
+    A system prompt stays. Raises DataError when even the last question does not fit, or when the template refuses the
+    turns.
     """
     limit = model.context_length
+    num_system = int(model.template is not None and messages[0]["role"] == "system")
+    system, turns = messages[:num_system], messages[num_system:]
     while True:
-        messages = with_system(list(turns[dropped:]), system)
-        prompt = encode_prompt(model.tokenizer, model.template, messages)
+        prompt = encode_prompt(model.tokenizer, model.template, [*system, *turns[dropped:]])
         if limit is None:
             return FittedPrompt(prompt, model.max_new_tokens, dropped)
         if len(prompt) + min(model.max_new_tokens, limit // 2) <= limit:
@@ -73,18 +76,24 @@ def fit_prompt(model: ChatModel, system: str | None, turns: Sequence[Message], d
             )
 
 
+def answer(model: ChatModel, fitted: FittedPrompt) -> Generator[str, None, None]:
+    """Yield pieces of the answer to a prompt."""
+    new_ids = model.model.generate(
+        fitted.prompt, max_new_tokens=fitted.max_new_tokens, stop_ids=model.stop_ids, sampling=model.sampling
+    )
+    return stream_text(new_ids, model.tokenizer.decode)
+
+
 def answer_prompts(model: ChatModel, conversations: Sequence[list[Message]], out: TextIO, notes: TextIO) -> None:
     """Answer each conversation separately, with the same seed: only answers on `out`, a blank line between."""
     for index, messages in enumerate(conversations):
         if index:
             out.write("\n")
         _warn_of_special_tokens(model.tokenizer, messages, notes)
-        has_system = model.template is not None and messages[0]["role"] == "system"
-        system = str(messages[0]["content"]) if has_system else None
-        fitted = fit_prompt(model, system, messages[1:] if has_system else messages)
+        fitted = fit_prompt(model, messages)
         if fitted.dropped:
             _note(notes, f"the conversation is too long: its first {fitted.dropped} messages are left out")
-        for piece in _pieces(model, fitted, model.sampling):
+        for piece in answer(model, fitted):
             out.write(piece)
             out.flush()
         out.write("\n")
@@ -154,7 +163,8 @@ class _Chat:
         # without a template nothing marks turns: every line stands for itself
         turns = [*self._turns, *user_turn(question)] if self._model.template else user_turn(question)
         try:
-            fitted = fit_prompt(self._model, self._system, turns, self._dropped if self._turns else 0)
+            messages = with_system(turns, self._system)
+            fitted = fit_prompt(self._model, messages, self._dropped if self._turns else 0)
         except MacftError as error:
             self._say(str(error))
             return
@@ -172,7 +182,7 @@ class _Chat:
         self._answers += 1
         text = ""
         try:
-            with closing(_pieces(self._model, fitted, sampling)) as pieces:
+            with closing(answer(replace(self._model, sampling=sampling), fitted)) as pieces:
                 for piece in pieces:
                     text += piece
                     self._out.write(piece)
@@ -220,13 +230,6 @@ class _Chat:
 
     def _say(self, text: str) -> None:
         _note(self._notes, text)
-
-
-def _pieces(model: ChatModel, fitted: FittedPrompt, sampling: Sampling) -> Generator[str, None, None]:
-    new_ids = model.model.generate(
-        fitted.prompt, max_new_tokens=fitted.max_new_tokens, stop_ids=model.stop_ids, sampling=sampling
-    )
-    return stream_text(new_ids, model.tokenizer.decode)
 
 
 def _read_line(source: TextIO, out: TextIO, notes: TextIO) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from macft.backends import load_model
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
-from macft.backends.base import Model, ModelSpec, Sampling
+from macft.backends.base import Model, ModelSpec
 from macft.data.templates.chat_template import Message, load_template, template_end_ids, template_folder
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
-from macft.inference.answer import answer
-from macft.inference.chat import ChatModel
+from macft.inference.answer import encode_prompt
+from macft.inference.chat import ChatModel, FittedPrompt, answer
 from macft.models.locate import resolve_adapter, resolve_model
 from macft.process_group import ONE_PROCESS
 from macft.weights.adapters.formats import read_any_adapter
@@ -24,15 +25,8 @@ logger = logging.getLogger("macft")
 
 
 def load_chat_model(
-    model: str,
-    adapter: str | None,
-    *,
-    backend_name: str,
-    template: str | None,
-    raw: bool,
-    sampling: Sampling,
-    max_new_tokens: int,
-) -> tuple[ChatModel, Model]:
+    model: str, adapter: str | None, *, backend_name: str, template: str | None, raw: bool = False
+) -> ChatModel:
     """Load a base model, with an adapter if one is named, and the template it is prompted with.
 
     The adapter's template comes before the model's own; `template` names another; `raw` uses none.
@@ -44,21 +38,17 @@ def load_chat_model(
     if not raw:
         source = template_folder(base.path, trained.folder if trained is not None else None)
         chat_template = load_template(source, tokenizer.special_map, template)
-    loaded = _load_with_adapter(base, trained, backend_name)
     stop_ids = tokenizer.eos_ids
     if chat_template is not None:
         stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)
     length = read_config(base.path).get("max_position_embeddings")
-    chat = ChatModel(
-        model=loaded,
+    return ChatModel(
+        model=_load_with_adapter(base, trained, backend_name),
         tokenizer=tokenizer,
         template=chat_template,
         stop_ids=stop_ids,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
         context_length=length if isinstance(length, int) else None,
     )
-    return chat, loaded
 
 
 def compare_answers(
@@ -77,15 +67,8 @@ def compare_answers(
         read_any_adapter(resolve_adapter(folder), base_config)
     answers: dict[str, list[str]] = {}
     for adapter in (None, *adapters):
-        chat, _ = load_chat_model(
-            model,
-            adapter,
-            backend_name=backend_name,
-            template=template,
-            raw=False,
-            sampling=Sampling(),
-            max_new_tokens=max_new_tokens,
-        )
+        chat = load_chat_model(model, adapter, backend_name=backend_name, template=template)
+        chat = replace(chat, max_new_tokens=max_new_tokens)
         label = model if adapter is None else f"+ {adapter}"
         logger.info("answering with %s", model if adapter is None else f"{adapter} on {model}")
         answers[label] = [_answer(chat, messages) for messages in conversations]
@@ -93,17 +76,8 @@ def compare_answers(
 
 
 def _answer(chat: ChatModel, messages: list[Message]) -> str:
-    assert chat.template is not None, "loaded with a template"
-    pieces = answer(
-        chat.model,
-        chat.tokenizer,
-        chat.template,
-        messages,
-        max_new_tokens=chat.max_new_tokens,
-        sampling=chat.sampling,
-        stop_ids=chat.stop_ids,
-    )
-    return "".join(pieces)
+    prompt = encode_prompt(chat.tokenizer, chat.template, messages)
+    return "".join(answer(chat, FittedPrompt(prompt, chat.max_new_tokens, dropped=0)))
 
 
 def _load_with_adapter(base: ModelFolder, adapter: Adapter | None, backend: str) -> Model:

@@ -19,9 +19,7 @@ from support.parrot import make_model
 from support.paths import TESTS
 from support.tiny_tokenizer import GEMMA, write_tiny_model
 
-from macft.backends.base import Sampling
-from macft.inference.answer import answer
-from macft.inference.chat import ChatModel, answer_prompts, chat_loop, fit_prompt
+from macft.inference.chat import ChatModel, answer, answer_prompts, chat_loop, fit_prompt
 from macft.inference.prompts import user_turn, with_system
 
 
@@ -40,15 +38,7 @@ def talk(model: ChatModel, *lines: str, system: str | None = None) -> tuple[str,
 def test_an_answer_starts_behind_the_generation_prompt_and_ends_at_the_stop_token(folder):
     model = make_model(folder)
     messages = with_system(user_turn("hello 你好"), "be kind")
-    pieces = answer(
-        model.model,
-        model.tokenizer,
-        model.template,
-        messages,
-        max_new_tokens=50,
-        sampling=Sampling(),
-        stop_ids=model.stop_ids,
-    )
+    pieces = answer(model, fit_prompt(model, messages))
     assert "".join(pieces) == "HELLO 你好"
     assert model.model.asked == [
         "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhello 你好<|im_end|>\n<|im_start|>assistant\n"
@@ -160,17 +150,17 @@ def test_a_question_longer_than_the_model_is_refused_in_one_line_and_forgotten(f
 
 def test_the_answer_is_shortened_when_only_part_of_it_fits(folder):
     model = make_model(folder, max_new_tokens=50)
-    prompt = fit_prompt(model, None, user_turn("hello")).prompt
+    prompt = fit_prompt(model, user_turn("hello")).prompt
     tight = make_model(folder, max_new_tokens=50, context_length=len(prompt) + 3)
-    assert fit_prompt(tight, None, user_turn("hello")).max_new_tokens == 3
+    assert fit_prompt(tight, user_turn("hello")).max_new_tokens == 3
 
 
 def test_a_large_answer_limit_leaves_the_conversation_half_of_the_context(folder):
     turns = [*user_turn("a" * 20), {"role": "assistant", "content": "A" * 20}, *user_turn("b" * 20)]
-    whole = len(fit_prompt(make_model(folder), None, turns).prompt)
-    roomy = fit_prompt(make_model(folder, max_new_tokens=5000, context_length=2 * whole), None, turns)
+    whole = len(fit_prompt(make_model(folder), turns).prompt)
+    roomy = fit_prompt(make_model(folder, max_new_tokens=5000, context_length=2 * whole), turns)
     assert (roomy.dropped, roomy.max_new_tokens) == (0, whole)
-    tight = fit_prompt(make_model(folder, max_new_tokens=5000, context_length=2 * whole - 2), None, turns)
+    tight = fit_prompt(make_model(folder, max_new_tokens=5000, context_length=2 * whole - 2), turns)
     assert tight.dropped == 2 and len(tight.prompt) + tight.max_new_tokens == 2 * whole - 2
 
 

@@ -281,10 +281,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
 
 
 def load_for_chat(base: Path, adapter: Path, engine: str):
-    from macft.backends.base import Sampling
-
-    keys = {"template": None, "raw": False, "sampling": Sampling(), "max_new_tokens": 4}
-    return load_chat_model(str(base), str(adapter), backend_name=engine, **keys)
+    return load_chat_model(str(base), str(adapter), backend_name=engine, template=None)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
