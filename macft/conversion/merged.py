@@ -85,8 +85,7 @@ def export_merged(
     )
     if loss is not None:
         notes.append(f"quantizing erased {loss.share:.0%} of what the adapters add")
-    modules = {module for adapter in adapters for module in adapted_modules(adapter)}
-    return MergeReport(len(modules), None if loss is None else loss.share, tuple(notes))
+    return MergeReport(len(adapted_modules(adapters)), None if loss is None else loss.share, tuple(notes))
 
 
 def _check_options(
@@ -113,7 +112,7 @@ def _check_options(
 def _as_trained(source: Source, adapters: Sequence[Adapter]) -> tuple[dict[str, Any], list[LazyTensor]]:
     """The model in HF layout, with the modules that the adapters were trained on."""
     config, tensors = as_hf(source)
-    if any(is_expert(module) for adapter in adapters for module in adapted_modules(adapter)):
+    if any(is_expert(module) for module in adapted_modules(adapters)):
         tensors = with_experts_apart(config, tensors)
     return config, tensors
 

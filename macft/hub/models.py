@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
 from pathlib import Path
 
 from macft.errors import ModelError
@@ -76,12 +75,12 @@ def modelscope_snapshot(name: str) -> Path:
 
     Raises ModelError, in one line, when there is no such model or ModelScope is out of reach.
     """
+    from huggingface_hub.utils import filter_repo_objects
+
     try:
         sizes = list_files("models", name)
-        expected = [file for file in sizes if any(fnmatch(file, pattern) for pattern in _MODEL_FILES)]
-        for file in expected:
-            if not any(fnmatch(file, pattern) for pattern in _IGNORED):
-                fetch_file("models", name, file, sizes[file])
+        for file in filter_repo_objects(sizes, allow_patterns=_MODEL_FILES, ignore_patterns=_IGNORED):
+            fetch_file("models", name, file, sizes[file])
     except ModelScopeError as error:
         raise ModelError(str(error)) from None
     return folder_of("models", name)

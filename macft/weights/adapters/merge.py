@@ -66,9 +66,10 @@ def merge_problems(tensors: Mapping[str, LazyTensor], adapter: Adapter) -> list[
     return problems
 
 
-def adapted_modules(adapter: Adapter) -> set[str]:
-    """The modules an adapter changes, such as model.layers.0.self_attn.q_proj."""
-    return {*shapes.by_module(adapter.state, []), *(name.rpartition(".")[0] for name in adapter.saved)}
+def adapted_modules(adapters: Sequence[Adapter]) -> set[str]:
+    """The modules that the adapters change, such as model.layers.0.self_attn.q_proj."""
+    whole = {name.rpartition(".")[0] for adapter in adapters for name in adapter.saved}
+    return whole.union(*(shapes.by_module(adapter.state, []) for adapter in adapters))
 
 
 def untie(
@@ -80,8 +81,7 @@ def untie(
     of this and does the same. Config and tensors are returned unchanged if there is nothing to do.
     """
     head = HEAD.removesuffix(".weight")
-    touched = {module for adapter in adapters for module in adapted_modules(adapter)}
-    if not any(module == head or module.rpartition(".")[2] == "embed_tokens" for module in touched):
+    if not any(name == head or name.rpartition(".")[2] == "embed_tokens" for name in adapted_modules(adapters)):
         return config, tensors
     has_head = any(tensor.name == HEAD for tensor in tensors)
     if not config.get("tie_word_embeddings", not has_head):

@@ -17,18 +17,8 @@ from safetensors import SafetensorError, safe_open
 from macft import __version__
 from macft.errors import MacftError, ModelError, raise_problems
 from macft.files import write_json
+from macft.weights.adapters import shapes
 from macft.weights.adapters.experts import fuse_experts, split_experts
-from macft.weights.adapters.shapes import (
-    Shape,
-    join_modules,
-    layer_problems,
-    pair_of,
-    pattern_problems,
-    pattern_shapes,
-    split_modules,
-    split_saved,
-    uniform,
-)
 from macft.weights.folder import ModelFolder, weights_hash
 from macft.weights.layouts.mlx import LAYOUTS
 from macft.weights.model_config import Config
@@ -101,7 +91,7 @@ def write_peft_adapter(folder: Path, adapter: Adapter, base_config: Config | Non
     """
     config = adapter.config
     problems: list[str] = []
-    modules = split_modules(adapter.state, config.use_dora, problems)
+    modules = shapes.split_modules(adapter.state, config.use_dora, problems)
     raise_problems(f"{adapter.folder}: PEFT cannot represent this adapter", problems)
     fused, parameters, gate_up_rank = fuse_experts(modules, base_config, config.rank)
     as_parameters = {name.rpartition(".")[0] for name in parameters}
@@ -117,7 +107,7 @@ def write_peft_adapter(folder: Path, adapter: Adapter, base_config: Config | Non
         content["rank_pattern"] = {key: gate_up_rank}
         content["alpha_pattern"] = {key: config.alpha * gate_up_rank / config.rank}
         notes.append(f"gate and up of the experts are one parameter in PEFT: its rank is {gate_up_rank}")
-    write_state(folder / WEIGHTS_NAME, join_modules(fused), metadata=metadata_of("pt", adapter.base_hash))
+    write_state(folder / WEIGHTS_NAME, shapes.join_modules(fused), metadata=metadata_of("pt", adapter.base_hash))
     write_json(folder / CONFIG_NAME, content)
     return notes
 
@@ -162,8 +152,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     _SAVED: ((None, []), "whole modules were trained; merge it: macft export merged BASE --adapter DIR --output NEW"),
     "ensure_weight_tying": ((False, None), f"head and embedding were trained as one, which is not supported{_WAY_OUT}"),
     "layer_replication": ((None,), f"layers of the base are repeated, which is not supported{_WAY_OUT}"),
-    "use_qalora": ((False, None), _NO_PLACE),
-    "use_bdlora": ((False, None), _NO_PLACE),
+    **dict.fromkeys(("use_qalora", "use_bdlora"), ((False, None), _NO_PLACE)),
     **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config", "velora_config"), ((None,), _NO_PLACE)),
     "trainable_token_indices": ((None,), f"rows of the embedding were trained, which is not supported{_WAY_OUT}"),
     "alora_invocation_tokens": ((None,), _NO_PLACE),
@@ -188,7 +177,7 @@ def read_adapter(folder: Path, base_config: Config | None = None, *, with_saved:
             "PEFT in an environment you trust and save_pretrained() it again"
         )
     state, base_hash = read_tensors(folder, WEIGHTS_NAME)
-    state, saved = split_saved(state, raw.get(_SAVED) or [])
+    state, saved = shapes.split_saved(state, raw.get(_SAVED) or [])
     if any(raw.get(key) for key in _SHAPING) or raw.get("layers_to_transform") == 0 or not config.target_modules:
         config, state = _shaped(folder, raw, config, state, base_config)
     return Adapter(folder, config, state, base_hash, saved)
@@ -246,7 +235,7 @@ def _checked(folder: Path, raw: dict[str, Any], base_config: Config | None, *, w
         problems.append(
             f"fan_in_fan_out is True, which matters unless all layers are linear, and {kind}; merge with PEFT"
         )
-    problems += pattern_problems(raw)
+    problems += shapes.pattern_problems(raw)
     rank: Any = raw.get("r")
     alpha: Any = raw.get("lora_alpha")
     targets = raw.get("target_modules")
@@ -275,22 +264,22 @@ def _shaped(
 ) -> tuple[AdapterConfig, State]:
     """The adapter with one rank and scale, its targets the full names of the modules that have tensors."""
     problems: list[str] = []
-    modules = split_modules(state, config.use_dora, problems)
-    problems += layer_problems(raw, modules)
-    default = Shape(config.rank, config.alpha, config.use_rslora)
+    modules = shapes.split_modules(state, config.use_dora, problems)
+    problems += shapes.layer_problems(raw, modules)
+    default = shapes.Shape(config.rank, config.alpha, config.use_rslora)
     keys: dict[str, str] = {}  # what PEFT matches its patterns against, where it is not the module's name
     if not problems and raw.get("target_parameters"):
         modules, keys = split_experts(modules, base_config, problems)
-    shape_of = pattern_shapes(raw, default)
-    shapes = {module: shape_of(keys.get(module, module)) for module in modules}
+    shape_of = shapes.pattern_shapes(raw, default)
+    own = {module: shape_of(keys.get(module, module)) for module in modules}
     if not problems:
         problems += [
-            f"{module}: its tensors are of rank {rank}, the configuration says {shapes[module].rank}"
+            f"{module}: its tensors are of rank {rank}, the configuration says {own[module].rank}"
             for module, parts in modules.items()
-            if (rank := parts[pair_of(parts)[0]].shape[0]) != shapes[module].rank
+            if (rank := parts[shapes.pair_of(parts)[0]].shape[0]) != own[module].rank
         ]
     if not problems and not modules:
         problems.append("holds no tensors")
     raise_problems(f"{folder / WEIGHTS_NAME}: does not fit its {CONFIG_NAME}", problems)
-    modules, shape = uniform(modules, shapes, default)
-    return replace(config, **asdict(shape), target_modules=tuple(modules)), join_modules(modules)
+    modules, shape = shapes.uniform(modules, own, default)
+    return replace(config, **asdict(shape), target_modules=tuple(modules)), shapes.join_modules(modules)

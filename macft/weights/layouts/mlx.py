@@ -132,10 +132,8 @@ def with_experts_apart(config: Config, tensors: list[LazyTensor]) -> list[LazyTe
         return tensors
     flat = flat_config(config)
     rules = [rule for rule in layout_of(config).rules if rule.name in experts.EXPERTS_APART]
-    for rule in rules:
-        tensors = rule.to_mlx(flat, tensors)
-    for rule in reversed(rules):
-        tensors = rule.to_hf(flat, tensors)
+    for change in (*(rule.to_mlx for rule in rules), *(rule.to_hf for rule in reversed(rules))):
+        tensors = change(flat, tensors)
     return tensors
 
 

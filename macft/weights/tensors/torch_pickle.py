@@ -74,6 +74,13 @@ class _Machine:
     stack: list[Any] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
 
+    def pop(self, count: int) -> list[Any]:
+        found = self.stack[-count:]
+        if len(found) < count:
+            raise IndexError
+        del self.stack[-count:]
+        return found
+
     def pop_to_mark(self) -> list[Any]:
         found: list[Any] = []
         while (value := self.stack.pop()) is not _MARK:
@@ -141,7 +148,7 @@ def _follow(path: Path, content: bytes) -> Any:
 
 
 def _reduce(machine: _Machine, _: Any) -> None:
-    arguments, target = machine.stack.pop(), machine.stack.pop()
+    target, arguments = machine.pop(2)
     name = target.text if isinstance(target, _Name) else repr(target)
     if name == _TENSOR:
         storage, offset, shape, strides = arguments[:4]
@@ -164,7 +171,7 @@ def _name(machine: _Machine, text: str) -> None:
 
 
 def _stack_name(machine: _Machine, _: Any) -> None:
-    attribute, module = machine.stack.pop(), machine.stack.pop()
+    module, attribute = machine.pop(2)
     _name(machine, f"{module} {attribute}")
 
 
@@ -182,19 +189,10 @@ def _set_items(machine: _Machine, items: list[Any]) -> None:
     target.update(zip(items[::2], items[1::2], strict=True))
 
 
-def _set_item(machine: _Machine, _: Any) -> None:
-    value, key = machine.stack.pop(), machine.stack.pop()
-    _set_items(machine, [key, value])
-
-
 def _extend(machine: _Machine, items: list[Any]) -> None:
     if not isinstance(machine.stack[-1], list):
         raise ValueError
     machine.stack[-1].extend(items)
-
-
-def _append(machine: _Machine, _: Any) -> None:
-    _extend(machine, [machine.stack.pop()])
 
 
 def _build(machine: _Machine, _: Any) -> None:
@@ -205,13 +203,7 @@ def _build(machine: _Machine, _: Any) -> None:
 
 
 def _tuple(count: int) -> Callable[[_Machine, Any], None]:
-    def collect(machine: _Machine, _: Any) -> None:
-        values = tuple(machine.stack[-count:])
-        if len(values) < count:
-            raise ValueError
-        machine.stack[-count:] = [values]
-
-    return collect
+    return lambda machine, _: machine.stack.append(tuple(machine.pop(count)))
 
 
 def _push(make: Callable[[Any], Any]) -> Callable[[_Machine, Any], None]:
@@ -242,9 +234,9 @@ _FOLLOWED: dict[str, Callable[[_Machine, Any], None]] = {
     "TUPLE1": _tuple(1),
     "TUPLE2": _tuple(2),
     "TUPLE3": _tuple(3),
-    "SETITEM": _set_item,
+    "SETITEM": lambda machine, _: _set_items(machine, machine.pop(2)),
     "SETITEMS": lambda machine, _: _set_items(machine, machine.pop_to_mark()),
-    "APPEND": _append,
+    "APPEND": lambda machine, _: _extend(machine, machine.pop(1)),
     "APPENDS": lambda machine, _: _extend(machine, machine.pop_to_mark()),
     "GLOBAL": _name,
     "STACK_GLOBAL": _stack_name,
