@@ -27,6 +27,11 @@ class ModelScopeError(MacftError):
     """ModelScope does not have what was asked for, or cannot be reached."""
 
 
+def is_offline() -> bool:
+    """Whether $HF_HUB_OFFLINE forbids the network."""
+    return is_on("HF_HUB_OFFLINE")
+
+
 def folder_of(kind: RepositoryKind, name: str) -> Path:
     """Where the files of a model or data set are kept."""
     return cache_dir() / "modelscope" / kind / name
@@ -38,7 +43,7 @@ def list_files(kind: RepositoryKind, name: str) -> dict[str, int]:
     $MODELSCOPE_DOMAIN and $HF_HUB_OFFLINE are respected. Raises ModelScopeError, in one line.
     """
     index = folder_of(kind, name) / ".files.json"
-    if not is_on("HF_HUB_OFFLINE"):
+    if not is_offline():
         sizes = _listing(kind, name)
         write_json(index, sizes)
         return sizes
@@ -57,7 +62,7 @@ def fetch_file(kind: RepositoryKind, name: str, file_name: str, size: int) -> Pa
     path = folder_of(kind, name) / file_name
     if path.is_file() and path.stat().st_size == size:
         return path
-    if is_on("HF_HUB_OFFLINE"):
+    if is_offline():
         raise ModelScopeError(
             f"{name}: {file_name} is not in the cache, and HF_HUB_OFFLINE is set; unset it once to download"
         )
