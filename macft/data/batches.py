@@ -40,8 +40,7 @@ def collate(examples: Sequence[TrainingRow]) -> NumpyBatch:
 
 
 def _collate_packed(rows: Sequence[PackedExample]) -> NumpyBatch:
-    joined = [TokenizedExample(*(np.concatenate(column) for column in _columns(row))) for row in rows]
-    batch = _stack(joined)
+    batch = _stack([_joined(row.parts) for row in rows])
     segment_ids = np.zeros(batch.tokens.shape, dtype=np.int32)
     for i, row in enumerate(rows):
         lengths = [len(part.tokens) for part in row.parts]
@@ -51,8 +50,9 @@ def _collate_packed(rows: Sequence[PackedExample]) -> NumpyBatch:
     return replace(batch, loss_mask=batch.loss_mask & ~begins, segment_ids=segment_ids)
 
 
-def _columns(row: PackedExample) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    return [part.tokens for part in row.parts], [part.loss_mask for part in row.parts]
+def _joined(parts: Sequence[TokenizedExample]) -> TokenizedExample:
+    masks = [part.loss_mask for part in parts]
+    return TokenizedExample(np.concatenate([part.tokens for part in parts]), np.concatenate(masks))
 
 
 def unpack(batch: NumpyBatch) -> NumpyBatch:

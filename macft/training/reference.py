@@ -49,20 +49,12 @@ RowsT = TypeVar("RowsT", Pairs, Feedback)
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
-class _Scorer:
-    """A loaded model, and a text that names it and everything else that its numbers depend on."""
-
-    model: Scores
-    identity: str
-
-
 def policy_references(settings: Settings, prepared: Prepared, model: Model) -> Prepared:
     """The rows with the policy's own log-probabilities of them, before its first step."""
     # merged and fully trained models round at other places: in 16 bits they give other numbers
     form = {"full": settings.finetuning_type == "full", "merged": _name(prepared.merged_adapter)}
     identity = _identity(settings, model.info, prepared.base, form | {"adapter": _name(prepared.start)})
-    return _fill(settings, prepared, _Scorer(model, identity))
+    return _fill(settings, prepared, model, identity)
 
 
 def named_references(settings: Settings, prepared: Prepared, reference: NamedReference) -> Prepared:
@@ -72,7 +64,7 @@ def named_references(settings: Settings, prepared: Prepared, reference: NamedRef
     spec = replace(model_spec(settings, prepared), folder=base.path, lora=lora, merged_adapter=None, full=False)
     model = _load(settings, prepared, spec, reference)
     form = {"full": False, "merged": None, "adapter": _name(adapter)}
-    filled = _fill(settings, prepared, _Scorer(model, _identity(settings, model.info, base, form)))
+    filled = _fill(settings, prepared, model, _identity(settings, model.info, base, form))
     del model
     gc.collect()
     return filled
@@ -158,29 +150,32 @@ def _feedback_columns() -> _Columns[Feedback]:
     return _Columns("rated answer", 2, 2, "kto", parts, score)
 
 
-def _fill(settings: Settings, prepared: Prepared, scorer: _Scorer) -> Prepared:
-    """The rows with their references, as far as a step or an evaluation will need them."""
+def _fill(settings: Settings, prepared: Prepared, model: Scores, identity: str) -> Prepared:
+    """The rows with their references, as far as a step or an evaluation will need them.
+
+    `identity` names the model and everything else that its numbers depend on.
+    """
     train, valid = prepared.train, prepared.valid
     asked: _Columns[Any] = _feedback_columns() if settings.stage == "kto" else _pair_columns(settings)
     size = settings.per_device_train_batch_size
     if isinstance(train, Pairs | Feedback):
         visited = prepared.plan.visited
         columns = np.full((len(train), asked.count), math.nan)
-        columns[visited] = _scored(asked, train.take(visited), scorer, size, "training")
-        train = train.with_references(columns)
+        columns[visited] = _scored(asked, train.take(visited), model, identity, size, "training")
+        train = replace(train, references=columns)
     if isinstance(valid, Pairs | Feedback) and will_evaluate(settings, prepared.plan):
-        valid = valid.with_references(_scored(asked, valid, scorer, size, "evaluation"))
+        valid = replace(valid, references=_scored(asked, valid, model, identity, size, "evaluation"))
     return replace(prepared, train=train, valid=valid)
 
 
-def _scored(asked: _Columns[RowsT], rows: RowsT, scorer: _Scorer, size: int, what: str) -> np.ndarray:
+def _scored(asked: _Columns[RowsT], rows: RowsT, model: Scores, identity: str, size: int, what: str) -> np.ndarray:
     """float64 [rows, count]: the numbers of each row, from the cache if they are there."""
-    path = cache_dir() / "reference" / f"{_key(asked, rows, scorer.identity)}.safetensors"
+    path = cache_dir() / "reference" / f"{_key(asked, rows, identity)}.safetensors"
     columns = _read(path, (len(rows), asked.count), asked.needed)
     if columns is not None:
         logger.info("reference: %s, already known (%s)", plural(len(rows), f"{what} {asked.noun}"), path)
     else:
-        columns = _compute(asked, rows, scorer.model, size, what)
+        columns = _compute(asked, rows, model, size, what)
         _keep(path, columns)
     return columns
 

@@ -48,11 +48,9 @@ def render_with_spans(
     return _render(template, messages, tools, None if train_on_prompt else turns)
 
 
-def render_turn(
-    template: ChatTemplate, messages: Sequence[Message], turn: int, *, tools: Tools | None = None
-) -> Rendered:
+def render_turn(template: ChatTemplate, messages: Sequence[Message], turn: int) -> Rendered:
     """Render once, with the span of only the assistant message `turn`; errors as `render_with_spans`."""
-    return _render(template, messages, tools, [turn])
+    return _render(template, messages, None, [turn])
 
 
 def _render(
@@ -87,7 +85,7 @@ def _turn_span(render: _Renderer, messages: Sequence[Message], turn: int, full: 
     if full.startswith(up_to_turn):
         if prompt is None:
             return _content_bounds(render, messages[: turn + 1], turn, up_to_turn)[0], len(up_to_turn)
-        return _common_prefix(prompt, full), len(up_to_turn)
+        return common_length(prompt, full), len(up_to_turn)
 
     # the template renders an earlier turn differently once more follow, e.g. without its thinking
     begin, end = _content_bounds(render, messages, turn, full)
@@ -98,7 +96,7 @@ def _turn_span(render: _Renderer, messages: Sequence[Message], turn: int, full: 
         return begin, end + len(tail)
     if full.startswith(prompt):
         return len(prompt), end + len(tail)
-    lead = before[_common_prefix(prompt, up_to_turn) :]
+    lead = before[common_length(prompt, up_to_turn) :]
     return begin - len(lead) if full.endswith(lead, 0, begin) else begin, end + len(tail)
 
 
@@ -139,8 +137,9 @@ def _unplaced(render: _Renderer, turn: int) -> DataError:
     )
 
 
-def _common_prefix(left: str, right: str) -> int:
-    if right.startswith(left):
+def common_length(left: Sequence[object], right: Sequence[object]) -> int:
+    """How many items two sequences begin with alike."""
+    if right[: len(left)] == left:
         return len(left)
     pairs = enumerate(zip(left, right, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

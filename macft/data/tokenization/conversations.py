@@ -14,16 +14,9 @@ from macft.data.formats.conversations import Example
 from macft.data.formats.reader import DataRow
 from macft.data.templates.chat_template import Message
 from macft.data.templates.spans import Rendered, render_with_spans
-from macft.data.tokenization.encoding import Encoding
+from macft.data.tokenization.encoding import CHUNK, Encoding
 from macft.data.tokenization.packing import PackedRows, pack
-from macft.data.tokenization.report import (
-    RefusedError,
-    RowWarnings,
-    SkipReason,
-    SpecialTokens,
-    TokenizeReport,
-    count_rows,
-)
+from macft.data.tokenization.report import RefusedError, SkipReason, SpecialTokens, TokenizeReport, fill_report
 from macft.data.tokenization.table import (
     ANSWER_CUT,
     EMPTIED,
@@ -36,9 +29,6 @@ from macft.data.tokenization.table import (
 from macft.data.tokenization.tokenizer import Encoded, Placed
 from macft.errors import ConfigError, DataError
 from macft.text import plural
-
-# encoded at once: keeps all cores busy, and the memory of the encodings small
-CHUNK = 1000
 
 _LEFT_OUT = "have nothing to train on and are left out"
 # as a table numbers them, from 1 on
@@ -133,17 +123,14 @@ def take_examples(
     """
     indices = np.arange(len(table)) if indices is None else indices
     kept = Examples(table, indices[table.columns["skip_reason"][indices] == 0])
-    report = TokenizeReport()
-    count_rows(report, table, indices)
     if not len(kept):
         raise DataError(
             f"none of the {plural(len(indices), 'example')} has a token to train on: each lacks an assistant turn, is "
             f"cut before it by cutoff_len {encoding.cutoff_len}, or its template, {encoding.chat.name}, renders no "
             "answer"
         )
-    warnings = RowWarnings("example", SKIP_REASONS, encoding)
-    warnings.count(table, indices)
-    report.warnings = warnings.lines()
+    report = TokenizeReport()
+    fill_report(report, table, indices, "example", SKIP_REASONS, encoding)
     return pack(kept, kept.lengths, encoding.cutoff_len) if packing else kept, report
 
 

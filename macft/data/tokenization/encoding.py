@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from macft.data.templates.chat_template import ChatTemplate
 from macft.data.tokenization.tokenizer import Tokenizer
 
+# rows that are encoded at once: keeps all cores busy, and the memory of the encodings small
+CHUNK = 1000
+
 
 @dataclass(frozen=True)
 class Encoding:

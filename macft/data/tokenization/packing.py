@@ -5,11 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 
-from macft.data.tokenization.table import TokenizedExample
+from macft.data.tokenization.table import LazyRows, TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,8 @@ class PackedExample:
     parts: tuple[TokenizedExample, ...]
 
 
-class PackedRows(Sequence[PackedExample]):
-    """Rows made of `examples` as they are asked for; `members[i]` are the indices of those in row i."""
+class PackedRows(LazyRows[PackedExample]):
+    """Rows of several `examples`; `members[i]` are the indices of those in row i."""
 
     def __init__(self, examples: Sequence[TokenizedExample], members: Sequence[np.ndarray], lengths: np.ndarray):
         self.examples = examples
@@ -31,14 +30,8 @@ class PackedRows(Sequence[PackedExample]):
     def __len__(self) -> int:
         return len(self.members)
 
-    @overload
-    def __getitem__(self, index: int) -> PackedExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[PackedExample]: ...
-
-    def __getitem__(self, index: int | slice) -> PackedExample | list[PackedExample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def row(self, index: int) -> PackedExample:
+        """See LazyRows."""
         return PackedExample(tuple(self.examples[int(i)] for i in self.members[index]))
 
 

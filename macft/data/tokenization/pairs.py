@@ -9,25 +9,10 @@ import numpy as np
 
 from macft.data.formats.pairs import PairExample
 from macft.data.templates.chat_template import Message
-from macft.data.templates.spans import Rendered, render_turn
-from macft.data.tokenization.conversations import (
-    CHUNK,
-    FittedRow,
-    cut,
-    is_emptied,
-    naming_shortened,
-    render_all,
-    shorten,
-)
-from macft.data.tokenization.encoding import Encoding
-from macft.data.tokenization.report import (
-    RowWarnings,
-    SkipReason,
-    SpecialTokens,
-    TokenizeReport,
-    and_others,
-    count_rows,
-)
+from macft.data.templates.spans import Rendered, common_length, render_turn
+from macft.data.tokenization.conversations import FittedRow, cut, is_emptied, naming_shortened, render_all, shorten
+from macft.data.tokenization.encoding import CHUNK, Encoding
+from macft.data.tokenization.report import SkipReason, SpecialTokens, TokenizeReport, and_others, fill_report
 from macft.data.tokenization.table import (
     ANSWER_CUT,
     EMPTIED,
@@ -132,18 +117,14 @@ def take_pairs(
             f"own with the template {encoding.chat.name}; give a longer prompt or a chat template"
         )
     kept = Pairs(table, indices[reasons == 0])
-    report = PairReport()
-    count_rows(report, table, indices)
-    report.identical = int((table.columns["flags"][indices] & IDENTICAL > 0).sum())
     if not len(kept):
         raise DataError(
             f"none of the {plural(len(indices), 'pair')} can be trained on: cutoff_len {encoding.cutoff_len} leaves "
             f"{(reasons == _NO_ANSWER).sum()} without an answer on one side and "
             f"{(reasons == _NO_PROMPT_LEFT).sum()} without a prompt; raise it"
         )
-    warnings = RowWarnings("pair", SKIP_REASONS, encoding)
-    warnings.count(table, indices)
-    report.warnings = warnings.lines()
+    report = PairReport(identical=int((table.columns["flags"][indices] & IDENTICAL > 0).sum()))
+    fill_report(report, table, indices, "pair", SKIP_REASONS, encoding)
     return kept, report
 
 
@@ -185,7 +166,7 @@ def _fit(
         encoded = (tokenizer.encode(rendered[0].text), tokenizer.encode(rendered[1].text))
     starts = [row.token_after(text.spans[0][0]) for row, text in zip(encoded, rendered, strict=True)]
     # TRL's rule: the earlier start of the two, so that both rows share the prompt
-    prompt_length = min(starts[0][0], starts[1][0], _common_length(encoded[0].ids, encoded[1].ids))
+    prompt_length = min(starts[0][0], starts[1][0], common_length(encoded[0].ids, encoded[1].ids))
     chosen, rejected = (
         FittedRow(
             rendered=text,
@@ -199,8 +180,3 @@ def _fit(
         for text, row, (_, is_boundary) in zip(rendered, encoded, starts, strict=True)
     )
     return FittedPair(chosen, rejected, prompt_length)
-
-
-def _common_length(left: list[int], right: list[int]) -> int:
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

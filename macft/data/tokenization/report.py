@@ -110,6 +110,21 @@ class RowWarnings:
         )
 
 
+def fill_report(
+    report: TokenizeReport,
+    table: Table,
+    indices: np.ndarray,
+    noun: str,
+    reasons: Sequence[SkipReason],
+    encoding: Encoding,
+) -> None:
+    """Fill in the counts of the rows `indices`, and the warnings about them."""
+    count_rows(report, table, indices)
+    warnings = RowWarnings(noun, reasons, encoding)
+    warnings.count(table, indices)
+    report.warnings = warnings.lines()
+
+
 _SPECIAL = "hold special tokens in their text, which stay special"
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 
@@ -105,19 +106,36 @@ class Table:
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [rows]: tokens of each row, of a pair those of the longer side."""
-        lengths: np.ndarray = np.diff(self.offsets).reshape(-1, self.width).max(axis=1)
-        return lengths
+        return np.asarray(np.diff(self.offsets).reshape(-1, self.width).max(axis=1))
 
     @cached_property
     def totals(self) -> np.ndarray:
         """int64 [rows]: tokens of each row, of a pair those of both sides."""
-        totals: np.ndarray = np.diff(self.offsets[:: self.width])
-        return totals
+        return np.diff(self.offsets[:: self.width])
+
+
+RowT_co = TypeVar("RowT_co", covariant=True)
+
+
+class LazyRows(Sequence[RowT_co]):
+    """Rows that are each made when they are asked for; a slice is a list of them."""
+
+    @abstractmethod
+    def row(self, index: int) -> RowT_co:
+        """Make row `index`, from 0."""
+
+    @overload
+    def __getitem__(self, index: int) -> RowT_co: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[RowT_co]: ...
+    def __getitem__(self, index: int | slice) -> RowT_co | list[RowT_co]:
+        chosen = range(len(self))[index]
+        return self.row(chosen) if isinstance(chosen, int) else [self.row(i) for i in chosen]
 
 
 @dataclass(frozen=True, eq=False)
-class Examples(Sequence[TokenizedExample]):
-    """The rows `indices` of a table, each made when it is asked for."""
+class TableRows(LazyRows[RowT_co]):
+    """The rows `indices` of a table."""
 
     table: Table
     indices: np.ndarray
@@ -125,44 +143,31 @@ class Examples(Sequence[TokenizedExample]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    @overload
-    def __getitem__(self, index: int) -> TokenizedExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Examples: ...
-    def __getitem__(self, index: int | slice) -> TokenizedExample | Examples:
-        if isinstance(index, slice):
-            return Examples(self.table, self.indices[index])
-        return self.table.row(int(self.indices[index]))
-
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [examples]: tokens of each."""
-        lengths: np.ndarray = self.table.lengths[self.indices]
-        return lengths
+        """int64 [rows]: tokens of each row, of a pair those of the longer side."""
+        return np.asarray(self.table.lengths[self.indices])
+
+
+class Examples(TableRows[TokenizedExample]):
+    """The examples `indices` of a table."""
+
+    def row(self, index: int) -> TokenizedExample:
+        """See LazyRows."""
+        return self.table.row(int(self.indices[index]))
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs(Sequence[TokenizedPair]):
-    """The pairs `indices` of a table, each made when it is asked for.
+class Pairs(TableRows[TokenizedPair]):
+    """The pairs `indices` of a table.
 
     `references` float64 [pairs, 3]: the fields of Reference; nan in the first where there is none.
     """
 
-    table: Table
-    indices: np.ndarray
     references: np.ndarray | None = None
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @overload
-    def __getitem__(self, index: int) -> TokenizedPair: ...
-    @overload
-    def __getitem__(self, index: slice) -> Pairs: ...
-    def __getitem__(self, index: int | slice) -> TokenizedPair | Pairs:
-        if isinstance(index, slice):
-            references = self.references[index] if self.references is not None else None
-            return Pairs(self.table, self.indices[index], references)
+    def row(self, index: int) -> TokenizedPair:
+        """See LazyRows."""
         at = int(self.indices[index])
         reference = None
         if self.references is not None and not np.isnan(self.references[index, 0]):
@@ -170,52 +175,30 @@ class Pairs(Sequence[TokenizedPair]):
         length = int(self.table.columns["prompt_length"][at])
         return TokenizedPair(self.table.row(2 * at), self.table.row(2 * at + 1), length, reference)
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """int64 [pairs]: tokens of the longer side of each."""
-        lengths: np.ndarray = self.table.lengths[self.indices]
-        return lengths
-
     @property
     def prompt_lengths(self) -> np.ndarray:
         """int32 [pairs]: tokens that both sides of each share."""
-        lengths: np.ndarray = self.table.columns["prompt_length"][self.indices]
-        return lengths
+        return np.asarray(self.table.columns["prompt_length"][self.indices])
 
     def take(self, indices: np.ndarray) -> Pairs:
         """Some of the pairs, without references."""
         return Pairs(self.table, self.indices[indices])
 
-    def with_references(self, references: np.ndarray) -> Pairs:
-        """The same pairs with what the reference model says of each, [pairs, 3] as in `references`."""
-        return replace(self, references=references)
-
 
 @dataclass(frozen=True, eq=False)
-class Feedback(Sequence[TokenizedFeedback]):
-    """The rated answers `indices` of a table, each made when it is asked for.
+class Feedback(TableRows[TokenizedFeedback]):
+    """The rated answers `indices` of a table.
 
     `partners` int64 [rows]: the rows of the table whose answers theirs are compared with. `references` float64
     [rows, 2]: the fields of FeedbackReference; nan in the first where there is none.
     """
 
-    table: Table
-    indices: np.ndarray
     partners: np.ndarray
     cutoff_len: int
     references: np.ndarray | None = None
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @overload
-    def __getitem__(self, index: int) -> TokenizedFeedback: ...
-    @overload
-    def __getitem__(self, index: slice) -> Feedback: ...
-    def __getitem__(self, index: int | slice) -> TokenizedFeedback | Feedback:
-        if isinstance(index, slice):
-            references = self.references[index] if self.references is not None else None
-            return Feedback(self.table, self.indices[index], self.partners[index], self.cutoff_len, references)
+    def row(self, index: int) -> TokenizedFeedback:
+        """See LazyRows."""
         at, partner = int(self.indices[index]), int(self.partners[index])
         reference = None
         if self.references is not None and not np.isnan(self.references[index, 0]):
@@ -226,25 +209,19 @@ class Feedback(Sequence[TokenizedFeedback]):
 
     @cached_property
     def is_desirable(self) -> np.ndarray:
-        """bool [rows]."""
-        desirable: np.ndarray = self.table.columns["flags"][self.indices] & DESIRABLE > 0
-        return desirable
+        """bool [rows]: the rating of each."""
+        return np.asarray(self.table.columns["flags"][self.indices] & DESIRABLE > 0)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [rows]: tokens of each with its own answer or with the other one, whichever are more."""
+        """int64 [rows]: tokens of each with its own answer or with its partner's, whichever is longer."""
         own, answers = self.table.lengths[self.indices], self.table.columns["trained"]
         others = own - answers[self.indices] + answers[self.partners]
-        lengths: np.ndarray = np.maximum(own, np.minimum(others, self.cutoff_len))
-        return lengths
+        return np.asarray(np.maximum(own, np.minimum(others, self.cutoff_len)))
 
     def take(self, indices: np.ndarray) -> Feedback:
         """Some of the rows, without references."""
         return Feedback(self.table, self.indices[indices], self.partners[indices], self.cutoff_len)
-
-    def with_references(self, references: np.ndarray) -> Feedback:
-        """The same rows with what the reference model says of each, [rows, 2] as in `references`."""
-        return replace(self, references=references)
 
 
 def mismatched(row: TokenizedExample, other: TokenizedExample, cutoff_len: int) -> TokenizedExample:
@@ -259,9 +236,8 @@ Rows = Sequence[TokenizedExample] | Sequence[TokenizedPair] | Sequence[Tokenized
 
 def fingerprints(rows: Rows) -> np.ndarray:
     """uint64 [rows]: equal for equal tokens (of a pair: of both sides); of rows in a table without reading them."""
-    if isinstance(rows, (Examples, Pairs, Feedback)):
-        found: np.ndarray = rows.table.columns["fingerprint"][rows.indices]
-        return found
+    if isinstance(rows, TableRows):
+        return np.asarray(rows.table.columns["fingerprint"][rows.indices])
     return np.array([fingerprint([side.tokens for side in _sides(row)]) for row in rows], dtype=np.uint64)
 
 

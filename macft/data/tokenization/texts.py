@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 
 from macft.data.formats.texts import PlainText
-from macft.data.tokenization.encoding import Encoding
+from macft.data.tokenization.encoding import CHUNK, Encoding
 from macft.data.tokenization.packing import PackedExample, PackedRows, chain
-from macft.data.tokenization.report import RowWarnings, SkipReason, SpecialTokens, TokenizeReport, count_rows
-from macft.data.tokenization.table import Table, TableBuilder, TokenizedExample
+from macft.data.tokenization.report import SkipReason, SpecialTokens, TokenizeReport, fill_report
+from macft.data.tokenization.table import LazyRows, Table, TableBuilder, TokenizedExample
 from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import DataError, ModelError
 from macft.text import plural
-
-# encoded at once: keeps all cores busy, and the memory of the encodings small
-CHUNK = 1000
 
 # as a table numbers them, from 1 on
 SKIP_REASONS = (SkipReason("are empty and are left out", "the text is empty"),)
@@ -37,7 +33,7 @@ class TextReport(TokenizeReport):
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces(Sequence[TokenizedExample]):
+class Pieces(LazyRows[TokenizedExample]):
     """Parts of a table's rows, from `starts` to `stops` among its tokens; every token but the first is trained."""
 
     table: Table
@@ -47,20 +43,13 @@ class Pieces(Sequence[TokenizedExample]):
     @property
     def lengths(self) -> np.ndarray:
         """int64 [pieces]: tokens of each."""
-        lengths: np.ndarray = self.stops - self.starts
-        return lengths
+        return np.asarray(self.stops - self.starts)
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> TokenizedExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Pieces: ...
-
-    def __getitem__(self, index: int | slice) -> TokenizedExample | Pieces:
-        if isinstance(index, slice):
-            return Pieces(self.table, self.starts[index], self.stops[index])
+    def row(self, index: int) -> TokenizedExample:
+        """See LazyRows."""
         tokens = self.table.tokens[self.starts[index] : self.stops[index]]
         return TokenizedExample(tokens, np.arange(len(tokens)) > 0)
 
@@ -105,12 +94,9 @@ def take_texts(
     # a text that is cut has pieces that do not begin it
     owners = np.searchsorted(table.offsets, pieces.starts, side="right") - 1
     report = TextReport(pieces=len(pieces), divided=len(np.unique(owners[pieces.starts > table.offsets[owners]])))
-    count_rows(report, table, indices)
+    fill_report(report, table, indices, "text", SKIP_REASONS, encoding)
     report.trained_tokens = int((pieces.lengths - 1).sum())
     report.last_row = report.tokens % cutoff_len if packing else 0
-    warnings = RowWarnings("text", SKIP_REASONS, encoding)
-    warnings.count(table, indices)
-    report.warnings = warnings.lines()
     return chain(pieces, pieces.lengths, cutoff_len) if packing else pieces, report
 
 

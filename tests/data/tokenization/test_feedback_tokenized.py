@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support.data_rows import tokenize_feedback
@@ -86,7 +88,7 @@ def test_only_the_last_answer_is_a_target_and_the_rating_is_kept(parts):
 def test_blocks_slices_and_references_go_with_the_rows(parts):
     tokenizer, template = parts
     rows, _ = tokenize_feedback([*ROWS, *ROWS[:2]], tokenizer, template, cutoff_len=99)
-    rows = in_blocks(rows, 2).with_references(np.array([[-1.0, -2.0]] * 4 + [[np.nan, np.nan]]))
+    rows = replace(in_blocks(rows, 2), references=np.array([[-1.0, -2.0]] * 4 + [[np.nan, np.nan]]))
     assert rows.partners.tolist() == [1, 0, 4, 2, 3]
     assert [one.reference is None for one in rows] == [False] * 4 + [True]
     assert rows[1:3][0].mismatched.tokens.tolist() == rows[1].mismatched.tokens.tolist()
@@ -97,7 +99,7 @@ def test_blocks_slices_and_references_go_with_the_rows(parts):
 def test_a_batch_holds_the_rows_and_then_the_mismatched_ones(parts):
     tokenizer, template = parts
     rows, _ = tokenize_feedback(ROWS, tokenizer, template, cutoff_len=99)
-    batch = collate(list(rows.with_references(np.array([[-1.0, -4.0], [-2.0, -5.0], [-3.0, -6.0]]))))
+    batch = collate(list(replace(rows, references=np.array([[-1.0, -4.0], [-2.0, -5.0], [-3.0, -6.0]]))))
     expected = [*(one.row for one in rows), *(one.mismatched for one in rows)]
     for tokens, mask, length, one in zip(batch.tokens, batch.loss_mask, batch.lengths, expected, strict=True):
         assert tokens[:length].tolist() == one.tokens.tolist() and not tokens[length:].any()

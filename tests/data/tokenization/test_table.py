@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support.chat_templates import build
@@ -43,7 +45,7 @@ def test_pairs_carry_the_references_they_are_given(tmp_path, tokenizer):
     assert isinstance(pairs, Pairs) and all(pair.reference is None for pair in pairs)
     columns = np.arange(18.0).reshape(6, 3)
     columns[2] = np.nan
-    given = pairs.with_references(columns)
+    given = replace(pairs, references=columns)
     assert [pair.reference is None for pair in given] == [False, False, True, False, False, False]
     reference = given[1:][0].reference
     assert reference is not None
