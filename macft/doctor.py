@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from macft import __version__
 from macft.engines import BACKENDS
 from macft.errors import ConfigError
 from macft.files import cache_dir
-from macft.system import is_on
+from macft.system import installed_version, is_on, usable_cores
 from macft.text import size
 
 Status = Literal["ok", "optional", "missing", "warning"]
@@ -79,15 +79,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Check everything; the last finding is what `--backend auto` chooses here."""
-    return [
-        *_machine(),
-        _mlx(),
-        _torch(),
-        *_packages(),
-        _built_in_model(),
-        _hub(),
-        _auto(),
-    ]
+    return [*_machine(), _mlx(), _torch(), *_packages(), _built_in_model(), _hub(), _auto()]
 
 
 def show(findings: list[Finding], console: Console) -> None:
@@ -118,9 +110,10 @@ def _machine() -> Iterator[Finding]:
     if sys.platform != "win32":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         yield Finding("memory", "ok", size(memory))
-    yield Finding("cores", "ok", str(_usable_cores()))
+    yield Finding("cores", "ok", str(usable_cores()))
     cache = cache_dir()
-    free = shutil.disk_usage(_nearest_existing(cache)).free
+    nearest = next(folder for folder in [cache, *cache.absolute().parents] if folder.exists())
+    free = shutil.disk_usage(nearest).free
     detail = f"{size(free)} free at {cache}"
     if free < 5e9:
         yield Finding("disk", "warning", f"{detail}; a model of 1 billion parameters takes about 5 GB")
@@ -128,18 +121,8 @@ def _machine() -> Iterator[Finding]:
         yield Finding("disk", "ok", detail)
 
 
-def _usable_cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _nearest_existing(path: Path) -> Path:
-    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
-
-
 def _mlx() -> Finding:
-    found = _version("mlx")
+    found = installed_version("mlx")
     if found is None:
         return _no_engine("mlx")
     answer = _ask(_MLX)
@@ -156,7 +139,7 @@ def _no_engine(name: str) -> Finding:
 
 
 def _torch() -> Finding:
-    found = _version("torch")
+    found = installed_version("torch")
     if found is None:
         return _no_engine("torch")
     answer = _ask(_TORCH)
@@ -176,7 +159,7 @@ def _packages() -> Iterator[Finding]:
     for name, (purpose, command) in _PACKAGES.items():
         if name in _NVIDIA_ONLY and sys.platform == "darwin":
             continue
-        found = _version(name)
+        found = installed_version(name)
         if found is None:
             yield Finding(name, "optional", f"not installed; for {purpose}", command)
         else:
@@ -216,13 +199,6 @@ def _auto() -> Finding:
     if "error" in answer:
         return Finding("--backend auto", "missing", answer["error"])
     return Finding("--backend auto", "ok", f"chooses {answer['backend']}")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _ask(code: str) -> dict[str, Any] | str:

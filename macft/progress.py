@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from typing import TypeVar
@@ -32,19 +32,15 @@ def tracked(items: Iterable[T], total: int, label: str) -> Iterator[T]:
             advance(1)
 
 
-@contextmanager
-def counting(label: str, total: int | None) -> Iterator[Advance]:
+def counting(label: str, total: int | None) -> AbstractContextManager[Advance]:
     """Yield a function that takes how many more rows are done; `total` may be unknown."""
     of_total = f" of {total}" if total is not None else ""
-    with _shown(label, total, lambda done: f"{done}{of_total} rows") as advance:
-        yield advance
+    return _shown(label, total, lambda done: f"{done}{of_total} rows")
 
 
-@contextmanager
-def counting_bytes(total: int, label: str) -> Iterator[Advance]:
+def counting_bytes(total: int, label: str) -> AbstractContextManager[Advance]:
     """Yield a function that takes how many more bytes of `total` are done; a bar appears only after a second."""
-    with _shown(label, total, lambda done: f"{100 * done // total}% of {size(total)}", is_bytes=True) as advance:
-        yield advance
+    return _shown(label, total, lambda done: f"{100 * done // total}% of {size(total)}", is_bytes=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Read on/off environment variables, keep a Mac awake, and measure the memory of this process."""
+"""Ask the system: on/off environment variables, installed packages, cores, memory; keep a Mac awake."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 
 from macft.errors import ConfigError
 
@@ -24,6 +25,21 @@ def is_on(name: str) -> bool:
             f"{', '.join(_OFF[:-1])}, or unset it"
         )
     return value.lower() in _ON
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from macft.commands.options import answer_options, sampling_options
+from macft.commands.options import answer_options
 from macft.errors import UsageError
 
 
@@ -21,7 +21,13 @@ from macft.errors import UsageError
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option("--raw", is_flag=True, help="No chat template: continue the text as it is.")
 @answer_options
-@sampling_options
+# named as the fields of `Sampling`
+@click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True, help="0: greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True)
+@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0: no limit.")
+@click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True)
+@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def chat(
     model: str,
     adapter: str | None,

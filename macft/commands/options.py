@@ -30,19 +30,6 @@ export_template_option = click.option(
 )
 
 
-def sampling_options(command: Command) -> Command:
-    """Add the options that say how the next token is chosen; named as the fields of `Sampling`."""
-    return _add(
-        command,
-        click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True, help="0: greedy."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True),
-        click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0: no limit."),
-        click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True),
-        click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True),
-        click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
-    )
-
-
 def answer_options(command: Command) -> Command:
     """Add the options of a model that answers."""
     return _add(

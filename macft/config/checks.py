@@ -33,13 +33,20 @@ def contradictions(settings: Settings, invalid: Set[str] = frozenset()) -> list[
     return [check.text for check in found if invalid.isdisjoint(check.keys.split())]
 
 
+_EXCLUSIVE = (
+    ("bf16", "fp16"),
+    ("overwrite_output_dir", "resume_from_checkpoint"),
+    ("create_new_adapter", "use_dora"),
+    ("create_new_adapter", "quantization_bit"),
+    ("train_on_prompt", "mask_history"),
+    ("eval_dataset", "val_size"),
+)
+
+
 def _run_checks(settings: Settings) -> Iterator[Check]:
-    yield Check("bf16 fp16", settings.bf16 and settings.fp16, "bf16 and fp16 are both true; keep one")
-    yield Check(
-        "overwrite_output_dir resume_from_checkpoint",
-        settings.overwrite_output_dir and settings.resume_from_checkpoint is not False,
-        "overwrite_output_dir and resume_from_checkpoint are both set; keep one",
-    )
+    for one, other in _EXCLUSIVE:
+        are_set = getattr(settings, one) and getattr(settings, other)
+        yield Check(f"{one} {other}", are_set, f"{one} and {other} are both set; keep one")
     yield Check(
         "max_steps",
         settings.max_steps == 0 or settings.max_steps < -1,
@@ -125,15 +132,6 @@ def _method_checks(settings: Settings) -> Iterator[Check]:
     )
     yield Check(
         "create_new_adapter finetuning_type", is_new and is_full, "create_new_adapter needs finetuning_type lora"
-    )
-    for key, is_set in (("use_dora", settings.use_dora), ("quantization_bit", settings.quantization_bit is not None)):
-        yield Check(
-            f"create_new_adapter {key}", is_new and is_set, f"create_new_adapter and {key} exclude each other; keep one"
-        )
-    yield Check(
-        "train_on_prompt mask_history",
-        settings.train_on_prompt and settings.mask_history,
-        "train_on_prompt and mask_history exclude each other",
     )
     whole = {"pt": "trains on every token", "kto": "trains on the last answer only"}.get(
         settings.stage, "trains on the two answers only"
@@ -250,11 +248,6 @@ def _preference_checks(settings: Settings) -> Iterator[Check]:
 def _evaluation_checks(settings: Settings) -> Iterator[Check]:
     has_data = bool(settings.eval_dataset or settings.val_size)
     evaluates = settings.when_to_evaluate != "no"
-    yield Check(
-        "eval_dataset val_size",
-        settings.eval_dataset and settings.val_size,
-        "eval_dataset and val_size are both set; keep one",
-    )
     yield Check(
         "eval_strategy eval_dataset val_size",
         settings.eval_strategy in ("steps", "epoch") and not has_data,

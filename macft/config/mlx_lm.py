@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from macft.config.names import UnsupportedKey
 from macft.config.parse import ConfigEntry
@@ -99,16 +99,13 @@ def is_mlx_lm(entries: Mapping[str, ConfigEntry]) -> bool:
 def translate(entries: Mapping[str, ConfigEntry]) -> MlxLmRun:
     """Translate mlx-lm's keys; those that it does not have, or that mean the same, are left as they are."""
     translator = _Translator(entries)
-    for step in (
-        translator.data,
-        translator.method,
-        translator.length,
-        translator.course,
-        translator.optimizer,
-        translator.output,
-        translator.unused,
-    ):
-        step()
+    translator.data()
+    translator.method()
+    translator.length()
+    translator.course()
+    translator.optimizer()
+    translator.output()
+    translator.unused()
     own = {key: entry for key, entry in entries.items() if key not in DEFAULTS and entry.value is not None}
     translator.result.entries |= own
     return translator.result
@@ -120,6 +117,7 @@ class _Translator:
     def __init__(self, entries: Mapping[str, ConfigEntry]):
         self.written = entries
         self.result = MlxLmRun()
+        self.note = self.result.notes.append
         accumulation = self.count("grad_accumulation_steps")
         self.accumulation = accumulation if accumulation > 0 else 1
 
@@ -148,9 +146,6 @@ class _Translator:
         problem = f"{key} ({entry.origin}): found {shown(entry.value)}, expected {expected}"
         if problem not in self.result.problems:
             self.result.problems.append(problem)
-
-    def note(self, text: str) -> None:
-        self.result.notes.append(text)
 
     def data(self) -> None:
         if self.value("hf_dataset"):
@@ -261,17 +256,18 @@ class _Translator:
         if course is None:
             self.problem("lr_schedule", "cosine_decay or linear_schedule with its numbers, and a rate that falls")
             return
-        self.set("learning_rate", course.start, "lr_schedule", "lr_schedule.arguments")
-        self.set("lr_scheduler_type", course.kind, "lr_schedule", "lr_schedule.name")
-        if course.options:
-            self.set("lr_scheduler_kwargs", course.options, "lr_schedule", "lr_schedule.arguments")
+        start, falling_steps, kind, options = course
+        self.set("learning_rate", start, "lr_schedule", "lr_schedule.arguments")
+        self.set("lr_scheduler_type", kind, "lr_schedule", "lr_schedule.name")
+        if options:
+            self.set("lr_scheduler_kwargs", options, "lr_schedule", "lr_schedule.arguments")
         warmup = int(schedule.get("warmup") or 0)
         if warmup:
             self.set("warmup_steps", warmup, "lr_schedule", "lr_schedule.warmup")
         if schedule.get("warmup_init"):
             self.note(f"the warmup starts at 0, not at lr_schedule.warmup_init {schedule['warmup_init']:g}")
         total = self.steps("iters")
-        end = int(course.steps) + warmup
+        end = int(falling_steps) + warmup
         if end != total:
             self.note(f"the learning rate falls until the last step, {total}; by lr_schedule until step {end}")
 
@@ -314,20 +310,13 @@ class _Translator:
         }
         for key, reason in unused.items():
             entry = self.written.get(key)
-            is_asked = entry is not None and entry.value not in (None, False, 0)
-            if is_asked and not (key == "val_batches" and entry is not None and entry.value == -1):
+            nothing = (None, False, 0, -1) if key == "val_batches" else (None, False, 0)
+            if entry is not None and entry.value not in nothing:
                 self.result.unused[key] = UnsupportedKey(False, reason)
 
 
-class _Course(NamedTuple):
-    start: float
-    steps: float
-    kind: str
-    options: dict[str, float]
-
-
-def _course(schedule: Any) -> _Course | None:
-    """`lr_schedule` as a schedule of macft; None if macft has none like it."""
+def _course(schedule: Any) -> tuple[float, float, str, dict[str, float]] | None:
+    """(peak rate, steps, lr_scheduler_type, its options) of `lr_schedule`; None if macft has no schedule like it."""
     if not isinstance(schedule, dict):
         return None
     name, numbers = schedule.get("name"), schedule.get("arguments")
@@ -341,7 +330,7 @@ def _course(schedule: Any) -> _Course | None:
         kind, options = ("polynomial", {"lr_end": float(end), "power": 1.0}) if end > 0 else ("linear", {})
     else:
         return None
-    return _Course(start, steps, kind, options) if end < start else None
+    return (start, steps, kind, options) if end < start else None
 
 
 def _holds_texts(path: Path) -> bool:

@@ -30,7 +30,8 @@ def to_own_names(entries: Mapping[str, ConfigEntry], problems: list[str]) -> dic
     first: dict[str, str] = {}
     for key, entry in entries.items():
         try:
-            setting = _setting(key, entry.value)
+            known = TRANSLATIONS.get(key)
+            setting = known.function(entry.value) if known else (ALIASES.get(key, key), entry.value)
         except ValueError as error:
             problems.append(f"{key} ({entry.origin}): found {shown(entry.value)}, expected {error}")
             continue
@@ -49,12 +50,6 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return repr(value) if isinstance(value, str | int | float | list | dict) else str(value)
-
-
-def _setting(key: str, value: Any) -> Setting | None:
-    if key in TRANSLATIONS:
-        return TRANSLATIONS[key].function(value)
-    return ALIASES.get(key, key), value
 
 
 def _switch(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from macft.backends.base import Model
 from macft.config.settings import Settings
 from macft.data.tokenization.table import Pairs
 from macft.objectives.preference import Preference
+from macft.system import installed_version
 from macft.training.checkpoint import Progress
 from macft.training.log.plots import plot_distribution, plot_loss, plot_metrics
 from macft.training.log.report import read_log
@@ -66,7 +66,7 @@ def finish(
             data=settings.dataset,
             settings=shown,
             results=results,
-            versions=_versions(packages),
+            versions={name: found for name in packages if (found := installed_version(name)) is not None},
         )
         write_model_card(output_dir, card)
     return (
@@ -112,13 +112,3 @@ def _examples_seen(prepared: Prepared, steps: int) -> int:
     """Examples seen, packed or not: in a part of an epoch each packed row counts as the mean. Of a stream: rows."""
     rows = prepared.plan.rows_at(steps)
     return round(rows * len(prepared.examples) / len(prepared.train)) if prepared.train else rows
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -196,8 +196,8 @@ def test_keys_that_this_run_does_not_look_at_are_said_once(warnings):
 
 
 CONTRADICTIONS = [
-    (["bf16=true", "fp16=true"], "bf16 and fp16 are both true; keep one"),
-    (["train_on_prompt=true", "mask_history=true"], "train_on_prompt and mask_history exclude each other"),
+    (["bf16=true", "fp16=true"], "bf16 and fp16 are both set; keep one"),
+    (["train_on_prompt=true", "mask_history=true"], "train_on_prompt and mask_history are both set; keep one"),
     (["eval_dataset=e", "val_size=0.1"], "eval_dataset and val_size are both set; keep one"),
     (["eval_strategy=steps"], "eval_strategy steps needs eval_dataset or val_size"),
     (["eval_strategy=no", "eval_dataset=e"], "eval_dataset is set but eval_strategy is no; remove one"),
@@ -238,7 +238,7 @@ def test_contradictions_come_with_the_problems_of_single_values():
         "  lora_rnk (command line): unknown key; did you mean lora_rank?",
         "  model_name_or_path: missing; `smollm2-135m`, a hub id, a local folder (HF or MLX layout) or a `.gguf` file.",
         "  seed (command line): found 'x', expected a whole number",
-        "  bf16 and fp16 are both true; keep one",
+        "  bf16 and fp16 are both set; keep one",
     ]
 
 

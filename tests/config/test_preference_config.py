@@ -115,7 +115,7 @@ CONTRADICTIONS = [
     *(
         (
             ["create_new_adapter=true", "adapter_name_or_path=a", f"{key}={value}"],
-            f"create_new_adapter and {key} exclude each other; keep one",
+            f"create_new_adapter and {key} are both set; keep one",
         )
         for key, value in (("use_dora", "true"), ("quantization_bit", "4"))
     ),

@@ -115,7 +115,7 @@ def test_identical_answers_are_kept_with_a_warning(folder):
         (["create_new_adapter=true"], "create_new_adapter needs adapter_name_or_path, the adapter to build on"),
         (
             ["create_new_adapter=true", "adapter_name_or_path=nowhere", "use_dora=true"],
-            "create_new_adapter and use_dora exclude each other; keep one",
+            "create_new_adapter and use_dora are both set; keep one",
         ),
         (["load_best_model_at_end=true"], "load_best_model_at_end needs an evaluation; set eval_dataset or val_size"),
     ],

@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 
 from macft.data.cache.store import read_part, read_table, table_bytes, with_digest, write_table
-from macft.data.cache.workers import Builder, Encoder, chunks, default_workers, unwritable
+from macft.data.cache.workers import Builder, Encoder, chunks, unwritable
 from macft.data.formats.dataset import Request
 from macft.data.formats.reader import DataRow
 from macft.data.notes import Note
@@ -30,6 +30,7 @@ from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.table import Table
 from macft.errors import DataError
 from macft.files import cache_dir, write_json
+from macft.system import usable_cores
 from macft.text import plural, size
 
 logger = logging.getLogger("macft")
@@ -97,7 +98,7 @@ def tokenized(
         return found
     encoder = Encoder(request.kind, encoding, {path: i for i, path in enumerate(files)})
     show = partial(progress or (lambda _: nullcontext(lambda _: None)), _total(request))
-    return _build(request, cache, encoder, workers or default_workers(), show)
+    return _build(request, cache, encoder, workers or usable_cores(), show)
 
 
 def cache_key(request: Request, encoding: Encoding) -> str:

@@ -113,13 +113,6 @@ class Builder:
         self.advance(count)
 
 
-def default_workers() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 # the encoder of a worker process
 _own: list[Encoder] = []
 
