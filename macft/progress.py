@@ -24,6 +24,11 @@ _SECONDS_BEFORE_BAR = 1.0
 _SECONDS_BETWEEN_LINES = 30.0
 
 
+def stderr_is_terminal() -> bool:
+    """Whether progress can be drawn: on a terminal that moves its cursor."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
 def tracked(items: Iterable[T], total: int, label: str) -> Iterator[T]:
     """Yield the items while showing how many of `total` are done."""
     with _shown(label, total, lambda done: f"{done} of {total} batches") as advance:
@@ -60,7 +65,7 @@ def watching(destination: Path, label: str) -> Iterator[None]:
 def _shown(
     label: str, total: int | None, describe: Callable[[int], str], *, is_bytes: bool = False
 ) -> Iterator[Advance]:
-    if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+    if stderr_is_terminal():
         with _bar(label, total, is_bytes=is_bytes) as advance:
             yield advance
         return

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from macft.backends.batch_layout import BatchLayout, plain_layout, shared_layout
 from macft.data.batches import unpack
 from macft.objectives.batch import Batch
+
+
+class ComputesLogits(Protocol):
+    """One way to compute a model."""
+
+    def logits(self, layout: BatchLayout) -> np.ndarray:
+        """float32 [K, V]: the logits at `rows` of a layout."""
+
+
+def agree(
+    fast: ComputesLogits, layout: BatchLayout, plain: ComputesLogits, plain_layout: BatchLayout, tolerance: float
+) -> bool:
+    """Whether a faster way gives the logits of the plain one, at layouts of the same positions."""
+    try:
+        found, expected = fast.logits(layout), plain.logits(plain_layout)
+    except Exception:  # whatever a foreign model file does not expect
+        return False
+    return found.shape == expected.shape and bool(np.allclose(found, expected, rtol=tolerance, atol=tolerance))
 
 
 def probe_rows() -> BatchLayout:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from macft.config.settings import Settings
 from macft.errors import ConfigError
 
 
@@ -20,6 +21,10 @@ class MetricGoal:
     greater_is_better: bool
     patience: int | None = None
 
+    def is_out_of_patience(self, best: BestEvaluation) -> bool:
+        """Whether training stops, as too many evaluations have not improved the best."""
+        return self.patience is not None and best.evaluations_since >= self.patience
+
 
 @dataclass(frozen=True)
 class BestEvaluation:
@@ -31,20 +36,12 @@ class BestEvaluation:
     results: Mapping[str, float] = field(default_factory=dict)  # all figures of that evaluation
 
 
-@dataclass(frozen=True)
-class EvaluationOutcome:
-    """What one evaluation changes."""
-
-    best: BestEvaluation
-    is_best: bool
-    is_enough: bool  # patience has run out: training stops
-
-
-def metric_goal(metric: str | None, greater_is_better: bool | None, patience: int | None) -> MetricGoal:
+def metric_goal(settings: Settings) -> MetricGoal:
     """The goal that settings name: by default eval_loss; greater is better unless the name ends in loss."""
-    name = metric or "eval_loss"
+    name = settings.metric_for_best_model or "eval_loss"
     name = name if name.startswith("eval_") else f"eval_{name}"
-    return MetricGoal(name, not name.endswith("loss") if greater_is_better is None else greater_is_better, patience)
+    greater = settings.greater_is_better
+    return MetricGoal(name, not name.endswith("loss") if greater is None else greater, settings.early_stopping_steps)
 
 
 def check_metric(goal: MetricGoal, names: Iterable[str]) -> None:
@@ -57,18 +54,16 @@ def check_metric(goal: MetricGoal, names: Iterable[str]) -> None:
         )
 
 
-def judge(goal: MetricGoal, best: BestEvaluation, step: int, values: Mapping[str, float]) -> EvaluationOutcome:
-    """Compare the evaluation after `step` steps with the best before; an equal value, or nan, is not better.
+def judge(goal: MetricGoal, best: BestEvaluation, step: int, values: Mapping[str, float]) -> BestEvaluation:
+    """The better of the best evaluation before and the one after `step` steps; an equal value, or nan, is not better.
 
-    `values` are its figures. Raises ConfigError, as `check_metric` does, if the goal's is not among them.
+    `values` are the new one's figures. Raises ConfigError, as `check_metric` does, if the goal's is not among them.
     """
     check_metric(goal, values)
     value = float(values[goal.metric])
     if _is_better(goal, value, best.value):
-        return EvaluationOutcome(BestEvaluation(step, value, results=dict(values)), is_best=True, is_enough=False)
-    since = best.evaluations_since + 1
-    is_enough = goal.patience is not None and since >= goal.patience
-    return EvaluationOutcome(replace(best, evaluations_since=since), is_best=False, is_enough=is_enough)
+        return BestEvaluation(step, value, results=dict(values))
+    return replace(best, evaluations_since=best.evaluations_since + 1)
 
 
 def _is_better(goal: MetricGoal, value: float, before: float | None) -> bool:

@@ -10,12 +10,13 @@ import numpy as np
 from macft.backends.base import Model
 from macft.config.settings import Settings
 from macft.data.tokenization.table import Pairs
+from macft.files import write_text
 from macft.objectives.preference import Preference
 from macft.system import installed_version
 from macft.training.checkpoint import Progress
 from macft.training.log.plots import plot_distribution, plot_loss, plot_metrics
 from macft.training.log.report import read_log
-from macft.training.log.results import merge_results, model_card, train_results, write_model_card
+from macft.training.log.results import merge_results, model_card, train_results
 from macft.training.model_files import ModelFiles
 from macft.training.objective import make_objective
 from macft.training.prepare import Prepared
@@ -68,7 +69,7 @@ def finish(
             results=results,
             versions={name: found for name in packages if (found := installed_version(name)) is not None},
         )
-        write_model_card(output_dir, card)
+        write_text(output_dir / "README.md", card)
     return (
         f"{_rewards_text(settings, output_dir, progress)}mean loss {results['train_loss']:.4f}, "
         f"{results['train_tokens_per_second']:.0f} tokens/s, peak memory {results['peak_memory_gb']:.1f} GB"

@@ -19,7 +19,7 @@ from macft.text import plural
 from macft.training.checkpoint import Progress, checkpoint_problem, list_checkpoints, save_checkpoint
 from macft.training.checks.alarms import CurveAlarms
 from macft.training.checks.first_step import check_start
-from macft.training.early_stopping import MetricGoal, judge, metric_goal
+from macft.training.early_stopping import judge, metric_goal
 from macft.training.evaluate import evaluate
 from macft.training.log.report import Report, StepRecord
 from macft.training.log.results import eval_results, merge_results
@@ -48,7 +48,7 @@ class TrainingLoop:
         self.report = report
         self.output_dir = output_dir
         self.objective = make_objective(settings)
-        self.goal = metric_goal_of(settings)
+        self.goal = metric_goal(settings)
         # with another model as reference, rewards do not start at 0
         self.alarms = CurveAlarms(has_reference=settings.has_reference and not settings.names_reference)
         plan = prepared.plan
@@ -81,10 +81,10 @@ class TrainingLoop:
         must_save, is_enough = False, False
         is_due = plan.is_due(settings.when_to_evaluate, settings.steps_per_evaluation, progress.step)
         if is_due and self.prepared.valid:
-            outcome = judge(self.goal, progress.best, progress.step, self.evaluate(progress.step))
-            progress = replace(progress, best=outcome.best)
-            must_save = outcome.is_best and settings.load_best_model_at_end
-            is_enough = outcome.is_enough and not is_last
+            best = judge(self.goal, progress.best, progress.step, self.evaluate(progress.step))
+            progress = replace(progress, best=best)
+            must_save = best.evaluations_since == 0 and settings.load_best_model_at_end
+            is_enough = self.goal.is_out_of_patience(best) and not is_last
         if is_enough:
             self.report.log()
             self.report.message(
@@ -193,11 +193,6 @@ def _is_undecided(batch: NumpyBatch) -> bool:
         return False
     chosen, rejected = np.split(batch.tokens, 2)
     return np.array_equal(chosen, rejected)
-
-
-def metric_goal_of(settings: Settings) -> MetricGoal:
-    """The metric by which evaluations of this run are compared."""
-    return metric_goal(settings.metric_for_best_model, settings.greater_is_better, settings.early_stopping_steps)
 
 
 def _stopped_text(output_dir: Path, step: int, total_steps: int) -> str:

@@ -102,16 +102,21 @@ class ModelFiles:
         return {name: value.astype(np.float32) for name, value in load_file(folder / FULL_WEIGHTS).items()}
 
     def _check_shape(self, expected: AdapterConfig, found: AdapterConfig, folder: Path) -> None:
-        pairs = {
-            "lora_rank": (found.rank, expected.rank),
-            "lora_alpha": (found.alpha, expected.alpha),
-            "use_rslora": (found.use_rslora, expected.use_rslora),
-            "use_dora": (found.use_dora, expected.use_dora),
-            "lora_target": (sorted(found.target_modules), sorted(expected.target_modules)),
-        }
-        problems = [f"{key} {old}, this run has {new}" for key, (old, new) in pairs.items() if old != new]
+        old = {**shape_keys(found), "lora_target": sorted(found.target_modules)}
+        new = {**shape_keys(expected), "lora_target": sorted(expected.target_modules)}
+        problems = [f"{key} {old[key]}, this run has {new[key]}" for key in old if old[key] != new[key]]
         if problems:
             raise UsageError(f"{folder}: written with {'; '.join(problems)}; set it back")
+
+
+def shape_keys(config: AdapterConfig) -> dict[str, object]:
+    """The shape of an adapter, without its targets, under the keys of the settings."""
+    return {
+        "lora_rank": config.rank,
+        "lora_alpha": config.alpha,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+    }
 
 
 RUN_FILES = (

@@ -23,6 +23,7 @@ from macft.objectives.batch import NumpyBatch
 from macft.process_group import ONE_PROCESS, ProcessGroup
 from macft.training.data import read_data, read_stream, seed
 from macft.training.model import resolve_start, resolve_template
+from macft.training.model_files import shape_keys
 from macft.weights.adapters.formats import read_any_adapter
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
@@ -162,15 +163,9 @@ def _hash(order: str) -> str:
 
 def _check_start(settings: Settings, start: Adapter, base: ModelFolder) -> None:
     """Raise ConfigError for keys that contradict the loaded adapter, whose own shape is used."""
-    own = {
-        "lora_rank": start.config.rank,
-        "lora_alpha": start.config.alpha,
-        "use_rslora": start.config.use_rslora,
-        "use_dora": start.config.use_dora,
-    }
     problems = [
         f"{key} is {getattr(settings, key)}, the adapter has {value}"
-        for key, value in own.items()
+        for key, value in shape_keys(start.config).items()
         if key in settings.model_fields_set and getattr(settings, key) not in (None, value)
     ]
     expected = {name.strip() for name in settings.lora_target.split(",")}
@@ -232,11 +227,5 @@ def resolved(settings: Settings, prepared: Prepared, backend_name: str) -> Setti
     }
     if prepared.start is not None:
         config = prepared.start.config
-        update |= {
-            "lora_rank": config.rank,
-            "lora_alpha": config.alpha,
-            "lora_target": ",".join(config.target_modules),
-            "use_rslora": config.use_rslora,
-            "use_dora": config.use_dora,
-        }
+        update |= {**shape_keys(config), "lora_target": ",".join(config.target_modules)}
     return settings.model_copy(update=update)

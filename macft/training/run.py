@@ -18,13 +18,13 @@ from macft.process_group import ONE_PROCESS
 from macft.system import keep_awake
 from macft.training.checkpoint import Progress, find_checkpoint, read_optimizer_state, read_progress
 from macft.training.checks.output_dir import check_base_is_safe, check_output_dir, clear_output_dir
-from macft.training.early_stopping import check_metric
+from macft.training.early_stopping import check_metric, metric_goal
 from macft.training.evaluate import metric_names
 from macft.training.finish import finish
 from macft.training.log.report import Report
 from macft.training.log.summary import log_data, log_model
 from macft.training.log.trackers import check_reporters, open_reporters
-from macft.training.loop import TrainingLoop, metric_goal_of
+from macft.training.loop import TrainingLoop
 from macft.training.model_files import ModelFiles
 from macft.training.objective import make_objective
 from macft.training.prepare import Prepared, model_spec, prepare, resolved
@@ -122,7 +122,7 @@ def _optimizer_spec(settings: Settings) -> OptimizerSpec:
 def _check_goal(settings: Settings, prepared: Prepared) -> None:
     """Raise now, and not after many steps, ConfigError for a metric that no evaluation will have."""
     if prepared.valid:
-        check_metric(metric_goal_of(settings), metric_names(make_objective(settings), prepared.valid[0]))
+        check_metric(metric_goal(settings), metric_names(make_objective(settings), prepared.valid[0]))
 
 
 @contextmanager

@@ -7,10 +7,16 @@ from dataclasses import asdict
 
 import pytest
 
+from macft.config.settings import Settings
 from macft.errors import ConfigError
 from macft.training.early_stopping import BestEvaluation, MetricGoal, check_metric, judge, metric_goal
 
 MARGIN = "eval_rewards/margins"
+
+
+def goal_of(metric: str | None, greater_is_better: bool | None, patience: int | None) -> MetricGoal:
+    keys = {"metric_for_best_model": metric, "greater_is_better": greater_is_better, "early_stopping_steps": patience}
+    return metric_goal(Settings(model_name_or_path="m", dataset="d", output_dir="o", **keys))
 
 
 def follow(
@@ -19,15 +25,14 @@ def follow(
     """(is_best, is_enough, best so far) after each evaluation, one every ten steps."""
     best, seen = best or BestEvaluation(), []
     for number, value in enumerate(values, start=1):
-        verdict = judge(goal, best, 10 * number, {goal.metric: value, "eval_other": 9.0})
-        best = verdict.best
-        seen.append((verdict.is_best, verdict.is_enough, best))
+        best = judge(goal, best, 10 * number, {goal.metric: value, "eval_other": 9.0})
+        seen.append((best.evaluations_since == 0, goal.is_out_of_patience(best), best))
     return seen
 
 
 def test_by_default_the_smallest_eval_loss_is_the_best():
-    assert metric_goal(None, None, None) == MetricGoal("eval_loss", greater_is_better=False, patience=None)
-    seen = follow(metric_goal(None, None, None), [0.7, 0.5, 0.6, 0.4])
+    assert goal_of(None, None, None) == MetricGoal("eval_loss", greater_is_better=False, patience=None)
+    seen = follow(goal_of(None, None, None), [0.7, 0.5, 0.6, 0.4])
     assert [is_best for is_best, _, _ in seen] == [True, True, False, True]
     assert [best.step for _, _, best in seen] == [10, 20, 20, 40]
     # all figures of the best evaluation go along
@@ -45,12 +50,12 @@ def test_by_default_the_smallest_eval_loss_is_the_best():
     ],
 )
 def test_a_name_with_or_without_eval_means_the_same_and_losses_are_to_be_small(given, metric, greater):
-    assert metric_goal(given, None, 3) == MetricGoal(metric, greater, 3)
-    assert metric_goal(given, not greater, 3) == MetricGoal(metric, not greater, 3)
+    assert goal_of(given, None, 3) == MetricGoal(metric, greater, 3)
+    assert goal_of(given, not greater, 3) == MetricGoal(metric, not greater, 3)
 
 
 def test_greater_is_better_for_a_margin():
-    seen = follow(metric_goal("rewards/margins", None, None), [-0.1, 0.2, 0.1])
+    seen = follow(goal_of("rewards/margins", None, None), [-0.1, 0.2, 0.1])
     assert [is_best for is_best, _, _ in seen] == [True, True, False]
     assert seen[-1][2] == BestEvaluation(20, 0.2, 1, {MARGIN: 0.2, "eval_other": 9.0})
 
@@ -63,7 +68,7 @@ def test_patience_counts_evaluations_in_a_row_and_a_better_one_starts_it_anew():
 
 
 def test_without_patience_it_is_never_enough():
-    assert not any(is_enough for _, is_enough, _ in follow(metric_goal(None, None, None), [0.5] + [0.6] * 50))
+    assert not any(is_enough for _, is_enough, _ in follow(goal_of(None, None, None), [0.5] + [0.6] * 50))
 
 
 def test_a_value_that_is_no_number_is_never_the_best():
@@ -88,8 +93,8 @@ def test_a_metric_that_is_not_there_names_those_that_are():
         "eval_loss, eval_rewards/margins"
     )
     with pytest.raises(ConfigError) as error:
-        judge(metric_goal("rewards/margin", None, None), BestEvaluation(), 10, {MARGIN: 0.1, "eval_loss": 0.5})
+        judge(goal_of("rewards/margin", None, None), BestEvaluation(), 10, {MARGIN: 0.1, "eval_loss": 0.5})
     assert str(error.value) == text
     with pytest.raises(ConfigError, match=r"eval_loss, eval_rewards/margins$"):
-        check_metric(metric_goal("rewards/margin", None, None), {"eval_loss", MARGIN})
-    check_metric(metric_goal("rewards/margins", None, None), {"eval_loss", MARGIN})
+        check_metric(goal_of("rewards/margin", None, None), {"eval_loss", MARGIN})
+    check_metric(goal_of("rewards/margins", None, None), {"eval_loss", MARGIN})

@@ -12,7 +12,7 @@ from macft.backends.batch_layout import lay_out, pad_batch
 from macft.backends.mlx import generate as generation
 from macft.backends.mlx import lora
 from macft.backends.mlx import model as models
-from macft.backends.mlx.split import Columns, SplitModel, split
+from macft.backends.mlx.split import Columns, SplitModel, split, to_device
 from macft.backends.mlx.step import (
     AdamW,
     GradientStep,
@@ -127,10 +127,11 @@ class MlxModel:
         return StepResult(_float(loss), _float(norm), {name: _float(value) for name, value in metrics.items()})
 
     def _dropout_keys(self, step: int, index: int) -> mx.array | None:
+        """One key per layer, for one micro-batch."""
         if self._dropout is None or self._dropout.rate == 0.0:
             return None
         seed = dropout_seed(self._seed, step, index, self._group.rank)
-        return lora.dropout_keys(seed, len(self.info.target_modules))
+        return mx.random.split(mx.random.key(seed), len(self.info.target_modules))
 
     def _gradients(
         self, objective: Objective, batch: NumpyBatch, keys: mx.array | None, scale: mx.array
@@ -140,7 +141,7 @@ class MlxModel:
             self._steps[objective] = (eager, mx.compile(eager))
         eager, compiled = self._steps[objective]
         batch = pad_batch(batch, self._multiple)
-        columns, layout = _arrays(batch.columns), self._lay_out(batch, objective.positions(batch))
+        columns, layout = to_device(batch.columns), self._lay_out(batch, objective.positions(batch))
         shape = tuple(size for array in (*columns.values(), *layout.values()) for size in array.shape)
         if self._compiles and len(self._shapes) < MAX_COMPILED_SHAPES:
             self._shapes.add(shape)
@@ -159,7 +160,7 @@ class MlxModel:
 
     def _lay_out(self, batch: NumpyBatch, positions: np.ndarray) -> Columns:
         layout = lay_out(batch, positions, share=self._split.shares_prompts, multiple=self._multiple)
-        return _arrays(layout.columns)
+        return to_device(layout.columns)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         self._stop_training()
@@ -204,10 +205,6 @@ class MlxModel:
 
     def _place_masters(self) -> None:
         place(self._model, cast(self._masters, self._dtype))
-
-
-def _arrays(columns: dict[str, np.ndarray]) -> Columns:
-    return {name: mx.array(value) for name, value in columns.items()}
 
 
 def _float(scalar: mx.array) -> float:

@@ -140,11 +140,6 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (math.inf, part) for part in name.split(".")]  # type: ignore[misc]
 
 
-def dropout_keys(seed: int, count: int) -> mx.array:
-    """One key per layer, for one micro-batch."""
-    return mx.random.split(mx.random.key(seed), count)
-
-
 def canonical_name(path: str) -> str:
     """PEFT's name of a trainable parameter; a full model's parameters keep their own names."""
     last = path.rpartition(".")[2]

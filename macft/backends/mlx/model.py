@@ -167,9 +167,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     trainable = sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
     total = 0
     for _, module in model.named_modules():
-        own = [value for value in module.values() if isinstance(value, mx.array)]
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             total += module.weight.size * 32 // module.bits
         else:
-            total += sum(value.size for value in own)
+            total += sum(value.size for value in module.values() if isinstance(value, mx.array))
     return trainable, total

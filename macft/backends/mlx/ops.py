@@ -13,43 +13,35 @@ _ROW_BLOCK = 32
 
 
 class MlxOps:
-    """One line per name."""
+    """`macft.objectives.ops.Ops`, whose docstrings hold for its methods."""
 
     def sum(self, x: mx.array) -> mx.array:
-        """Sum over all elements."""
         return exact_sum(x)
 
     def row_sum(self, x: mx.array) -> mx.array:
-        """[rows, T] -> [rows]."""
         x = x.astype(mx.float32)
         extra = -x.shape[1] % _ROW_BLOCK
         x = mx.pad(x, [(0, 0), (0, extra)]) if extra else x
         return x.reshape(x.shape[0], -1, _ROW_BLOCK).sum(axis=-1).sum(axis=-1)
 
     def log_sigmoid(self, x: mx.array) -> mx.array:
-        """-log(1 + exp(-x))."""
         # logaddexp's own slope is 1 - sigmoid(x), of which nothing is left from x = 18 on
         value, slope = -mx.logaddexp(0.0, -x), mx.exp(-mx.logaddexp(0.0, x))
         return mx.stop_gradient(value) + (x - mx.stop_gradient(x)) * mx.stop_gradient(slope)
 
     def log(self, x: mx.array) -> mx.array:
-        """Natural logarithm."""
         return mx.log(x)
 
     def expm1(self, x: mx.array) -> mx.array:
-        """exp(x) - 1."""
         return mx.expm1(x)
 
     def maximum(self, x: mx.array, low: float) -> mx.array:
-        """Elementwise."""
         return mx.maximum(x, low)
 
     def minimum(self, x: mx.array, high: float) -> mx.array:
-        """Elementwise."""
         return mx.minimum(x, high)
 
     def stop_gradient(self, x: mx.array) -> mx.array:
-        """x as a constant."""
         return mx.stop_gradient(x)
 
 

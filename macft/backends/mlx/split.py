@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from macft.backends.batch_layout import BatchLayout
 from macft.backends.mlx.ops import cross_entropy
 from macft.backends.mlx.packed import PackedCache, restarting_rope
-from macft.backends.probes import probe_packed, probe_pairs, probe_rows
+from macft.backends.probes import agree, probe_packed, probe_pairs, probe_rows
 from macft.backends.shared import LOGITS_AT_ONCE
 
 # What model files call their backbone.
@@ -112,6 +113,10 @@ class SplitModel:
         finally:
             self.backbone.hidden = None
 
+    def logits(self, layout: BatchLayout) -> np.ndarray:
+        """float32 [K, V]: the logits at `rows` of a layout."""
+        return np.array(self.lm_head(self.hidden(to_device(layout.columns))).astype(mx.float32))
+
     def logps(self, layout: Columns, *, with_gradient: bool) -> mx.array:
         """float32 [K]: log p(target) at every row of a layout, times its validity.
 
@@ -162,12 +167,8 @@ def _split(model: nn.Module, *, lm_head_is_frozen: bool, may_share: bool, tolera
     # An instance attribute shadows the module's entry for reading; the parameter tree stays.
     object.__setattr__(owner, name, backbone)
     halves = SplitModel(model, backbone, lm_head_is_frozen)
-    try:
-        plain = _columns(probe_rows())
-        is_same = _close(halves.lm_head(halves.hidden(plain)), whole.lm_head(whole.hidden(plain)), tolerance)
-    except Exception:  # whatever a foreign model file does not expect
-        is_same = False
-    if not is_same:
+    rows = probe_rows()
+    if not agree(halves, rows, whole, rows, tolerance):
         object.__delattr__(owner, name)
         return whole
     halves.shares_prompts = may_share and _can_share(halves, whole, tolerance)
@@ -179,30 +180,19 @@ def _can_share(halves: SplitModel, whole: SplitModel, tolerance: float) -> bool:
     if any(type(cache) is not KVCache for cache in make_prompt_cache(halves.model)):
         return False
     shared, plain = probe_pairs()
-    try:
-        return _close(halves.lm_head(halves.hidden(_columns(shared))), whole.hidden(_columns(plain)), tolerance)
-    except Exception:  # as above
-        return False
+    return agree(halves, shared, whole, plain, tolerance)
 
 
 def _can_pack(model: SplitModel, tolerance: float) -> bool:
     """Whether examples in one row get the logits of rows of their own; the rotary modules then stay able to restart."""
-    packed, plain = (_columns(layout) for layout in probe_packed())
-    expected = model.lm_head(model.hidden(plain))
+    packed, plain = probe_packed()
     restore = restarting_rope(model.model)
-    try:
-        is_same = _close(model.lm_head(model.hidden(packed)), expected, tolerance)
-    except Exception:  # as above
-        is_same = False
+    is_same = agree(model, packed, model, plain, tolerance)
     if not is_same:
         restore()
     return is_same
 
 
-def _columns(layout: BatchLayout) -> Columns:
-    return {name: mx.array(value) for name, value in layout.columns.items()}
-
-
-def _close(a: mx.array, b: mx.array, tolerance: float) -> bool:
-    a, b = a.astype(mx.float32), b.astype(mx.float32)
-    return a.shape == b.shape and bool(mx.allclose(a, b, rtol=tolerance, atol=tolerance).item())
+def to_device(columns: Mapping[str, np.ndarray]) -> Columns:
+    """The columns of a batch or of a layout as MLX arrays."""
+    return {name: mx.array(value) for name, value in columns.items()}

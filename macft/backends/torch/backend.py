@@ -151,7 +151,7 @@ class TorchModel:
             )
 
     def trained_state(self) -> State:
-        return lora.trainable_state(self._model)
+        return {name: lora.to_numpy(parameter) for name, parameter in self._trained.items()}
 
     def set_trained_state(self, state: State) -> None:
         lora.set_trainable_state(self._model, state)

@@ -65,11 +65,6 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
     return {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def trainable_state(model: torch.nn.Module) -> State:
-    """Trained parameters as float32 numpy arrays."""
-    return {name: to_numpy(p) for name, p in trainable_parameters(model).items()}
-
-
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """A float32 copy on the host."""
     return tensor.detach().float().cpu().numpy().copy()

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from macft.backends.batch_layout import BatchLayout
-from macft.backends.probes import probe_packed, probe_pairs, probe_rows
+from macft.backends.probes import agree, probe_packed, probe_pairs, probe_rows
 from macft.backends.shared import LOGITS_AT_ONCE
 
 Columns = dict[str, torch.Tensor]
@@ -108,6 +108,10 @@ class SplitModel:
         with _instead_of_backbone(self.model.get_decoder(), hidden[None]):
             return self.model(input_ids=dummy).logits[0].float()
 
+    def logits(self, layout: BatchLayout) -> np.ndarray:
+        """float32 [K, V]: the logits at `rows` of a layout."""
+        return self.lm_head(self.hidden(self.columns(layout))).cpu().numpy()
+
     def logps(self, layout: Columns) -> torch.Tensor:
         """float32 [K]: log p(target) at every row of a layout, times its validity.
 
@@ -158,11 +162,8 @@ def split(
     tolerance = 1e-4 if device.type == "cpu" else 2e-2
     whole = SplitModel(model, device, splits=False, lm_head_is_frozen=lm_head_is_frozen)
     halves = SplitModel(model, device, splits=True, lm_head_is_frozen=lm_head_is_frozen)
-    plain = halves.columns(probe_rows())
-    try:
-        is_same = _close(halves.lm_head(halves.hidden(plain)), whole.hidden(plain), tolerance)
-    except Exception:  # whatever a foreign model file does not expect
-        is_same = False
+    rows = probe_rows()
+    is_same = agree(halves, rows, whole, rows, tolerance)
     found = halves if is_same else whole
     found.shares_prompts = is_same and may_share and _can_share(halves, whole, tolerance)
     found.packs = may_pack and _can_pack(found, tolerance)
@@ -174,22 +175,11 @@ def _can_share(halves: SplitModel, whole: SplitModel, tolerance: float) -> bool:
     layers = DynamicCache(config=halves.model.config).layers
     if any(type(layer) is not DynamicLayer for layer in layers):
         return False
-    shared, plain = (halves.columns(layout) for layout in probe_pairs())
-    try:
-        return _close(halves.lm_head(halves.hidden(shared)), whole.hidden(plain), tolerance)
-    except Exception:  # as above
-        return False
+    shared, plain = probe_pairs()
+    return agree(halves, shared, whole, plain, tolerance)
 
 
 def _can_pack(model: SplitModel, tolerance: float) -> bool:
     """Whether examples in one row get the logits of rows of their own."""
-    packed, plain = (model.columns(layout) for layout in probe_packed())
-    try:
-        return _close(model.lm_head(model.hidden(packed)), model.lm_head(model.hidden(plain)), tolerance)
-    except Exception:  # as above
-        return False
-
-
-def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
-    a, b = a.float(), b.float()
-    return a.shape == b.shape and bool(np.allclose(a.cpu(), b.cpu(), rtol=tolerance, atol=tolerance))
+    packed, plain = probe_packed()
+    return agree(model, packed, model, plain, tolerance)

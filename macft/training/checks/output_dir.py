@@ -22,7 +22,7 @@ def check_output_dir(settings: Settings, output_dir: Path) -> None:
     _check_writable(output_dir)
     if settings.resume_from_checkpoint is not False or settings.overwrite_output_dir:
         return
-    if _is_occupied(output_dir):
+    if any((output_dir / name).exists() for name in RUN_FILES) or any(output_dir.glob("checkpoint-*")):
         raise UsageError(
             f"output_dir: {output_dir} already holds a run; set resume_from_checkpoint=true to continue it, "
             "overwrite_output_dir=true to start again, or another output_dir"
@@ -59,7 +59,3 @@ def clear_output_dir(output_dir: Path) -> None:
         shutil.rmtree(checkpoint)
     for name in (*RUN_FILES, *PICTURES):
         (output_dir / name).unlink(missing_ok=True)
-
-
-def _is_occupied(output_dir: Path) -> bool:
-    return any((output_dir / name).exists() for name in RUN_FILES) or any(output_dir.glob("checkpoint-*"))

@@ -18,6 +18,7 @@ from rich.table import Column
 from macft.errors import MacftError
 from macft.files import write_text
 from macft.process_group import ONE_PROCESS, ProcessGroup
+from macft.progress import stderr_is_terminal
 from macft.training.log.trackers import Reporter
 
 LOG_NAME = "trainer_log.jsonl"
@@ -68,7 +69,7 @@ class Report:
         self._since_log: list[StepRecord] = list(unlogged)
         self._started = time.perf_counter()
         self._file = _open_log(output_dir, start_step) if group.is_main else None
-        self._bar = _Bar(total_steps, start_step) if group.is_main and _stderr_is_terminal() else None
+        self._bar = _Bar(total_steps, start_step) if group.is_main and stderr_is_terminal() else None
 
     def __enter__(self) -> Report:
         return self
@@ -95,17 +96,15 @@ class Report:
         if not records:
             return {}
         last = records[-1]
-        values = {
-            "loss": _mean([record.loss for record in records]),
-            "lr": last.lr,
-            "grad_norm": last.grad_norm,
-        }
-        values.update(_mean_of_extras(records))
+        mean_loss = _mean([record.loss for record in records])
+        values = {"loss": mean_loss, "lr": last.lr, "grad_norm": last.grad_norm, **_mean_of_extras(records)}
         values = self._with_speed(values, records)
         values["total_tokens"] = self.total_tokens
         self._write(last.step, last.epoch, values)
         if not self._bar:
-            self.message(step_line(last.step, self._total_steps, values, self._left(last.step)))
+            # columns line up from step to step
+            text = _values_text(values, self._left(last.step), aligned=True)
+            self.message(f"{_step_label(last.step, self._total_steps)}  {text}")
         return values
 
     def evaluation(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
@@ -200,11 +199,6 @@ class _Bar:
         self._progress.stop()
 
 
-def step_line(step: int, total_steps: int, values: Mapping[str, float], left: str) -> str:
-    """The line of one logging step for a log file; columns line up from step to step."""
-    return f"{_step_label(step, total_steps)}  {_values_text(values, left, aligned=True)}"
-
-
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
     """The rows of trainer_log.jsonl, [] without one; a last line cut short by a crash is left out.
 
@@ -239,10 +233,6 @@ def _open_log(output_dir: Path, start_step: int) -> TextIO:
     kept = [row for row in rows if row["current_steps"] <= start_step]
     write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return path.open("a", encoding="utf-8")
-
-
-def _stderr_is_terminal() -> bool:
-    return sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal
 
 
 def _mean(values: Sequence[float]) -> float:

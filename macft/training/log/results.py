@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from macft import __version__
-from macft.files import write_json, write_text
+from macft.files import write_json
 
 
 def train_results(
@@ -59,11 +59,6 @@ def merge_results(output_dir: Path, name: str, values: Mapping[str, float]) -> N
     write_json(path, {**_read_results(path), **values})
 
 
-def read_results(output_dir: Path) -> dict[str, float]:
-    """all_results.json of a run; empty if it is not there or damaged."""
-    return _read_results(output_dir / "all_results.json")
-
-
 def model_card(
     *,
     base: str,
@@ -110,11 +105,6 @@ def model_card(
             "",
         ]
     )
-
-
-def write_model_card(adapter_dir: Path, card: str) -> None:
-    """Put the card beside the adapter, as README.md."""
-    write_text(adapter_dir / "README.md", card)
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -17,7 +17,7 @@ import yaml
 from macft.errors import MacftError, MissingPackageError, UsageError
 from macft.training.log import report as report_module
 from macft.training.log.report import Report, StepRecord, read_log
-from macft.training.log.results import eval_results, merge_results, model_card, read_results, train_results
+from macft.training.log.results import eval_results, merge_results, model_card, train_results
 from macft.training.log.trackers import open_reporters
 
 LOSSES = [3.0000000000000004, 2.5, 2.25, 2.125, 2.0, 0.1 + 0.2]
@@ -110,7 +110,7 @@ def test_every_row_is_on_disk_before_the_run_ends(tmp_path):
 
 
 def test_lines_on_a_pipe_are_aligned_and_hold_no_escapes(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(report_module, "_stderr_is_terminal", sys.stderr.isatty)
+    monkeypatch.setattr(report_module, "stderr_is_terminal", sys.stderr.isatty)
     with Report(tmp_path, 60) as report:
         for step, loss in ((9, 2.34561), (10, 2.34567)):
             report.step(StepRecord(step, 0.1, loss, 4.5e-05, 1.234 * step, 203, 0.25, 1.94))
@@ -129,7 +129,7 @@ REWARDS = {"rewards/accuracies": 0.75, "rewards/margins": 0.2149, "rewards/chose
 
 
 def test_a_preference_line_shows_accuracy_and_margin_in_80_columns(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(report_module, "_stderr_is_terminal", lambda: False)
+    monkeypatch.setattr(report_module, "stderr_is_terminal", lambda: False)
     monkeypatch.setattr(report_module.time, "perf_counter", lambda: 1000.0)
     with Report(tmp_path, 1000) as report:
         report.step(StepRecord(9, 0.1, 0.61123, 5e-5, 1.5, 203, 0.25, 11.9, REWARDS))
@@ -298,7 +298,7 @@ def test_results_are_rates_by_hand_and_united_in_all_results(tmp_path):
         "eval_runtime": 0.5,
         "eval_samples_per_second": 6.0,
     }
-    assert read_results(tmp_path)["eval_loss"] == 1.75
+    assert json.loads((tmp_path / "all_results.json").read_text())["eval_loss"] == 1.75
 
 
 def test_a_damaged_summary_does_not_cost_new_results(tmp_path):
