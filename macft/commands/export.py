@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from macft.commands.options import (
-    LAYOUT,
-    PATH,
-    export_template_option,
-    merged_adapters_option,
-    verify_logits_option,
-)
+from macft.commands.options import LAYOUT, PATH, export_template_option, merged_adapters_option, verify_logits_option
 from macft.commands.output import say_model
 from macft.errors import UsageError
 from macft.text import size

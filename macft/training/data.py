@@ -128,11 +128,8 @@ def read_stream(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate
         )
     if settings.group_by_length and "group_by_length" in settings.model_fields_set:
         logger.info("group_by_length: off, for the lengths of a stream are not known")
-    encoding, request, skipped = (
-        encoding_of(settings, tokenizer, template),
-        request_of(settings),
-        int(settings.val_size),
-    )
+    encoding, request = encoding_of(settings, tokenizer, template), request_of(settings)
+    skipped = int(settings.val_size)
     log_notes(request.found.notes)
     request.found.check()
     log_notes(template_notes(request, encoding))

@@ -12,19 +12,8 @@ from macft.backends.batch_layout import lay_out, pad_batch
 from macft.backends.mlx import generate as generation
 from macft.backends.mlx import lora
 from macft.backends.mlx import model as models
+from macft.backends.mlx import step as steps
 from macft.backends.mlx.split import Columns, SplitModel, split, to_device
-from macft.backends.mlx.step import (
-    AdamW,
-    GradientStep,
-    Parameters,
-    cast,
-    clip,
-    gradient_step,
-    place,
-    token_logps,
-    trainable_parameters,
-    whole_logits,
-)
 from macft.backends.shared import CPU_TOKENS_AT_ONCE, dropout_seed, load_notes, step_parts
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Objective
@@ -96,13 +85,13 @@ class MlxModel:
         self._dropout = dropout
         self._seed = seed
         self._group = group
-        self._optimizer = AdamW(optimizer)
-        self._steps: dict[Objective, tuple[GradientStep, GradientStep]] = {}
+        self._optimizer = steps.AdamW(optimizer)
+        self._steps: dict[Objective, tuple[steps.GradientStep, steps.GradientStep]] = {}
         self._shapes: set[tuple[int, ...]] = set()
         self._compiles = models.on_gpu()
         self._multiple = COMPILED_SHAPE_MULTIPLE if self._compiles else 1
         self._tokens_at_once = None if models.on_gpu() else CPU_TOKENS_AT_ONCE
-        self._masters = trainable_parameters(self._model)
+        self._masters = steps.trainable_parameters(self._model)
         self._place_masters()
 
     def train_step(
@@ -112,7 +101,7 @@ class MlxModel:
         scale = mx.array(1.0 / weight)
         loss = mx.array(0.0)
         metrics: dict[str, mx.array] = {}
-        gradients: Parameters | None = None
+        gradients: steps.Parameters | None = None
         for index, batch in step_parts(micro_batches, self._tokens_at_once, packs=self._split.packs):
             value, more, new = self._gradients(objective, batch, self._dropout_keys(step, index), scale)
             loss = loss + value
@@ -120,7 +109,7 @@ class MlxModel:
             gradients = new if gradients is None else {path: gradients[path] + g for path, g in new.items()}
             mx.eval(loss, metrics, gradients)
         assert gradients is not None, "a step without micro-batches"
-        gradients, norm = clip(gradients, self._optimizer.spec.max_grad_norm)
+        gradients, norm = steps.clip(gradients, self._optimizer.spec.max_grad_norm)
         self._masters = self._optimizer.update(self._masters, gradients, lr)
         mx.eval(norm, self._masters, self._optimizer.moments)
         self._place_masters()
@@ -135,9 +124,9 @@ class MlxModel:
 
     def _gradients(
         self, objective: Objective, batch: NumpyBatch, keys: mx.array | None, scale: mx.array
-    ) -> tuple[mx.array, dict[str, mx.array], Parameters]:
+    ) -> tuple[mx.array, dict[str, mx.array], steps.Parameters]:
         if objective not in self._steps:
-            eager = gradient_step(self._split, self._dropout, objective, self._dtype)
+            eager = steps.gradient_step(self._split, self._dropout, objective, self._dtype)
             self._steps[objective] = (eager, mx.compile(eager))
         eager, compiled = self._steps[objective]
         batch = pad_batch(batch, self._multiple)
@@ -156,7 +145,7 @@ class MlxModel:
         assert batch.segment_ids is None or self._split.packs, "this model takes one example per row"
         self._stop_training()
         layout = self._lay_out(batch, positions)
-        return np.array(token_logps(self._split, layout, positions.shape, with_gradient=False))
+        return np.array(steps.token_logps(self._split, layout, positions.shape, with_gradient=False))
 
     def _lay_out(self, batch: NumpyBatch, positions: np.ndarray) -> Columns:
         layout = lay_out(batch, positions, share=self._split.shares_prompts, multiple=self._multiple)
@@ -164,7 +153,7 @@ class MlxModel:
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         self._stop_training()
-        return whole_logits(self._model, tokens)
+        return steps.whole_logits(self._model, tokens)
 
     def generate(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
@@ -184,7 +173,7 @@ class MlxModel:
 
     def set_trained_state(self, state: State) -> None:
         lora.set_trainable_state(self._model, state)
-        self._masters = trainable_parameters(self._model)
+        self._masters = steps.trainable_parameters(self._model)
         self._place_masters()
 
     def optimizer_state(self) -> State:
@@ -204,7 +193,7 @@ class MlxModel:
         return int(mx.get_peak_memory()) if models.on_gpu() else peak_process_memory()
 
     def _place_masters(self) -> None:
-        place(self._model, cast(self._masters, self._dtype))
+        steps.place(self._model, steps.cast(self._masters, self._dtype))
 
 
 def _float(scalar: mx.array) -> float:
