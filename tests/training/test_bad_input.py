@@ -244,7 +244,7 @@ def test_a_sliding_window_that_mlx_would_ignore(folder, model):
     copy = changed_model(model, folder / "copy", model_type="mistral", sliding_window=8)
     message = refused(folder, f"model_name_or_path={copy}", "backend=mlx")
     assert message.endswith(
-        "but mistral attends over 8 tokens and the MLX backend would ignore that window: "
+        "but mistral attends over 8 tokens and the MLX backend would ignore that window; "
         "set cutoff_len to 8 or less, or use --backend torch"
     )
     assert macft("train", "run.yaml", f"model_name_or_path={copy}", "--backend", "torch").code == 0
