@@ -12,7 +12,7 @@ from macft.data.tokenization.packing import PackedExample
 from macft.data.tokenization.table import TokenizedExample, TokenizedFeedback, TokenizedPair
 from macft.objectives.batch import Batch, NumpyBatch
 
-# What a row of a batch is made of; a pair makes two rows, and so does a rated answer.
+# What batches are made from; a pair, like a rated answer, becomes two rows of one.
 TrainingRow = TokenizedExample | TokenizedPair | PackedExample | TokenizedFeedback
 
 
@@ -22,11 +22,11 @@ class Measured(Protocol):
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [rows]: tokens of each, of a pair those of the longer side."""
+        """int64 [rows]: tokens of each row, of a pair those of the longer side."""
 
 
 def collate(examples: Sequence[TrainingRow]) -> NumpyBatch:
-    """Stack rows of one sort into a right-padded batch; padding is never a target."""
+    """Stack rows of one kind into a right-padded batch; padding is never a target."""
     pairs = [example for example in examples if isinstance(example, TokenizedPair)]
     if pairs:
         return _collate_pairs(pairs)
@@ -45,7 +45,7 @@ def _collate_packed(rows: Sequence[PackedExample]) -> NumpyBatch:
     for i, row in enumerate(rows):
         lengths = [len(part.tokens) for part in row.parts]
         segment_ids[i, : sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    # what stands before the first token of an example does not belong to it, and says nothing about it
+    # the token before an example belongs to another one, and cannot predict its first token
     begins = np.diff(segment_ids, axis=1, prepend=0) != 0
     return replace(batch, loss_mask=batch.loss_mask & ~begins, segment_ids=segment_ids)
 
@@ -56,13 +56,13 @@ def _joined(parts: Sequence[TokenizedExample]) -> TokenizedExample:
 
 
 def unpack(batch: NumpyBatch) -> NumpyBatch:
-    """The examples of packed rows, one a row, in the order in which they stand, but for those of one token."""
+    """The examples of packed rows, one per row and in order, without those of a single token."""
     assert batch.segment_ids is not None, "the rows are not packed"
     parts = []
     for tokens, mask, segments in zip(batch.tokens, batch.loss_mask, batch.segment_ids, strict=True):
         for segment in range(1, int(segments.max()) + 1):
             parts.append(TokenizedExample(tokens[segments == segment], mask[segments == segment]))
-    # a model that reads all tokens but the last would read nothing of a single one
+    # a model reads all tokens but the last: nothing, if there is only one
     return _stack([part for part in parts if len(part.tokens) > 1])
 
 
@@ -107,7 +107,7 @@ def _collate_feedback(rows: Sequence[TokenizedFeedback]) -> NumpyBatch:
 
 
 def row_length(example: TrainingRow) -> int:
-    """Tokens of the example, of a packed row, or of the longer row of what makes two."""
+    """Tokens of the example or packed row; of the longer row where it becomes two."""
     if isinstance(example, TokenizedPair):
         return max(len(example.chosen.tokens), len(example.rejected.tokens))
     if isinstance(example, PackedExample):
@@ -118,7 +118,7 @@ def row_length(example: TrainingRow) -> int:
 
 
 def lengths_of(rows: Sequence[TrainingRow]) -> np.ndarray:
-    """int64 [rows]: `row_length` of each, without reading those that know it."""
+    """int64 [rows]: `row_length` of each, without reading rows whose lengths are known."""
     if isinstance(rows, Measured):
         return rows.lengths
     return np.array([row_length(row) for row in rows], dtype=np.int64)

@@ -32,27 +32,27 @@ Streamed = TokenizedExample | PackedExample
 
 @dataclass(frozen=True)
 class Kind:
-    """What the rows of some data are, and everything that is done differently for them.
+    """A kind of data, and everything that is done differently for it.
 
-    `encode` makes a table of rows (the mapping numbers their files); `take` gives what is trained on of some rows of
-    a table, packed if asked to; `stream` gives the same of one table after the other.
+    `encode` turns rows into a table (the mapping numbers their files); `take` returns the trainable rows of a table,
+    packed if asked to; `stream` yields those of one table after the other.
     """
 
-    name: str  # as keys of the cache and of checkpoints have it
-    stages: tuple[str, ...]  # the first is what a file without a config is looked at for
-    noun: str  # a row, once it is tokenized
-    row_noun: str  # a row, as it stands in a file
-    holds: Callable[[DataSource, Collection[str]], bool]  # whether keys of the first row show this kind
+    name: str  # in the keys of caches and checkpoints
+    stages: tuple[str, ...]  # the first is assumed for a file without a config
+    noun: str  # what a tokenized row is called
+    row_noun: str  # what a row in a file is called
+    holds: Callable[[DataSource, Collection[str]], bool]  # whether the keys of the first row show this kind
     reader: RowReader[Any]
     encode: Callable[[Sequence[Any], Encoding, Mapping[str, int] | None], Table]
     take: Callable[..., tuple[Rows | PackedRows, TokenizeReport]]
     preview: Callable[[Any, Encoding], RowPreview]
     skip_reasons: tuple[SkipReason, ...]  # as tables number them, from 1 on
     stream: Callable[[Iterable[Table], Encoding, bool], Iterator[Streamed]] | None = None
-    width: int = 1  # rows of tokens that a row becomes
+    width: int = 1  # sequences of tokens per row
     has_template: bool = True
     has_masks: bool = False  # whether train_on_prompt and mask_history apply
-    # whether rows of cutoff_len are cut from it when it is taken; else it is shortened when it is encoded
+    # whether rows of cutoff_len are cut when they are taken; otherwise rows are shortened when they are encoded
     fills_rows: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -113,7 +113,7 @@ KTO = Kind(
     preview=preview_feedback,
     skip_reasons=conversations.SKIP_REASONS,
 )
-# the first that holds what a file without a config shows is what it is taken for
+# a file without a config is of the first kind that holds its first row
 KINDS = (DPO, KTO, PT, SFT)
 
 
@@ -123,14 +123,14 @@ def kind_named(name: str) -> Kind:
 
 
 def kind_of_stage(stage: str) -> Kind:
-    """What a stage trains on."""
+    """The kind that a stage trains on."""
     return next(kind for kind in KINDS if stage in kind.stages)
 
 
 def kind_of_source(source: DataSource) -> Kind:
-    """What the first row of a data set shows; conversations where it cannot be read."""
+    """The kind that the first row of a data set shows; conversations if it cannot be read."""
     try:
-        # a declared format says it without them
+        # a declared format needs no keys
         keys = first_keys(source.files[0]) if source.row_format is None else []
     except DataError:
         keys = []

@@ -1,4 +1,4 @@
-"""Say once what there is to know about data."""
+"""Collect remarks about data, and log each one once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plan which examples every step trains on: epochs of rows that are known, or a stream."""
+"""Plan which examples every step trains on: epochs of known rows, or a stream."""
 
 from __future__ import annotations
 
@@ -35,43 +35,43 @@ class StepPlan(Protocol):
 
     @property
     def visited(self) -> np.ndarray:
-        """Indices of the rows that some step trains on, ascending, as far as they are known."""
+        """Ascending indices of the rows that any step trains on, as far as they are known."""
 
     @property
     def digest(self) -> str:
-        """Names what the steps have taken so far, where only reading tells what that is; else empty."""
+        """Identifies the rows taken so far if only reading reveals them; otherwise empty."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was found only while training."""
+        """Warnings that came up only during training."""
 
     def epoch_at(self, step: int) -> float:
-        """How many times the data have been gone through after `step`."""
+        """How many passes over the data are done after `step`."""
 
     def rows_at(self, step: int) -> int:
-        """How many rows the steps up to `step` have trained on, each counted as often as that."""
+        """How many rows the steps up to `step` have trained on, counting repetitions."""
 
     def is_due(self, strategy: Strategy, every: int, step: int) -> bool:
-        """Whether something that comes each `every` steps, or each epoch and at the end, comes after `step`."""
+        """Whether something due every `every` steps, or every epoch and at the end, is due after `step`."""
 
     def read_past(self, after: int, digest: str, /) -> None:
-        """Get behind the first `after` steps. Raises UsageError where `digest` is no longer that of what they took."""
+        """Skip the rows of the first `after` steps. Raises UsageError if `digest` is no longer theirs."""
 
     def batches(
         self, rows: Sequence[TrainingRow], after: int, say: Callable[[str], None], /
     ) -> Iterator[list[NumpyBatch]]:
-        """The micro-batches of every step from the one after `after` on, to which a stream must have been read.
+        """The micro-batches of every step after step `after`, up to which a stream must have been read.
 
-        `rows` is all that is trained on, of a stream nothing; `say` is told what there is to know on the way.
+        `rows` are all training rows (none for a stream); `say` is told what comes up on the way.
         """
 
     def describe(self, report: TokenizeReport, noun: str, row: str, /) -> tuple[str, str]:
-        """(the data, the steps) in words; `noun` is what the report counts, `row` what a step takes."""
+        """(the data, the steps) in words; `noun` names what the report counts, `row` what a step takes."""
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """Steps through rows that are known: a pure function of their lengths and the seed.
+    """Steps through known rows: a pure function of their lengths and the seed.
 
     The last step of an epoch is smaller when the numbers do not divide: nothing is dropped.
     """
@@ -80,7 +80,7 @@ class EpochPlan:
     batch_size: int
     accumulation: int
     epochs: float
-    max_steps: int  # -1: as many as `epochs` asks for
+    max_steps: int  # -1: as many as `epochs` takes
     seed: int
     sort_by_length: bool
     shuffle: bool = True  # False: every epoch in the order of the rows
@@ -101,7 +101,7 @@ class EpochPlan:
 
     @property
     def visited(self) -> np.ndarray:
-        """All, unless the plan ends before its epoch."""
+        """See StepPlan; all rows, unless the plan ends within its first epoch."""
         if self.total_steps >= self.steps_per_epoch:
             return np.arange(len(self.lengths))
         return np.sort(np.concatenate([indices for step in self.steps() for indices in step]))
@@ -122,7 +122,7 @@ class EpochPlan:
         return strategy == "epoch" and (step % self.steps_per_epoch == 0 or step == self.total_steps)
 
     def read_past(self, after: int, digest: str) -> None:
-        """Nothing has to be read."""
+        """See StepPlan; nothing has to be read."""
 
     def batches(
         self, rows: Sequence[TrainingRow], after: int, _say: Callable[[str], None]
@@ -143,7 +143,7 @@ class EpochPlan:
         )
 
     def steps(self, after: int = 0) -> Iterator[list[np.ndarray]]:
-        """Example indices of the micro-batches of every step from the one after `after` on."""
+        """Example indices of the micro-batches of every step after step `after`."""
         epoch, position = divmod(after, self.steps_per_epoch)
         step = after
         while step < self.total_steps:
@@ -173,7 +173,7 @@ class EpochPlan:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Steps through a stream: each takes the next `batch_size * accumulation` examples, whatever the epoch."""
+    """Steps through a stream: each takes the next `batch_size * accumulation` examples, regardless of epochs."""
 
     stream: Stream
     batch_size: int
@@ -192,7 +192,7 @@ class StreamPlan:
 
     @property
     def visited(self) -> np.ndarray:
-        """None are known."""
+        """See StepPlan; none are known."""
         return np.arange(0)
 
     @property
@@ -245,7 +245,7 @@ class StreamPlan:
         size = self.stream.buffer_size
         order = f"shuffled {plural(size, row)} at a time" if size > 1 else "in the order of the files"
         return (
-            f"a stream, {order}; what is lost of it is counted at the end",
+            f"a stream, {order}; rows that are cut or left out are counted at the end",
             f"{plural(self.total_steps, 'step')}, {plural(self.step_size, row)} a step "
             f"({self.batch_size} x {self.accumulation})",
         )

@@ -1,4 +1,4 @@
-"""Read rows while training: tokenized, shuffled a buffer at a time, one pass after the other without end."""
+"""Read rows during training: tokenize them, shuffle them through a buffer, and repeat the data endlessly."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from macft.data.tokenization.report import RowWarnings
 from macft.data.tokenization.table import Table, fingerprint
 from macft.errors import DataError
 
-# encoded at once, unless the buffer is smaller: as fast as thousands, and the first step need not wait
+# rows encoded at once, unless the buffer is smaller: as fast as thousands, and the first step need not wait
 ROWS_AT_ONCE = 64
 
-_NOTHING = "streaming: the data hold no example with something to train on; look at them with data check"
+_NOTHING = "streaming: the data contain no example with anything to train on; run macft data check on them"
 
 
 @dataclass
 class Stream(Iterator[Streamed]):
-    """The examples of `rows(say)`, one pass after the other without end; each pass has an order of its own.
+    """The examples of `rows(say)`, pass after pass without end; each pass has its own order.
 
-    No more than `buffer_size` examples are held, and as many rows as are encoded at once. Of a buffer of one
-    the order is that of the rows; of one that holds all of them, any order is as likely as another.
+    It holds at most `buffer_size` examples, and the rows that are encoded at once. A buffer of one keeps the order
+    of the rows; with a buffer that holds all of them, every order is equally likely.
     """
 
     rows: Callable[[Callable[[Note], None]], Iterator[DataRow]]
@@ -45,27 +45,27 @@ class Stream(Iterator[Streamed]):
 
     @property
     def digest(self) -> str:
-        """Names the examples taken so far, and their order."""
+        """Identifies the examples taken so far, and their order."""
         return self._digest.hexdigest()
 
     @cached_property
     def warnings(self) -> RowWarnings:
-        """What was lost in the first pass, as far as it was read."""
+        """What was lost in the first pass so far."""
         return self._new_warnings()
 
     def say(self, note: Note) -> None:
-        """Log what there is to know about a file, the first time that it is read."""
+        """Log a note about a file, only the first time that it is read."""
         if note not in self._said:
             self._said.add(note)
             log_notes([note])
 
     def check(self) -> None:
-        """Read up to the first example. Raises DataError: data missing, invalid up to there, or nothing to train on."""
+        """Read up to the first example. Raises DataError for missing or invalid data, or if there is none."""
         if next(self._examples(self._new_warnings()), None) is None:
             raise DataError(_NOTHING)
 
     def __next__(self) -> Streamed:
-        """The next example. Raises DataError when it comes to an invalid row, naming all of that file."""
+        """The next example. Raises DataError at an invalid row, naming all invalid rows of that file."""
         return next(self._passes)
 
     def _new_warnings(self) -> RowWarnings:
@@ -98,7 +98,7 @@ class Stream(Iterator[Streamed]):
             at = int(rng.integers(self.buffer_size))
             buffer[at], example = example, buffer[at]
             yield example
-        # from the end, so that what is taken is held no longer
+        # from the end, so that examples are released as they are taken
         order = rng.permutation(len(buffer))
         buffer = [buffer[i] for i in order]
         while buffer:

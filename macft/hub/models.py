@@ -51,7 +51,7 @@ def download_snapshot(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_MODEL_FILES, ignore_patterns=_IGNORED))
     except errors.GatedRepoError:
         raise ModelError(
-            f"{name}: gated; accept its terms on {constants.ENDPOINT}/{name}, then run: hf auth login"
+            f"{name}: gated; accept its terms at {constants.ENDPOINT}/{name}, then run: hf auth login"
         ) from None
     except errors.RepositoryNotFoundError:
         raise ModelError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from macft.data.sources.rows import Row, nearest_file, read_rows
+from macft.data.sources.rows import Row, read_rows
+from macft.data.sources.text import nearest_file
 from macft.data.templates.chat_template import Message
 from macft.errors import DataError, join_problems
 

@@ -29,15 +29,15 @@ from macft.data.tokenization.table import ANSWER_CUT, IDENTICAL, SHORTENED
 from macft.errors import DataError
 from macft.text import plural
 
-# rows that are looked at together
+# rows examined together
 _CHUNK = 1000
-# places of one kind that are shown
+# places shown per kind
 _SHOWN = 10
 _PLACEHOLDER = re.compile(r"\{\{\s*[^\W\d]\w*\s*\}\}")
 
 
 Level = Literal["problem", "left out", "note"]
-# kinds of findings in the order they are told -> how bad they are, and what is said of it
+# kinds of findings, in the order shown -> their level, and a description
 KINDS: dict[str, tuple[Level, str]] = {
     "unreadable": ("problem", "cannot be read"),
     "refused": ("problem", "cannot be trained on"),
@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[Level, str]] = {
     "placeholder": ("note", "a placeholder, which the model would learn to say"),
     "special token": ("note", "special tokens in the text, which stay special"),
     "identical": ("note", "the same tokens on both sides, which show no preference"),
-    "contradiction": ("note", "judges answers the other way round than an earlier row"),
+    "contradiction": ("note", "rates the answers of an earlier row the other way round"),
     "duplicate": ("note", "repeats an earlier row"),
     "same prompt": ("note", "asks what an earlier row asks, with another answer"),
     "evaluation": ("note", "evaluated on and trained on"),
@@ -60,7 +60,7 @@ KINDS: dict[str, tuple[Level, str]] = {
 
 @dataclass(frozen=True)
 class RowFinding:
-    """`source`: where, as file:row; `detail`: what exactly."""
+    """A finding about one row; `source` is its file:row."""
 
     kind: str
     source: str
@@ -68,18 +68,22 @@ class RowFinding:
 
     @property
     def level(self) -> Level:
-        """problem: training refuses the data; left out: it goes on without the row; note: worth a look."""
+        """problem: training refuses the data; left out: it continues without the row; note: worth a look."""
         return KINDS[self.kind][0]
 
 
 @dataclass
 class DataCheck:
-    """What was found in so many rows."""
+    """The findings about the rows of a data set."""
 
     noun: str
     rows: int = 0
     held_out: int = 0  # rows of the evaluation set
     findings: list[RowFinding] = field(default_factory=list)
+
+    def add(self, kind: str, source: str, detail: str) -> None:
+        """Add a finding about the row at `source`."""
+        self.findings.append(RowFinding(kind, source, detail))
 
     @property
     def is_sound(self) -> bool:
@@ -89,7 +93,7 @@ class DataCheck:
 
 @dataclass
 class _Known:
-    """Where each row, each prompt and each pair turned round stands first; `order` has the rows' marks in order."""
+    """The first place of each row, prompt and reversed pair; `order` has the marks of all rows."""
 
     rows: dict[bytes, str] = field(default_factory=dict)
     prompts: dict[bytes, str] = field(default_factory=dict)
@@ -106,11 +110,11 @@ def check(
     say: Say = lambda _: None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> DataCheck:
-    """Look at every row of the files of a request, also at those behind an invalid one, and at an evaluation set.
+    """Check every row in the files of a request, including those after an invalid one, and of an evaluation set.
 
-    Where dataset_info.json takes a part of a file (`split`, `num_samples`), all of the file is looked at.
-    `say` is told what there is to know about each file, `advance` how many more rows are done. Raises DataError when
-    a data set cannot be found or holds rows of another kind.
+    Where dataset_info.json selects a part of a file (`split`, `num_samples`), the whole file is checked. `say` is told
+    about each file, `advance` how many more rows are done. Raises DataError when a data set cannot be found or holds
+    rows of another kind.
     """
     report = DataCheck(encoder.kind.row_noun)
     rows = partial(_rows, encoder=encoder, report=report, say=say, advance=advance)
@@ -136,7 +140,7 @@ def _is_whole(source: DataSource) -> bool:
 def _rows(
     request: Request, encoder: Encoder, report: DataCheck, say: Say, advance: Callable[[int], None]
 ) -> Iterator[DataRow]:
-    """The rows that can be read, with findings about each by itself."""
+    """The readable rows; adds the findings about each."""
     request.found.check()
     sources = [request.kind.reader.check(source) for source in request.found.sources]
     special = SpecialTokens(encoder.encoding.tokenizer)
@@ -166,7 +170,7 @@ def _readable_of(
     report: DataCheck,
     say: Say,
 ) -> Iterator[DataRow]:
-    """The sound rows of a file; `read_file` by itself would stop at the first problem."""
+    """The valid rows of a file; `read_file` alone would stop at the first problem."""
     sound: deque[DataRow] = deque()
 
     def read(row_format: RowFormat, value: dict[str, Any], source: str, errors: RowErrors) -> DataRow | None:
@@ -189,7 +193,7 @@ def _readable_of(
 
 
 def _unread(path: Path, error: DataError) -> list[RowFinding]:
-    """What `read_file` says of a file besides the problems of its rows: lines that are none, or that it is damaged."""
+    """The findings of `read_file` besides invalid rows: unreadable lines, or a damaged file."""
     try:
         found = [
             RowFinding("unreadable", f"{path}:{item.number}", item.problem)
@@ -202,23 +206,20 @@ def _unread(path: Path, error: DataError) -> list[RowFinding]:
 
 
 def _note_contents(row: DataRow, special: SpecialTokens, report: DataCheck) -> None:
-    def note(kind: str, detail: str) -> None:
-        report.findings.append(RowFinding(kind, row.source, detail))
-
     marks = [found for text in row.texts if "{{" in text for found in _PLACEHOLDER.findall(text)]
     if marks:
-        note("placeholder", ", ".join(dict.fromkeys(marks)))
+        report.add("placeholder", row.source, ", ".join(dict.fromkeys(marks)))
     if found := special.all_in(row):
-        note("special token", ", ".join(found))
+        report.add("special token", row.source, ", ".join(found))
     for i, message in enumerate(row.messages, 1):
         if not message["content"].strip() and not message.get("tool_calls") and message["role"] != "tool":
-            note("empty", f"the {message['role']} message {i} is empty")
+            report.add("empty", row.source, f"the {message['role']} message {i} is empty")
     if unusual := _unusual_order(row):
-        note("order", unusual)
+        report.add("order", row.source, unusual)
 
 
 def _unusual_order(row: DataRow) -> str:
-    """The first thing that is unusual about the roles of a conversation, or of a pair's prompt; empty if none is."""
+    """The first oddity in the roles of a conversation, or of a pair's prompt; empty if there is none."""
     roles = [message["role"] for message in row.turns]
     turns = [(i, role) for i, role in enumerate(roles, 1) if role != "system"]
     late = [i for i, role in enumerate(roles, 1) if role == "system" and i > 1]
@@ -230,14 +231,16 @@ def _unusual_order(row: DataRow) -> str:
         return f"message {result} is a tool's result that follows no call"
     for (i, role), (_, after) in pairwise(turns):
         if role == after and role != "tool":
-            return f"messages {i} and {i + 1} are both of the {role}"
+            return f"messages {i} and {i + 1} are both from the {role}"
     if turns and row.messages[-1]["role"] != "assistant":
-        return f"message {turns[-1][0]}, the last, is of the {turns[-1][1]} and has no answer: it is not trained on"
+        return (
+            f"message {turns[-1][0]}, the last, is from the {turns[-1][1]} and has no answer, so it is not trained on"
+        )
     return ""
 
 
 def _lone_result(messages: Sequence[Message]) -> int:
-    """The first result of a tool that follows neither a call nor another result; 0 if there is none."""
+    """The first tool result that follows neither a call nor another result; 0 if there is none."""
     called = False
     for i, message in enumerate(messages, 1):
         if message["role"] == "tool" and not called:
@@ -250,30 +253,29 @@ def _note_tokens(chunk: Sequence[DataRow], encoder: Encoder, report: DataCheck) 
     try:
         table = encoder(chunk)
     except DataError as error:
-        # one row after the other, to know every one that is refused
+        # row by row, to find every refused one
         if len(chunk) > 1:
             for row in chunk:
                 _note_tokens([row], encoder, report)
             return
         detail = next(iter(error.problems)) if isinstance(error, RefusedError) else str(error)
-        report.findings.append(RowFinding("refused", chunk[0].source, detail.removeprefix(f"{chunk[0].source}: ")))
+        report.add("refused", chunk[0].source, detail.removeprefix(f"{chunk[0].source}: "))
         return
     columns = table.columns
-    for kind, flag in (("shortened", SHORTENED), ("answer cut", ANSWER_CUT), ("identical", IDENTICAL)):
-        report.findings += [
-            RowFinding(
-                kind, chunk[i].source, f"cutoff_len {encoder.encoding.cutoff_len}" if kind != "identical" else ""
-            )
-            for i in (columns["flags"] & flag).nonzero()[0].tolist()
-        ]
+    cutoff = f"cutoff_len {encoder.encoding.cutoff_len}"
+    for kind, flag, detail in (
+        ("shortened", SHORTENED, cutoff),
+        ("answer cut", ANSWER_CUT, cutoff),
+        ("identical", IDENTICAL, ""),
+    ):
+        for i in (columns["flags"] & flag).nonzero()[0].tolist():
+            report.add(kind, chunk[i].source, detail)
     for i in columns["boundary_tokens"].nonzero()[0].tolist():
-        report.findings.append(
-            RowFinding("boundary_tokens", chunk[i].source, plural(int(columns["boundary_tokens"][i]), "token"))
-        )
+        report.add("boundary_tokens", chunk[i].source, plural(int(columns["boundary_tokens"][i]), "token"))
     for i in columns["skip_reason"].nonzero()[0].tolist():
         reason = encoder.kind.skip_reasons[columns["skip_reason"][i] - 1]
         detail = reason.of_row.format(cutoff_len=encoder.encoding.cutoff_len)
-        report.findings.append(RowFinding("refused" if reason.is_refusal else "left out", chunk[i].source, detail))
+        report.add("refused" if reason.is_refusal else "left out", chunk[i].source, detail)
 
 
 def _mark(value: Any) -> bytes:
@@ -281,7 +283,7 @@ def _mark(value: Any) -> bytes:
 
 
 def _marks(row: DataRow) -> tuple[bytes, bytes | None]:
-    """Of the row and of what it asks; equal for rows that say the same."""
+    """Marks of the row and of its question; equal for rows that say the same."""
     return _mark(row.identity), None if row.question is None else _mark(row.question)
 
 
@@ -289,33 +291,33 @@ def _note_repetition(row: DataRow, known: _Known, report: DataCheck) -> None:
     whole, prompt = _marks(row)
     known.order.append((whole, row.source))
     if whole in known.rows:
-        report.findings.append(RowFinding("duplicate", row.source, f"as {known.rows[whole]}"))
+        report.add("duplicate", row.source, f"as {known.rows[whole]}")
         return
     known.rows[whole] = row.source
     if row.opposite is not None:
         if whole in known.turned:
-            report.findings.append(RowFinding("contradiction", row.source, f"as {known.turned[whole]} turned round"))
+            report.add("contradiction", row.source, f"as {known.turned[whole]} the other way round")
         known.turned[_mark(row.opposite)] = row.source
     if prompt is not None and known.prompts.setdefault(prompt, row.source) != row.source:
-        report.findings.append(RowFinding("same prompt", row.source, f"as {known.prompts[prompt]}"))
+        report.add("same prompt", row.source, f"as {known.prompts[prompt]}")
 
 
 def _note_overlap(row: DataRow, train: _Known, report: DataCheck) -> None:
     whole, prompt = _marks(row)
     if whole in train.rows:
-        report.findings.append(RowFinding("evaluation", row.source, f"as {train.rows[whole]}"))
+        report.add("evaluation", row.source, f"as {train.rows[whole]}")
     elif prompt is not None and prompt in train.prompts:
-        report.findings.append(RowFinding("evaluation prompt", row.source, f"as {train.prompts[prompt]}"))
+        report.add("evaluation prompt", row.source, f"as {train.prompts[prompt]}")
 
 
 def _note_split(known: _Known, val_size: float, seed: int, report: DataCheck) -> None:
-    """Duplicates of which val_size holds one out and leaves another."""
+    """Find duplicates of which val_size holds out one and keeps another."""
     kept, held_out = split_examples(known.order, val_size, seed)
     report.held_out = len(held_out)
     trained = dict(reversed(kept))
     for mark, source in held_out:
         if mark in trained:
-            report.findings.append(RowFinding("evaluation", source, f"as {trained[mark]}, which val_size leaves in"))
+            report.add("evaluation", source, f"as {trained[mark]}, which val_size leaves in")
 
 
 def as_json(report: DataCheck) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Show the rows of a data file or a training config as the trainer sees them, one of them or all."""
+"""Preview, measure or check the rows of a data file or a training config as the trainer sees them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from macft.training.data import encoding_of, held_out_request, request_of, templ
 from macft.training.model import resolve_template
 
 DEFAULT_MODEL = "smollm2-135m"
-# what stats tries besides cutoff_len, as multiples of it
+# the values that stats tries, as multiples of cutoff_len
 _CUTOFFS = (0.5, 1, 2, 4)
 
 
@@ -51,7 +51,7 @@ class Inspected:
 
     @property
     def encoder(self) -> Encoder:
-        """Makes tables that name no files."""
+        """An encoder for tables without file names."""
         return Encoder(self.request.kind, self.encoding, {})
 
 
@@ -59,7 +59,7 @@ def inspect(source: str, overrides: Sequence[str], model: str | None) -> Inspect
     """A data set (a path, a hub id, a name in dataset_info.json), or the one of a config, with its tokenizer."""
     settings = _settings(source, overrides, model)
     found = resolve_sources(settings.dataset, settings.dataset_dir, settings.hub)
-    # a config says by its stage what its data are, a file by its first row
+    # a config determines its kind of data by its stage, a file by its first row
     if not _is_config(source) and "stage" not in settings.model_fields_set and found.sources:
         settings = settings.model_copy(update={"stage": kind_of_source(found.sources[0]).stages[0]})
     folder = _tokenizer_folder(settings)
@@ -75,7 +75,7 @@ def inspect(source: str, overrides: Sequence[str], model: str | None) -> Inspect
 def preview_source(source: str, overrides: Sequence[str], row: int, model: str | None, as_json: bool) -> None:
     """Print row `row` (from 0) of a data set, or of a config's data set, to standard output."""
     inspected = inspect(source, overrides, model)
-    # what follows it is not read: one row of a large data set shows at once
+    # later rows are not read, so that a row of a large data set shows at once
     rows = list(islice(inspected.request.rows(_log), row + 1))
     if not 0 <= row < len(rows):
         raise UsageError(f"row {row}: there are {len(rows)} rows, expected 0 to {len(rows) - 1}")
@@ -130,7 +130,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _tokenizer_folder(settings: Settings) -> Path:
-    """A folder as it is, for no weights are needed here; anything else names a model."""
+    """A folder as given, since no weights are needed here; anything else is the name of a model."""
     name = settings.tokenizer_name_or_path or settings.model_name_or_path
     folder = Path(name).expanduser()
     if folder.is_dir():

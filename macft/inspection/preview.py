@@ -1,4 +1,4 @@
-"""Print a row as it is trained on, with the trained text marked."""
+"""Print a row as training sees it, with the trained text marked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from macft.data.tokenization.row_preview import Pieces, RowPreview
 def show(preview: RowPreview, console: Console) -> None:
     """Print the text, part by part, then a line of counts.
 
-    Trained text is green where the console has colors, else it stands in ⟦ ⟧.
+    Trained text is green if the console has colors, else enclosed in ⟦ ⟧.
     """
     for title, pieces in preview.sections:
         if title:
@@ -48,7 +48,7 @@ def _visible_character(character: str) -> str:
     if character == "\t":
         return "⇥"
     kind = unicodedata.category(character)
-    # controls could steer the terminal; formats, separators and unassigned ones cannot be seen
+    # control characters could steer the terminal; the others are invisible
     if kind in ("Cc", "Cf", "Cn", "Co", "Zl", "Zp") or (kind == "Zs" and character != " "):
         return f"<U+{ord(character):04X}>"
     return character

@@ -1,4 +1,4 @@
-"""Measure how long the rows of a data set are and what `cutoff_len` takes of them."""
+"""Measure how long the rows of a data set are, and what `cutoff_len` cuts from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from macft.data.cache.workers import Encoder
+from macft.data.cache.workers import Encoder, chunks
 from macft.data.formats.reader import DataRow
 from macft.data.kinds import Kind
 from macft.data.tokenization.table import ANSWER_CUT, EMPTIED, SHORTENED, Table
@@ -25,7 +24,7 @@ from macft.errors import DataError
 from macft.files import write_bytes
 from macft.text import plural
 
-# rows that are looked at together
+# rows measured together
 _CHUNK = 1000
 _UNCUT = 2**31 - 1
 _LONGEST = 5
@@ -53,12 +52,12 @@ class Stats:
 
     kind: Kind
     rows: int = 0
-    untrained: int = 0  # nothing in them to train on, whatever the cutoff_len
+    untrained: int = 0  # nothing to train on, whatever the cutoff_len
     tokens: int = 0
     trained_tokens: int = 0
     boundary_tokens: int = 0
     with_special: int = 0
-    first_special: str = ""  # where the first of them stands
+    first_special: str = ""  # the place of the first of them
     with_tools: int = 0
     turns: Counter[int] = field(default_factory=Counter)  # answers in a row -> rows
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -79,7 +78,7 @@ def measure(
     packing: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Stats:
-    """Tokenize all rows, whole and at each of `cutoffs`, in memory that grows only with their number.
+    """Tokenize all rows, whole and at each of `cutoffs`, keeping only a few numbers per row.
 
     `packing` is for texts; `advance` is told how many more rows are done. Raises DataError as reading and rendering
     do, or when there are no rows.
@@ -89,7 +88,7 @@ def measure(
         replace(encoder, encoding=replace(encoder.encoding, cutoff_len=cutoff_len)) for cutoff_len in (_UNCUT, *cutoffs)
     )
     lengths: list[np.ndarray] = []
-    for chunk in _chunks(rows):
+    for chunk in chunks(rows, _CHUNK):
         table = whole(chunk)
         lengths.append(table.lengths)
         _count(stats, chunk, table)
@@ -100,7 +99,7 @@ def measure(
     if not stats.rows:
         raise DataError("the data set holds no rows")
     every = np.concatenate(lengths)
-    # what is left out has no tokens
+    # rows that are left out have no tokens
     stats.lengths = every[every > 0]
     stats.longest = sorted((one for one in stats.longest if one[0]), key=lambda one: -one[0])
     if encoder.kind.fills_rows:
@@ -109,12 +108,6 @@ def measure(
             filled = -(-(np.array([stats.tokens]) if packing else stats.lengths) // cut.cutoff_len)
             cut.rows = int(filled.sum())
     return stats
-
-
-def _chunks(rows: Iterable[DataRow]) -> Iterator[list[Any]]:
-    source = iter(rows)
-    while chunk := list(islice(source, _CHUNK)):
-        yield chunk
 
 
 def _count(stats: Stats, chunk: Sequence[DataRow], table: Table) -> None:
@@ -139,7 +132,7 @@ def _count(stats: Stats, chunk: Sequence[DataRow], table: Table) -> None:
 
 
 def _cut(cut: CutCounts, chunk: Sequence[DataRow], table: Table, encoder: Encoder) -> None:
-    """Only rows that are too long are tokenized once more."""
+    """Add what one cutoff_len does; only rows that are too long are tokenized again."""
     long = np.flatnonzero(table.lengths > cut.cutoff_len)
     if not len(long):
         return
@@ -154,7 +147,7 @@ def _cut(cut: CutCounts, chunk: Sequence[DataRow], table: Table, encoder: Encode
 
 
 def as_json(stats: Stats) -> dict[str, Any]:
-    """All figures, and the length of every row that can be trained on."""
+    """All figures as JSON values."""
     value = {name: getattr(stats, name) for name in ("noun", "rows", "untrained", "tokens", "trained_tokens")}
     value |= {name: getattr(stats, name) for name in ("boundary_tokens", "with_special", "first_special", "with_tools")}
     return value | {
@@ -190,7 +183,7 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int | None, int]]:
 
 
 def show(stats: Stats, cutoff_len: int, console: Console) -> None:
-    """Print the figures, the lengths as bars (in red what is longer than `cutoff_len`), and what cutoffs take."""
+    """Print the figures, the lengths as bars (red where longer than `cutoff_len`), and what each cutoff cuts."""
     for name, text in _facts(stats):
         console.print(Text(f"{name:<16}{text}"), soft_wrap=True, highlight=False)
     _show_bars(stats, cutoff_len, console)
@@ -219,7 +212,7 @@ def _facts(stats: Stats) -> Iterator[tuple[str, str]]:
     first = f" (first: {stats.first_special})" if stats.with_special else ""
     yield "special tokens", f"typed in the text of {plural(stats.with_special, noun)}{first}"
     if not stats.kind.fills_rows:
-        yield "boundary_tokens", f"{plural(stats.boundary_tokens, 'token')} on the border of an answer"
+        yield "boundary tokens", f"{plural(stats.boundary_tokens, 'token')} on the border of an answer"
 
 
 def _show_bars(stats: Stats, cutoff_len: int, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Compute KTO (arXiv 2402.01306) over answers that are each rated desirable or not.
+"""Compute KTO (arXiv 2402.01306) over answers rated desirable or not.
 
 S is the log-probability of an answer, A its mean over the tokens, ref S the reference's, s(x) = 1 / (1 + e^-x). With
 r = S - ref S and z the KL term, an answer costs chosen_weight (1 - s(beta (r - z))) if it is desirable, else
@@ -32,9 +32,9 @@ class Kto(Objective):
         return (share * self.chosen_weight + (1.0 - share) * self.rejected_weight) / 2.0
 
     def complete(self, batch: NumpyBatch, score: Score) -> NumpyBatch:
-        """The answers, with z = max(0, mean over mismatched answers of S - ref S) in place of those.
+        """Replace the mismatched answers by z = max(0, mean over them of S - ref S).
 
-        Raises MacftError where the batch has no reference.
+        Raises MacftError if the batch has no reference.
         """
         if batch.reference_logps is None:
             raise MacftError(
@@ -82,7 +82,7 @@ class Kto(Objective):
         return ops.sum(losses), {name: ops.sum(value) for name, value in metrics.items()}
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Means over the answers that a metric is of; what there is none of is left out, as is the second share."""
+        """Means over the answers that a metric covers, without metrics of none and without the second share."""
         shares = {side: metrics[f"share/{side}"] for side in ("chosen", "rejected")}
         found = {"share/chosen": shares["chosen"]}
         for name, value in metrics.items():
@@ -102,7 +102,7 @@ def answer_scores(ops: Ops, logps: Array, batch: Batch[Array]) -> tuple[Array, A
 
 
 def _part(batch: NumpyBatch, rows: slice) -> NumpyBatch:
-    """Some rows, without the padding that only others need."""
+    """Some rows, without padding that only the others need."""
     lengths = batch.lengths[rows]
     width = int(lengths.max())
     assert batch.reference_logps is not None

@@ -16,14 +16,14 @@ Score = Callable[[NumpyBatch, np.ndarray], np.ndarray]
 
 
 class Objective(Protocol):
-    """What a training step needs to know about a loss."""
+    """A loss, and what a training step needs to know about it."""
 
     def complete(self, batch: NumpyBatch, _score: Score) -> NumpyBatch:
-        """The batch with what the loss needs of the policy and takes as a constant; the rest asks for such a batch."""
+        """Add what the loss needs from the policy as constants; the other methods take the completed batch."""
         return batch
 
     def weight(self, batch: NumpyBatch) -> float:
-        """What the summed loss is divided by, known before any forward pass."""
+        """The divisor of the summed loss, known before any forward pass."""
 
     def positions(self, batch: NumpyBatch) -> np.ndarray:
         """bool [rows, T-1]: which next tokens need a log-probability."""
@@ -32,7 +32,7 @@ class Objective(Protocol):
         """Summed loss and summed metrics; logps is float32 [rows, T-1], 0 outside `positions`."""
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
-        """What is said of a step, or of an evaluation, whose mean metrics these are."""
+        """The figures to report for a step or an evaluation with these mean metrics."""
         return metrics
 
 

@@ -10,7 +10,7 @@ Array = Any
 
 
 class Ops(Protocol):
-    """Array functions that every backend offers, beside slices, comparisons and + - * / on its arrays."""
+    """Array functions that every backend offers besides slices, comparisons and + - * / on its arrays."""
 
     def sum(self, x: Array) -> Array:
         """Sum over all elements, as a scalar array."""
@@ -38,7 +38,7 @@ class Ops(Protocol):
 
 
 class NumpyOps:
-    """The oracle of the tests, and what evaluation uses: double precision throughout."""
+    """Ops in double precision throughout, for evaluation and as the oracle in tests."""
 
     def sum(self, x: np.ndarray) -> Any:
         """Sum over all elements."""

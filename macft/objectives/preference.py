@@ -14,7 +14,7 @@ from macft.errors import MacftError
 from macft.objectives.batch import Batch, NumpyBatch
 from macft.objectives.losses import Objective
 from macft.objectives.ops import Array, NumpyOps, Ops
-from macft.objectives.preference_losses import LOSSES, Terms, losses_where
+from macft.objectives.preference_losses import LOSSES, Options, Terms, losses_where
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,10 @@ class PromptBeta:
 
 
 @dataclass(frozen=True)
-class Preference(Objective):
+class Preference(Options, Objective):
     """One of `LOSSES` over pairs, with `ftx` times the SFT loss of the chosen answer added."""
 
     loss: str = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    simpo_gamma: float = 0.5
     ftx: float = 0.0
     ld_alpha: float | None = None
     prompt_beta: PromptBeta | None = None  # None: every pair has `beta`
@@ -67,7 +64,7 @@ class Preference(Objective):
     def __call__(self, ops: Ops, logps: Array, batch: Batch[Array]) -> tuple[Array, dict[str, Array]]:
         """Sum over pairs of loss + ftx * (-A_c), and the sums of the metrics.
 
-        Raises MacftError where the loss compares with a reference and the batch has none.
+        Raises MacftError if the loss compares with a reference and the batch has none.
         """
         beta, perplexity = self._beta(ops, logps, batch)
         terms = self._terms(ops, logps, batch, beta)
@@ -97,7 +94,7 @@ class Preference(Objective):
         if self.prompt_beta.source == "policy":
             perplexity = ops.stop_gradient(perplexity)
         beta = self.prompt_beta.limited(ops, self.beta * self.prompt_beta.scale * perplexity)
-        # 1 where the prompt has a token to be surprised by, else 0
+        # 1 where the prompt has a token to predict, else 0
         has_prompt = ops.minimum(_prompt_tokens(ops, batch), 1.0)
         return has_prompt * beta + (1.0 - has_prompt) * self.beta, perplexity
 
@@ -144,14 +141,14 @@ class Preference(Objective):
 
 
 def _known(column: Array | None, need: str, way_out: str) -> Array:
-    """A column that the reference fills before training."""
+    """A column that the reference fills in before training. Raises MacftError if it is missing."""
     if column is None:
-        raise MacftError(f"{need}, and the batch has none; score the pairs with the reference, or take {way_out}")
+        raise MacftError(f"{need}, and the batch has none; score the pairs with the reference, or use {way_out}")
     return column
 
 
 def answer_positions(batch: NumpyBatch, *, with_prompt: bool) -> np.ndarray:
-    """bool [rows, T-1]: next tokens of the answers, and of the prompts (once a pair)."""
+    """bool [rows, T-1]: next tokens of the answers, and of the prompts (once per pair)."""
     assert batch.prompt_mask is not None, "a preference objective takes pairs"
     mask = batch.loss_mask | batch.prompt_mask if with_prompt else batch.loss_mask
     return mask[:, 1:]

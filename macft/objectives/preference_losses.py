@@ -1,4 +1,4 @@
-"""List the values of `pref_loss`: each loss is a function of the terms of its pairs and one row of the table.
+"""List the values of `pref_loss`: each is a function of the terms of its pairs, and a row of the table.
 
 S is the log-probability of an answer (c: chosen, r: rejected), A its mean over the n tokens, ref S and ref A the
 reference's, delta = (S_c - ref S_c) - (S_r - ref S_r), s(x) = 1 / (1 + e^-x).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # settings are checked against this table, and need no NumPy for it
     from macft.objectives.ops import Array, Ops
@@ -18,25 +18,18 @@ if TYPE_CHECKING:  # settings are checked against this table, and need no NumPy 
 _ORPO_CEILING = -1e-6
 
 
-class Options(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Options:
     """The numbers of a configuration that losses depend on."""
 
-    @property
-    def beta(self) -> float:
-        """`pref_beta`; where it differs from pair to pair, the one of the terms counts."""
-
-    @property
-    def label_smoothing(self) -> float:
-        """`dpo_label_smoothing`."""
-
-    @property
-    def simpo_gamma(self) -> float:
-        """`simpo_gamma`."""
+    beta: float = 0.1  # where it differs from pair to pair, the one of the terms counts
+    label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What the losses are functions of, each [pairs]."""
+    """The arguments of the losses, each [pairs]."""
 
     chosen: Array  # S_c
     rejected: Array  # S_r
@@ -98,7 +91,7 @@ def _simpo(ops: Ops, terms: Terms, options: Options) -> tuple[Array, dict[str, A
 
 
 def one_minus_sigmoid(ops: Ops, x: Array) -> Array:
-    """1 - s(x) = s(-x), with nothing lost where it is near 0."""
+    """1 - s(x) = s(-x), exact near 0."""
     return -ops.expm1(ops.log_sigmoid(x))
 
 
@@ -115,12 +108,12 @@ def _log_odds(ops: Ops, average: Array) -> Array:
 class Loss:
     """A value of `pref_loss`."""
 
-    # (loss [pairs], metrics of its own)
+    # -> (loss [pairs], its own metrics)
     function: Callable[[Any, Terms, Options], tuple[Any, dict[str, Any]]]
     paper: str  # arXiv
     start: Callable[[Options], float] | None  # of a policy that is its own reference; None: it compares with none
-    of_averages: bool = False  # over the tokens of an answer
-    options: frozenset[str] = frozenset()  # keys of a configuration that are for this loss
+    of_averages: bool = False  # whether it takes means over the tokens of an answer
+    options: frozenset[str] = frozenset()  # keys of a configuration that apply to this loss
     in_foodpo: bool = False  # whether it takes a beta for each prompt
 
     @property
@@ -144,11 +137,11 @@ LOSSES: dict[str, Loss] = {
 
 
 def losses_where(holds: Callable[[Loss], bool], joint: str = "and") -> str:
-    """The names of those losses, as in a sentence: `sigmoid, orpo and simpo`."""
+    """The names of those losses as a phrase: `sigmoid, orpo and simpo`."""
     *others, last = (name for name, loss in LOSSES.items() if holds(loss))
     return f"{', '.join(others)} {joint} {last}" if others else last
 
 
 def losses_with(option: str) -> str:
-    """The names of the losses that a key of a configuration is for."""
+    """The names of the losses that a key of a configuration applies to."""
     return losses_where(lambda loss: option in loss.options)

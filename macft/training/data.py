@@ -35,9 +35,9 @@ logger = logging.getLogger("macft")
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on, packed where the settings say so, and what is held out; `report` is of the former.
+    """The rows to train on, packed if the settings say so, and those held out.
 
-    `digest` names what is trained on.
+    `report` counts the training rows, and `digest` identifies them.
     """
 
     train: Rows | PackedRows
@@ -47,7 +47,7 @@ class Data:
 
 
 def encoding_of(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None) -> Encoding:
-    """How the settings have rows tokenized; only `stage: pt` does without a template."""
+    """How the settings tokenize rows; only `stage: pt` needs no template."""
     return Encoding(
         tokenizer,
         template,
@@ -58,7 +58,7 @@ def encoding_of(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate
 
 
 def request_of(settings: Settings, found: ResolvedSources | None = None) -> Request:
-    """The rows to train on; `found`: the data sets of the settings, where they are known already."""
+    """The rows to train on; `found`: the data sets of the settings, if they are already resolved."""
     probs = settings.interleave_probs
     return Request(
         kind_of_stage(settings.stage),
@@ -69,17 +69,17 @@ def request_of(settings: Settings, found: ResolvedSources | None = None) -> Requ
 
 
 def held_out_request(settings: Settings) -> Request | None:
-    """The rows of `eval_dataset`, one data set after the other; None: there is none."""
+    """The rows of `eval_dataset`, one data set after the other; None if it is not set."""
     if settings.eval_dataset is None:
         return None
     found = resolve_sources(settings.eval_dataset, settings.dataset_dir, settings.hub)
     return Request(kind_of_stage(settings.stage), found, settings.max_samples, Mixture(seed=seed(settings)))
 
 
-def template_notes(request: Request, encoding: Encoding) -> tuple[Note, ...]:
+def template_notes(request: Request, encoding: Encoding) -> list[Note]:
     """What there is to say about the template, where the rows are rendered with it."""
     if encoding.template is None or not request.kind.has_template:
-        return ()
+        return []
     return marker_notes(encoding.template, encoding.tokenizer)
 
 
@@ -106,9 +106,9 @@ def read_data(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate |
 
 @dataclass(frozen=True)
 class StreamedData:
-    """What is trained on, which is read while training, and what is held out, which is read now.
+    """The rows to train on, read while training, and those held out, read before.
 
-    `digest` names how the data are read, not what they are.
+    `digest` identifies how the data are read, not their contents.
     """
 
     stream: Stream
@@ -119,15 +119,16 @@ class StreamedData:
 def read_stream(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None) -> StreamedData:
     """The data sets of the settings as a stream, read up to its first example.
 
-    A count as `val_size` holds out the first rows. Raises ConfigError for packed conversations; DataError for data
-    that are missing, or invalid up to the first example.
+    A `val_size` holds out the first rows. Raises ConfigError for packed conversations, and DataError for data that
+    are missing, or invalid before the first example.
     """
     if settings.val_size != int(settings.val_size):
         raise ConfigError(
-            f"val_size: found {settings.val_size:g}, expected a whole count, for no share of a stream is known"
+            f"val_size: found {settings.val_size:g}, expected a whole number: a stream has no known size to take a "
+            "share of"
         )
     if settings.group_by_length and "group_by_length" in settings.model_fields_set:
-        logger.info("group_by_length: off, for the lengths of a stream are not known")
+        logger.info("group_by_length: off, because the lengths in a stream are not known")
     encoding, request = encoding_of(settings, tokenizer, template), request_of(settings)
     skipped = int(settings.val_size)
     log_notes(request.found.notes)
@@ -157,7 +158,7 @@ def read_stream(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate
 
 
 def seed(settings: Settings) -> int:
-    """What the choice and the order of the data depend on."""
+    """The seed for the choice and the order of the data."""
     return settings.seed if settings.data_seed is None else settings.data_seed
 
 
@@ -176,7 +177,7 @@ def _table(settings: Settings, request: Request, encoding: Encoding) -> Table:
 def _take(
     request: Request, encoding: Encoding, table: Table, indices: np.ndarray, *, packing: bool = False
 ) -> tuple[Rows | PackedRows, TokenizeReport]:
-    """What is trained on of some rows of a table, with its warnings logged."""
+    """The trainable rows among some of a table, with the warnings about them logged."""
     rows, report = request.kind.take(table, encoding, indices, packing=packing)
     for warning in report.warnings:
         logger.warning(warning)
@@ -197,7 +198,7 @@ def _digest(settings: Settings, table: Table, rows: np.ndarray) -> str:
 
 
 def _feedback_digest(digest: str, rows: Feedback, block: int) -> str:
-    """Ratings and blocks belong to what is trained on."""
+    """Add the ratings and the block size to a digest: training depends on them too."""
     return hashlib.sha256(f"{digest} {block} ".encode() + rows.is_desirable.tobytes()).hexdigest()
 
 

@@ -44,7 +44,7 @@ def metric_names(objective: Objective, example: TrainingRow) -> set[str]:
     if isinstance(example, TokenizedPair):
         rows = [replace(example, reference=Reference(-1.0, -1.0, 1.0))]
     if isinstance(example, TokenizedFeedback):
-        # some metrics are only of desirable answers, others only of the rest
+        # some metrics cover only desirable answers, others only the rest
         made_up = replace(example, reference=FeedbackReference(-1.0, -1.0))
         rows = [replace(made_up, is_desirable=is_desirable) for is_desirable in (True, False)]
     batch = objective.complete(collate(rows), _made_up)

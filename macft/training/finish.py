@@ -24,10 +24,9 @@ from macft.training.prepare import Prepared
 logger = logging.getLogger("macft")
 
 # Settings that a reader of the model card has no use for.
-_NOT_SHOWN = frozenset(
-    ("model_name_or_path", "dataset", "dataset_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
-) | frozenset(
-    ("plot_loss", "report_to", "run_name", "logging_steps", "save_strategy", "save_steps", "save_total_limit")
+_NOT_SHOWN = (
+    *("model_name_or_path", "dataset", "dataset_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
+    *("plot_loss", "report_to", "run_name", "logging_steps", "save_strategy", "save_steps", "save_total_limit"),
 )
 
 
@@ -77,7 +76,7 @@ def finish(
 
 
 def _rewards_text(settings: Settings, output_dir: Path, progress: Progress) -> str:
-    """Margin, and of pairs accuracy, of the model that a preference run ends with; nothing in other runs."""
+    """The final margin of a preference run, with the accuracy if it has pairs; empty for other runs."""
     accuracy, margin = "rewards/accuracies", "rewards/margins"
     best = progress.best
     if settings.load_best_model_at_end and f"eval_{margin}" in best.results:
@@ -110,6 +109,6 @@ def _plot(settings: Settings, prepared: Prepared, output_dir: Path) -> None:
 
 
 def _examples_seen(prepared: Prepared, steps: int) -> int:
-    """Examples seen, packed or not: in a part of an epoch each packed row counts as the mean. Of a stream: rows."""
+    """Examples seen; a packed row counts as the mean number of examples per row. In a stream: rows seen."""
     rows = prepared.plan.rows_at(steps)
     return round(rows * len(prepared.examples) / len(prepared.train)) if prepared.train else rows

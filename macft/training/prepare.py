@@ -34,7 +34,7 @@ logger = logging.getLogger("macft")
 
 @dataclass(frozen=True)
 class NamedReference:
-    """The model that the settings name as the reference."""
+    """The reference model that the settings name."""
 
     base: ModelFolder
     adapter: Adapter | None
@@ -56,12 +56,12 @@ class Prepared:
     valid: Rows
     report: TokenizeReport
     plan: StepPlan
-    max_length: int  # tokens of the longest example, of a stream those that it may have
+    max_length: int  # tokens of the longest example; in a stream, of the longest possible one
     data_hash: str
 
     @property
     def examples(self) -> Rows:
-        """What is trained on, one by one, whether or not it is packed."""
+        """The training examples one by one, whether or not they are packed."""
         return self.train.examples if isinstance(self.train, PackedRows) else self.train
 
     def batches(self, after: int, say: Callable[[str], None]) -> Iterator[list[NumpyBatch]]:
@@ -102,7 +102,7 @@ def prepare(settings: Settings, group: ProcessGroup = ONE_PROCESS) -> Prepared:
 def _data(
     settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> tuple[Rows | PackedRows, Rows, TokenizeReport, StepPlan, str]:
-    """What Prepared says of the data."""
+    """The fields of Prepared about the data: train, valid, report, plan, data_hash."""
     batch_size, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     if settings.streaming:
         streamed = read_stream(settings, tokenizer, template)
@@ -146,7 +146,7 @@ def _named_reference(settings: Settings, base: ModelFolder, tokenizer: Tokenizer
     named = resolve_model(settings.ref_model, settings.hub) if settings.ref_model is not None else base
     if named.path != base.path and load_tokenizer(named.path).vocabulary != tokenizer.vocabulary:
         raise ConfigError(
-            f"ref_model: the vocabulary of {named.name} is not that of {base.name}, so its probabilities "
+            f"ref_model: the vocabulary of {named.name} differs from that of {base.name}, so its probabilities "
             "cannot be compared; name a model of the same family"
         )
     if settings.ref_model_adapters is None:
@@ -182,7 +182,7 @@ def lora_spec(settings: Settings, start: Adapter | None) -> LoraSpec | None:
     """The adapter to attach; None for full fine-tuning."""
     if settings.finetuning_type == "full":
         return None
-    # a reference and a policy that drop different elements are not comparable
+    # a reference and a policy that drop different elements cannot be compared
     dropout = 0.0 if settings.is_preference else settings.lora_dropout
     if start is not None:
         return spec_of_adapter(start, dropout=dropout)
@@ -217,7 +217,7 @@ def model_spec(settings: Settings, prepared: Prepared) -> ModelSpec:
 def resolved(settings: Settings, prepared: Prepared, backend_name: str) -> Settings:
     """The settings with what the run found out: the backend, and a loaded adapter's own shape.
 
-    Keys about this one run are left out: used again, the file must not delete this run.
+    Keys about this one run are reset: a second use of the file must not delete this run.
     """
     update: dict[str, object] = {
         "backend": backend_name,

@@ -51,7 +51,7 @@ _FORMAT = 1
 
 def policy_references(settings: Settings, prepared: Prepared, model: Model) -> Prepared:
     """The rows with the policy's own log-probabilities of them, before its first step."""
-    # merged and fully trained models round at other places: in 16 bits they give other numbers
+    # merged and fully trained models round in other places: in 16 bits they give different numbers
     form = {"full": settings.finetuning_type == "full", "merged": _name(prepared.merged_adapter)}
     identity = _identity(settings, model.info, prepared.base, form | {"adapter": _name(prepared.start)})
     return _fill(settings, prepared, model, identity)
@@ -93,7 +93,7 @@ def _identity(settings: Settings, info: ModelInfo, base: ModelFolder, form: dict
 
 
 def _name(adapter: Adapter | None) -> object:
-    """What tells one adapter from another, as JSON."""
+    """The identity of an adapter, as JSON."""
     return [asdict(spec_of_adapter(adapter)), _hash_state(adapter.state)] if adapter is not None else None
 
 
@@ -107,23 +107,22 @@ def _hash_state(state: State) -> str:
 
 @dataclass(frozen=True)
 class _Columns(Generic[RowsT]):
-    """What is asked of the reference about rows of one sort: `count` numbers each, of which the first `needed`."""
+    """The `count` numbers that the reference computes for each row of one kind; the first `needed` must be finite."""
 
     noun: str
     count: int
     needed: int
     options: str  # what the numbers depend on besides the rows
-    parts: Callable[[Any], tuple[str, list[np.ndarray]]]  # of one row: its lengths as text, its tokens
+    parts: Callable[[Any], tuple[int, np.ndarray, np.ndarray]]  # of one row: its prompt's length, both sides' tokens
     score: Callable[[Scores, NumpyBatch], np.ndarray]  # float64 [rows of the batch, count]
 
 
 def _pair_columns(settings: Settings) -> _Columns[Pairs]:
-    """Log-probabilities of chosen and rejected, log perplexity of the prompt (nan: not asked)."""
+    """Log-probabilities of chosen and rejected, log perplexity of the prompt (nan: not needed)."""
     asks_prompts = settings.asks_prompts
 
-    def parts(pair: TokenizedPair) -> tuple[str, list[np.ndarray]]:
-        sides = [pair.chosen.tokens, pair.rejected.tokens]
-        return f"{pair.prompt_length} {len(sides[0])} {len(sides[1])} ", sides
+    def parts(pair: TokenizedPair) -> tuple[int, np.ndarray, np.ndarray]:
+        return pair.prompt_length, pair.chosen.tokens, pair.rejected.tokens
 
     def score(model: Scores, batch: NumpyBatch) -> np.ndarray:
         logps = model.logps(batch, answer_positions(batch, with_prompt=asks_prompts))
@@ -138,10 +137,8 @@ def _pair_columns(settings: Settings) -> _Columns[Pairs]:
 def _feedback_columns() -> _Columns[Feedback]:
     """Log-probabilities of the answer, and of the answer to another prompt."""
 
-    def parts(row: TokenizedFeedback) -> tuple[str, list[np.ndarray]]:
-        sides = [row.row.tokens, row.mismatched.tokens]
-        prompt = int(row.row.loss_mask.argmax())
-        return f"{prompt} {len(sides[0])} {len(sides[1])} ", sides
+    def parts(row: TokenizedFeedback) -> tuple[int, np.ndarray, np.ndarray]:
+        return int(row.row.loss_mask.argmax()), row.row.tokens, row.mismatched.tokens
 
     def score(model: Scores, batch: NumpyBatch) -> np.ndarray:
         scores, _ = answer_scores(NumpyOps(), model.logps(batch, batch.loss_mask[:, 1:]), batch)
@@ -173,7 +170,7 @@ def _scored(asked: _Columns[RowsT], rows: RowsT, model: Scores, identity: str, s
     path = cache_dir() / "reference" / f"{_key(asked, rows, identity)}.safetensors"
     columns = _read(path, (len(rows), asked.count), asked.needed)
     if columns is not None:
-        logger.info("reference: %s, already known (%s)", plural(len(rows), f"{what} {asked.noun}"), path)
+        logger.info("reference: %s, already computed (%s)", plural(len(rows), f"{what} {asked.noun}"), path)
     else:
         columns = _compute(asked, rows, model, size, what)
         _keep(path, columns)
@@ -183,15 +180,13 @@ def _scored(asked: _Columns[RowsT], rows: RowsT, model: Scores, identity: str, s
 def _key(asked: _Columns[RowsT], rows: RowsT, identity: str) -> str:
     digest = hashlib.sha256(f"{_FORMAT} {asked.options} {identity} {len(rows)}".encode())
     for row in rows:
-        lengths, sides = asked.parts(row)
-        digest.update(lengths.encode())
-        for tokens in sides:
-            digest.update(tokens.tobytes())
+        prompt, first, second = asked.parts(row)
+        digest.update(f"{prompt} {len(first)} {len(second)} ".encode() + first.tobytes() + second.tobytes())
     return digest.hexdigest()[:32]
 
 
 def _read(path: Path, shape: tuple[int, int], needed: int) -> np.ndarray | None:
-    """float64 `shape`, or None if there is no whole file: a cache is computed again rather than trusted."""
+    """float64 `shape`; None without an intact file, so that a doubtful cache is computed again."""
     try:
         columns = load_file(path)["columns"]
     except (OSError, SafetensorError, KeyError):
@@ -205,7 +200,7 @@ def _keep(path: Path, columns: np.ndarray) -> None:
     try:
         write_state(path, {"columns": columns}, dtype=np.float64)
     except OSError as error:
-        logger.warning("reference: not kept for later runs: %s: %s", path, error.strerror)
+        logger.warning("reference: not cached for later runs: %s: %s", path, error.strerror)
 
 
 def _compute(asked: _Columns[RowsT], rows: RowsT, model: Scores, size: int, what: str) -> np.ndarray:

@@ -196,7 +196,10 @@ def test_a_run_keeps_no_rows_and_says_how_far_it_came(model, tmp_path, cache, sa
     train(settings)
     assert not (cache.parent / "data").exists()
     assert [row["epoch"] for row in read_log(tmp_path / "run")] == [round(step / 5, 4) for step in range(1, 13)]
-    assert "data: a stream, shuffled 16384 examples at a time; what is lost of it is counted at the end" in said()
+    assert (
+        "data: a stream, shuffled 16384 examples at a time; rows that are cut or left out are counted at the end"
+        in said()
+    )
     assert "plan: 12 steps, 2 examples a step (2 x 1)" in said()
     assert capfd.readouterr().err.count("the data begin again") == 1
     # a pass that is not over has no length
@@ -316,7 +319,7 @@ def test_problems_before_the_first_example_leave_no_folder(model, tmp_path):
     for dataset, stage, message in (
         (tmp_path / "none.jsonl", "sft", "none.jsonl"),
         (invalid, "sft", r"invalid\.jsonl: 1 problem in messages rows\n  line 1: "),
-        (empty, "pt", "hold no example with something to train on"),
+        (empty, "pt", "contain no example with anything to train on"),
     ):
         with pytest.raises(DataError, match=message):
             train(toy_settings(model, dataset, tmp_path / "run", "mlx", **STREAM, stage=stage))
@@ -325,12 +328,14 @@ def test_problems_before_the_first_example_leave_no_folder(model, tmp_path):
 
 def test_what_needs_lengths_is_refused_or_said(model, tmp_path, said):
     data = write_rows(tmp_path / "d.jsonl")
-    with pytest.raises(ConfigError, match="packing: conversations are packed by their lengths, which a stream does"):
+    with pytest.raises(
+        ConfigError, match="packing: conversations are packed by their lengths, which are not known in a stream"
+    ):
         prepare(toy_settings(model, data, tmp_path, "mlx", **STREAM, packing=True))
     prepare(toy_settings(model, data, tmp_path, "mlx", **STREAM))
     assert not any("group_by_length" in line for line in said())
     prepare(toy_settings(model, data, tmp_path, "mlx", **STREAM, group_by_length=True))
-    assert "group_by_length: off, for the lengths of a stream are not known" in said()
+    assert "group_by_length: off, because the lengths in a stream are not known" in said()
 
 
 def test_keys_of_the_cache_have_an_effect_on_evaluation_data_alone(model, tmp_path):

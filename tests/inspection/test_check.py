@@ -128,8 +128,8 @@ def test_unusual_roles_of_messages_are_notes(model: Path, folder: Path, capsys: 
     assert places(value, "order") == [
         ("d.jsonl:2", "message 2 is a system message, which belongs first"),
         ("d.jsonl:3", "message 1, the first, is an answer"),
-        ("d.jsonl:4", "messages 1 and 2 are both of the user"),
-        ("d.jsonl:5", "message 3, the last, is of the user and has no answer: it is not trained on"),
+        ("d.jsonl:4", "messages 1 and 2 are both from the user"),
+        ("d.jsonl:5", "message 3, the last, is from the user and has no answer, so it is not trained on"),
         ("d.jsonl:6", "message 2 is a tool's result that follows no call"),
     ]
 
@@ -213,7 +213,7 @@ def test_pairs_without_a_preference_and_against_each_other_are_notes(
     code, value = found(model, capsys, "d.jsonl")
     assert code == 1 and value["problems"] == 1
     assert places(value, "unreadable") == [("d.jsonl:5", '"rejected": the answer is empty')]
-    assert places(value, "contradiction") == [("d.jsonl:2", "as d.jsonl:1 turned round")]
+    assert places(value, "contradiction") == [("d.jsonl:2", "as d.jsonl:1 the other way round")]
     assert places(value, "identical") == [("d.jsonl:3", "")]
     assert places(value, "duplicate") == [("d.jsonl:4", "as d.jsonl:1")]
     long = "the quick brown fox " * 20

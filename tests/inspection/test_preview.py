@@ -38,7 +38,7 @@ def shown(tokenizer: Tokenizer, *contents: str, colors: bool = False, **options:
 def test_a_pipe_shows_trained_text_in_marks(tokenizer: Tokenizer) -> None:
     assert shown(tokenizer, "a", "b") == (
         "<|im_start|>user⏎\na<|im_end|>⏎\n<|im_start|>assistant⏎\n⟦b<|im_end|>⏎\n⟧\n"
-        "chat.jsonl:7: 12 tokens, 3 trained (25.0%), 0 boundary_tokens, not shortened, "
+        "chat.jsonl:7: 12 tokens, 3 trained (25.0%), 0 boundary tokens, not shortened, "
         "special tokens inside content: none\n"
     )
 
@@ -72,10 +72,10 @@ def test_long_lines_are_not_broken(tokenizer: Tokenizer) -> None:
 def test_what_happened_to_the_row_is_said(tokenizer: Tokenizer) -> None:
     assert "user text shortened" in shown(tokenizer, "one two three", "b", cutoff_len=13)
     cut = shown(tokenizer, "one two three", "four five six", cutoff_len=10)
-    assert "10 tokens, 2 trained (20.0%), 0 boundary_tokens, user text emptied and the last answer cut" in cut
+    assert "10 tokens, 2 trained (20.0%), 0 boundary tokens, user text emptied and the last answer cut" in cut
     assert cut.startswith("<|im_start|>user⏎\n<|im_end|>⏎\n<|im_start|>assistant⏎\n⟦f")
     assert shown(tokenizer, "a</s><s></s>", "b").endswith("special tokens inside content: </s>, <s>\n")
-    assert "1 boundary_tokens" in shown(tokenizer, "a", "\n\nb")
+    assert "1 boundary tokens" in shown(tokenizer, "a", "\n\nb")
     assert "⟦user⏎" in shown(tokenizer, "a", "b", train_on_prompt=True)
 
 
@@ -116,16 +116,16 @@ def test_a_pair_shows_the_prompt_once_and_both_answers_in_marks(tokenizer: Token
         "--- prompt\n<|im_start|>user⏎\na<|im_end|>⏎\n<|im_start|>assistant⏎\n\n"
         "--- chosen\n⟦bc<|im_end|>⏎\n⟧\n"
         "--- rejected\n⟦<U+001B>[1m<|im_end|>⏎\n⟧\n"
-        "p.jsonl:3: prompt 9 tokens, chosen 4 trained, rejected 6 trained, 0 boundary_tokens, not shortened, "
+        "p.jsonl:3: prompt 9 tokens, chosen 4 trained, rejected 6 trained, 0 boundary tokens, not shortened, "
         "special tokens inside content: none\n"
     )
 
 
 def test_what_happened_to_the_pair_is_said(tokenizer: Tokenizer) -> None:
     system = PairExample(tuple(chat("one two", system="three")), PAIR.chosen, PAIR.rejected, "p.jsonl:3")
-    assert "0 boundary_tokens, user text shortened," in shown_pair(tokenizer, system, 23)
-    assert "0 boundary_tokens, user text emptied," in shown_pair(tokenizer, system, 22)
-    assert "0 boundary_tokens, user text emptied and an answer cut," in shown_pair(tokenizer, system, 20)
+    assert "0 boundary tokens, user text shortened," in shown_pair(tokenizer, system, 23)
+    assert "0 boundary tokens, user text emptied," in shown_pair(tokenizer, system, 22)
+    assert "0 boundary tokens, user text emptied and an answer cut," in shown_pair(tokenizer, system, 20)
     assert "left out of training: cutoff_len 10 leaves no answer on one side," in shown_pair(tokenizer, system, 10)
     raw = load_template(Path(), {"eos_token": "</s>"}, "empty")
     hidden = PairExample(tuple(chat(" qu")), tuple(chat("", "ick")[1:]), tuple(chat("", " two")[1:]), "x:1")

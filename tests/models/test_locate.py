@@ -358,7 +358,7 @@ def test_hub_failures_are_one_line_each_with_the_next_move(tmp_path: Path, hub: 
     endpoint = address(hub)
     for name, url, settings, parts in (
         ("org/none", endpoint, {}, ["org/none: no such repository on", "hf auth login", "no folder"]),
-        ("org/gated", endpoint, {}, ["org/gated: gated; accept its terms on", f"{endpoint}/org/gated"]),
+        ("org/gated", endpoint, {}, ["org/gated: gated; accept its terms at", f"{endpoint}/org/gated"]),
         ("org/pickled", endpoint, {}, ["org/pickled on the hub: no *.safetensors weights"]),
         ("org/small", endpoint, {"HF_HUB_OFFLINE": "1"}, ["not in the hub cache, and HF_HUB_OFFLINE is set"]),
         ("org/small", "http://127.0.0.1:1", {}, ["cannot be downloaded from http://127.0.0.1:1", "HF_ENDPOINT"]),

@@ -147,7 +147,7 @@ def test_a_reference_with_another_vocabulary(folder, model):
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 999, "content": "<|new|>"})
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert refused(folder, f"ref_model={other}", code=2) == (
-        f"ref_model: the vocabulary of {other} is not that of {model}, so its probabilities cannot be compared; "
+        f"ref_model: the vocabulary of {other} differs from that of {model}, so its probabilities cannot be compared; "
         "name a model of the same family"
     )
 

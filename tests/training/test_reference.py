@@ -242,8 +242,8 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_run_goes_on(model, data,
     monkeypatch.setenv("MACFT_CACHE", str(tmp_path / "file"))
     train(one_step(model, data, tmp_path / "out", "mlx"))
     assert len(curve(tmp_path / "out")) == 1
-    said = next(record.message for record in caplog.records if "reference: not kept" in record.message)
-    assert said.startswith(f"reference: not kept for later runs: {tmp_path / 'file' / 'reference'}")
+    said = next(record.message for record in caplog.records if "reference: not cached" in record.message)
+    assert said.startswith(f"reference: not cached for later runs: {tmp_path / 'file' / 'reference'}")
 
 
 # ---- memory

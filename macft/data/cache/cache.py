@@ -1,4 +1,4 @@
-"""Give the rows of data sets as a table, tokenized now or by an earlier run."""
+"""Tokenize the rows of data sets into a table, or load the table of an earlier run."""
 
 from __future__ import annotations
 
@@ -35,40 +35,19 @@ from macft.text import plural, size
 
 logger = logging.getLogger("macft")
 
-# Part of every key: raise it when the same rows become other tokens, masks, counts or files.
+# Part of every key: raise it when the same rows give different tokens, masks, counts or files.
 VERSION = 1
 
-# so many chunks, 8,000 rows at most, are encoded sooner than processes start
+# this many chunks, at most 8,000 rows, are encoded before processes would have started
 SMALL = 4
 
-# shows progress: given the number of all rows, or None, makes what is told how many more are done
-Progress = Callable[[int | None], AbstractContextManager[Callable[[int], None]]]
+# shows progress: takes the number of all rows, or None, and gives a function that is told how many more are done
+Shown = AbstractContextManager[Callable[[int], None]]
+Progress = Callable[[int | None], Shown]
 
 _BLOCK = 1 << 20
 # a file that has only just changed can change again without a new date
 _SETTLED_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class _Cache:
-    """Where the rows of a request are kept, or will be."""
-
-    folder: Path
-    files: tuple[str, ...]
-
-    @property
-    def parts(self) -> Path:
-        """What a run that was killed has left of a table."""
-        return self.folder.with_name(f"{self.folder.name}.parts")
-
-    def read(self) -> tuple[Table, list[Note]] | None:
-        """The table, and the warnings about its files; None if there is none that is whole."""
-        found = read_table(self.folder, self.files)
-        if found is None:
-            return None
-        table, notes = found
-        text = f"data: {plural(len(table), 'row')} tokenized before ({self.folder}, {_size(self.folder)})"
-        return table, [*notes, Note(text, is_warning=False)]
 
 
 def tokenized(
@@ -79,30 +58,36 @@ def tokenized(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Table, list[Note]]:
-    """The rows of a request as a table, mapped from the cache, where they are put first if they are not there.
+    """The rows of a request as a table, mapped from the cache and built first if it is not there, and notes on them.
 
-    With it comes what there is to say about them. `overwrite` builds it again, `workers` processes tokenize
-    (default: one a core). Raises DataError: data missing or invalid, conversations that the template refuses;
-    MacftError when a process dies.
+    `overwrite` builds it again; `workers` processes tokenize (default: one per core). Raises DataError for missing or
+    invalid data and for conversations that the template refuses, MacftError when a process dies.
     """
     if request.found.problems:
-        # reading tells the problems of the other files too
+        # reading also reports the problems of the other files
         for _ in request.rows():
             pass
     files = request.found.files
-    cache = _Cache(cache_dir() / "data" / cache_key(request, encoding), files)
+    folder = cache_dir() / "data" / cache_key(request, encoding)
     if overwrite:
-        for folder in (cache.folder, cache.parts):
-            shutil.rmtree(folder, ignore_errors=True)
-    elif (found := cache.read()) is not None:
-        return found
+        for old in (folder, _parts_of(folder)):
+            shutil.rmtree(old, ignore_errors=True)
+    elif (found := read_table(folder, files)) is not None:
+        table, notes = found
+        text = f"data: {plural(len(table), 'row')} tokenized before ({folder}, {size(table_bytes(folder))})"
+        return table, [*notes, Note(text, is_warning=False)]
     encoder = Encoder(request.kind, encoding, {path: i for i, path in enumerate(files)})
     show = partial(progress or (lambda _: nullcontext(lambda _: None)), _total(request))
-    return _build(request, cache, encoder, workers or usable_cores(), show)
+    return _build(request, folder, encoder, workers or usable_cores(), show)
+
+
+def _parts_of(folder: Path) -> Path:
+    """Where the parts of a table stay until it is whole, also those of a run that was killed."""
+    return folder.with_name(f"{folder.name}.parts")
 
 
 def cache_key(request: Request, encoding: Encoding) -> str:
-    """Names everything that the tokens, masks and counts depend on; files by what they hold, not by their path."""
+    """Identifies everything that tokens, masks and counts depend on; files by their contents, not their path."""
     kind, sources, mixture, template = request.kind, request.found.sources, request.mixture, encoding.template
     draws = mixture.interleave_probs is not None or any(source.num_samples is not None for source in sources)
     parts: dict[str, Any] = {
@@ -116,7 +101,7 @@ def cache_key(request: Request, encoding: Encoding) -> str:
     }
     if kind.has_template and template is not None:
         parts["template"] = template.source
-        # such a template puts it into the text
+        # such a template writes the date into the text
         parts["date"] = datetime.now().strftime("%Y-%m-%d") if "strftime_now" in template.source else None
     if not kind.fills_rows:
         parts["cutoff_len"] = encoding.cutoff_len
@@ -132,7 +117,7 @@ def _named(source: DataSource) -> Any:
 
 
 def _total(request: Request) -> int | None:
-    """How many rows there are to read, as far as that is known without reading them."""
+    """How many rows there are to read; None if only reading them tells."""
     sources = request.found.sources
     if request.max_samples is not None or request.mixture.mix_strategy != "concat":
         return None
@@ -143,11 +128,7 @@ def _total(request: Request) -> int | None:
 
 
 def _build(
-    request: Request,
-    cache: _Cache,
-    encoder: Encoder,
-    workers: int,
-    show: Callable[[], AbstractContextManager[Callable[[int], None]]],
+    request: Request, folder: Path, encoder: Encoder, workers: int, show: Callable[[], Shown]
 ) -> tuple[Table, list[Note]]:
     start = time.perf_counter()
     parts: Iterable[Table]
@@ -157,44 +138,40 @@ def _build(
     if is_small := len(first) <= SMALL:
         parts = [encoder([row for chunk in first for row in chunk])]
     else:
-        parts = _read_parts(_build_parts(cache.parts, encoder, workers, chain(first, rest), show))
+        parts = _read_parts(_build_parts(_parts_of(folder), encoder, workers, chain(first, rest), show))
     warnings = [note for note in dict.fromkeys(notes) if note.is_warning]
     try:
-        write_table(cache.folder, parts, request.kind.width, encoder.files, warnings)
+        write_table(folder, parts, request.kind.width, encoder.files, warnings)
     except OSError as error:
         if not is_small:
-            raise unwritable(cache.folder, error) from None
-        logger.warning("data: not kept for later runs: %s: %s", cache.folder, error.strerror)
+            raise unwritable(folder, error) from None
+        logger.warning("data: not cached for later runs: %s: %s", folder, error.strerror)
         [table] = parts
         return with_digest(table), notes
-    shutil.rmtree(cache.parts, ignore_errors=True)
-    found = read_table(cache.folder, cache.files)
+    shutil.rmtree(_parts_of(folder), ignore_errors=True)
+    found = read_table(folder, request.found.files)
     if found is None:
-        raise DataError(f"{cache.folder}: damaged as soon as it was written; look at the disk, or set MACFT_CACHE")
-    seconds, kept = time.perf_counter() - start, f"{cache.folder} ({_size(cache.folder)})"
+        raise DataError(f"{folder}: damaged as soon as it was written; check the disk, or set MACFT_CACHE")
+    seconds, kept = time.perf_counter() - start, f"{folder} ({size(table_bytes(folder))})"
     text = f"data: {plural(len(found[0]), 'row')} tokenized in {seconds:.1f} s, kept in {kept}"
     return found[0], [*notes, Note(text, is_warning=False)]
 
 
 def _build_parts(
-    folder: Path,
-    encoder: Encoder,
-    workers: int,
-    rows: Iterable[list[DataRow]],
-    show: Callable[[], AbstractContextManager[Callable[[int], None]]],
+    folder: Path, encoder: Encoder, workers: int, rows: Iterable[list[DataRow]], show: Callable[[], Shown]
 ) -> list[Path]:
     with show() as advance:
         builder = Builder(encoder, folder, workers, advance)
         try:
             parts = builder.build(rows)
         except DataError:
-            # the data will be others when this is mended
+            # fixing this will change the data
             shutil.rmtree(folder, ignore_errors=True)
             raise
         except OSError as error:
             raise unwritable(folder, error) from None
     if builder.kept:
-        logger.info("data: %d of %d parts were there from a run that was stopped", builder.kept, len(parts))
+        logger.info("data: %d of %d parts kept from a run that was stopped", builder.kept, len(parts))
     return parts
 
 
@@ -202,24 +179,20 @@ def _read_parts(paths: Iterable[Path]) -> Iterator[Table]:
     for path in paths:
         part = read_part(path)
         if part is None:
-            raise DataError(f"{path}: gone or damaged; is another run at work on the same data? start again")
+            raise DataError(f"{path}: missing or damaged; is another run using the same data? start again")
         yield part
-
-
-def _size(folder: Path) -> str:
-    return size(table_bytes(folder))
 
 
 @dataclass(frozen=True)
 class Contents:
-    """`digest` of all bytes; `rows` None: only reading it tells."""
+    """The `digest` of a file's bytes, and its number of `rows` (None: only parsing it tells)."""
 
     digest: str
     rows: int | None
 
 
 def contents(path: Path) -> Contents:
-    """What a file holds; read only if its size or date is not that of the last time. Raises OSError."""
+    """The contents of a file, read only if its size or date has changed since the last time. Raises OSError."""
     stat = path.stat()
     place = str(path.resolve())
     known = _known()
@@ -231,7 +204,7 @@ def contents(path: Path) -> Contents:
             return Contents(digest, rows)
     found = _read(path)
     if time.time() - stat.st_mtime > _SETTLED_SECONDS:
-        # without it the file is read again the next time
+        # if this fails, the file is read again the next time
         with suppress(OSError):
             write_json(_memory(), _known() | {place: [stat.st_size, stat.st_mtime_ns, found.digest, found.rows]})
     return found

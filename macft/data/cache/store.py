@@ -7,6 +7,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
@@ -26,30 +27,30 @@ _BLOCK = 1 << 22
 
 
 def write_part(path: Path, table: Table) -> None:
-    """Write some rows of a table to come into one file."""
+    """Write a part of a future table into one file."""
     with new_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, width=np.array(table.width), **{name: getattr(table, name) for name in _DTYPES})
 
 
 def read_part(path: Path) -> Table | None:
-    """What `write_part` wrote, its files left out; None if there is no whole file."""
+    """The table that `write_part` wrote, without its `files`; None if the file is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in _DTYPES}
             width = int(arrays["width"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-    # columns of another version have other names
+    # another version names its columns differently
     return Table(**found, width=width) if all(found[name].dtype == _DTYPES[name] for name in found) else None
 
 
 class _Array:
-    """An array that grows; knows its checksum and its digest."""
+    """A growing array with its checksum and digest."""
 
     def __init__(self, dtype: np.dtype[Any], file: IO[bytes] | None) -> None:
         self._dtype = dtype
         self._file = file
-        self._sha = hashlib.sha256()
+        self.sha = hashlib.sha256()
         self.crc = 0
         self.count = 0
         if file is not None:
@@ -59,7 +60,7 @@ class _Array:
         """Add values at the end."""
         self.count += len(values)
         data = np.ascontiguousarray(values, dtype=self._dtype).view(np.uint8).data
-        self._sha.update(data)
+        self.sha.update(data)
         self.crc = zlib.crc32(data, self.crc)
         if self._file is not None:
             self._file.write(data)
@@ -70,9 +71,6 @@ class _Array:
             self._file.seek(0)
             self._file.write(_header(self._dtype, self.count))
 
-    def digest(self) -> str:
-        return self._sha.hexdigest()
-
 
 def _header(dtype: np.dtype[Any], count: int) -> bytes:
     described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
@@ -81,7 +79,7 @@ def _header(dtype: np.dtype[Any], count: int) -> bytes:
 
 
 def _extend(arrays: dict[str, _Array], part: Table) -> None:
-    """Add the rows of a table; offsets go on from those before."""
+    """Append the rows of a table; its offsets continue the earlier ones."""
     before = arrays["tokens"].count
     for name in _DTYPES:
         if name == "offsets":
@@ -91,8 +89,8 @@ def _extend(arrays: dict[str, _Array], part: Table) -> None:
 
 
 def _digest(arrays: dict[str, _Array], width: int) -> str:
-    # where rows stand in their files, and what was counted, is not part of what they are
-    parts = [str(width), *(arrays[name].digest() for name in ("tokens", "loss_mask", "offsets"))]
+    # the places of rows in their files, and their counts, do not identify them
+    parts = [str(width), *(arrays[name].sha.hexdigest() for name in ("tokens", "loss_mask", "offsets"))]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
@@ -106,18 +104,15 @@ def with_digest(table: Table) -> Table:
 def write_table(
     folder: Path, parts: Iterable[Table], width: int, files: Mapping[str, int], notes: Sequence[Note]
 ) -> None:
-    """Write the rows of all parts as one table; `notes`: what there is to say of its files whenever it is read."""
+    """Write the rows of all parts as one table, with the notes to repeat whenever it is read."""
     with new_dir(folder) as temporary:
-        opened = {name: (temporary / f"{name}.npy").open("wb") for name in _DTYPES}
-        try:
-            arrays = {name: _Array(_DTYPES[name], file) for name, file in opened.items()}
+        with ExitStack() as stack:
+            files_of = {n: stack.enter_context((temporary / f"{n}.npy").open("wb")) for n in _DTYPES}
+            arrays = {name: _Array(_DTYPES[name], file) for name, file in files_of.items()}
             for part in parts:
                 _extend(arrays, part)
             for array in arrays.values():
                 array.end()
-        finally:
-            for file in opened.values():
-                file.close()
         sums = {name: {"count": array.count, "crc32": array.crc} for name, array in arrays.items()}
         digest = _digest(arrays, width)
         manifest = {
@@ -133,7 +128,7 @@ def write_table(
 
 
 def read_table(folder: Path, files: Sequence[str]) -> tuple[Table, list[Note]] | None:
-    """(the table, mapped from disk; its notes); None if the folder is not there whole. `files`: see Table."""
+    """(the table, mapped from disk; its notes); None if the folder is missing or damaged. `files`: see Table."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_bytes())
         for name, found in manifest["arrays"].items():
@@ -147,7 +142,7 @@ def read_table(folder: Path, files: Sequence[str]) -> tuple[Table, list[Note]] |
 
 
 def table_bytes(folder: Path) -> int:
-    """How much room a table takes on disk."""
+    """The size of a table on disk."""
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -156,19 +151,19 @@ def _mapped(folder: Path, manifest: dict[str, Any], files: Sequence[str]) -> Tab
     for name, dtype in _DTYPES.items():
         count = manifest["arrays"][name]["count"]
         path = folder / f"{name}.npy"
-        # a memory map of nothing cannot be made
+        # an empty file cannot be mapped
         mapped = np.load(path, mmap_mode="r" if count else None, allow_pickle=False)
         if mapped.dtype != dtype or mapped.shape != (count,):
             raise ValueError(f"{path}: not what the manifest says")
-        # slices of the plain class are made much faster than those of np.memmap
+        # plain arrays are sliced much faster than np.memmap
         arrays[name] = np.asarray(mapped)
-    # read for every plan: not worth a page fault each
+    # every plan reads them: copied to avoid page faults
     arrays["columns"] = np.array(arrays["columns"])
     return Table(**arrays, width=int(manifest["width"]), files=tuple(files), digest=str(manifest["digest"]))
 
 
 def _checksum(path: Path) -> int:
-    """Of the values, read rather than mapped: mapped pages would count as memory that is used."""
+    """The checksum of the values, read rather than mapped: mapped pages would count as used memory."""
     crc = 0
     with path.open("rb") as file:
         file.seek(_HEADER)

@@ -1,4 +1,4 @@
-"""Tokenize rows in several processes, each a chunk at a time, into part files."""
+"""Tokenize chunks of rows in several processes, each into a part file."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from macft.data.tokenization.report import RefusedError
 from macft.data.tokenization.table import Table
 from macft.errors import DataError, MacftError
 
-# a chunk ends when it has so many rows or characters: small enough for books, large enough to be fast
+# a chunk ends at this many rows or characters: small enough for books, large enough to be fast
 CHUNK_ROWS = 2000
 CHUNK_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns rows into a table; it can be sent to another process. `files` numbers the files that rows stand in."""
+    """Encodes rows into a table, in this process or another; `files` numbers the files of the rows."""
 
     kind: Kind
     encoding: Encoding
     files: Mapping[str, int]
 
     def __call__(self, rows: Sequence[Any]) -> Table:
-        """The rows as a table; RefusedError names those that the template refuses."""
+        """The rows as a table. Raises RefusedError naming those that the template refuses."""
         return self.kind.encode(rows, self.encoding, self.files)
 
 
 def chunks(rows: Iterable[DataRow], limit: int = CHUNK_ROWS) -> Iterator[list[DataRow]]:
-    """The rows in lists of `limit` at most, which are the same ones for the same rows."""
+    """The rows in lists of at most `limit`; the same rows always give the same lists."""
     chunk: list[DataRow] = []
     characters = 0
     for row in rows:
@@ -56,7 +56,7 @@ def chunks(rows: Iterable[DataRow], limit: int = CHUNK_ROWS) -> Iterator[list[Da
 
 @dataclass
 class Builder:
-    """Encodes chunks in `workers` processes, each into a file of `folder`; whole ones that it finds there are kept."""
+    """Encodes chunks in `workers` processes, each into a file of `folder`, and keeps intact files found there."""
 
     encoder: Encoder
     folder: Path
@@ -68,7 +68,7 @@ class Builder:
     _problems: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def build(self, rows: Iterable[list[DataRow]]) -> list[Path]:
-        """The part files, in order. Raises RefusedError for all chunks together; the errors of reading rows."""
+        """The part files, in order. Raises RefusedError for all chunks together, and the errors of reading rows."""
         self.folder.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(self.workers, context, initializer=_start_worker, initargs=(self.encoder,))
@@ -79,8 +79,8 @@ class Builder:
                 self._settle()
         except BrokenProcessPool:
             raise MacftError(
-                "a process that tokenizes has died, as it does when memory runs out; lower preprocessing_num_workers "
-                "and start again: what is done is kept"
+                "a tokenizing process died, probably because memory ran out; lower preprocessing_num_workers "
+                "and start again: finished parts are kept"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -118,7 +118,7 @@ _own: list[Encoder] = []
 
 
 def _start_worker(encoder: Encoder) -> None:
-    # Ctrl-C is the parent's to handle; the processes are one a core, so each encodes on one
+    # the parent handles Ctrl-C; there is one process per core, so each encodes on one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _own.append(encoder)
@@ -126,7 +126,7 @@ def _start_worker(encoder: Encoder) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """End this worker when its parent is killed, or it would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -142,5 +142,5 @@ def _encode_part(part: Path, chunk: list[DataRow]) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> DataError:
-    """The error of a cache without room."""
+    """The error for a cache that cannot be written."""
     return DataError(f"{path}: cannot be written: {error.strerror or error}; set MACFT_CACHE to a folder with room")

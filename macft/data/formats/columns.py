@@ -1,4 +1,4 @@
-"""Tell what each key of a data set means."""
+"""Map the keys of rows to what they mean."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ Style = Literal["alpaca", "conversation", "completion", "preference", "text"]
 
 @dataclass(frozen=True)
 class MessageKeys:
-    """How a format writes one message: the two keys, and its role names with what they mean.
+    """How a format writes one message: its two keys, and its role names with their meanings.
 
-    The meanings are system, user, assistant, tool, and function: an assistant whose content is tool calls.
+    The meanings are system, user, assistant, tool, and function (an assistant whose content is tool calls).
     """
 
     role: str
     content: str
     roles: Mapping[str, str]
-    is_tagged: bool = False  # whether the user wrote it, as `tags`
+    is_tagged: bool = False  # whether it comes from `tags` in dataset_info.json
 
     def names_of(self, *meanings: str) -> str:
         """The format's own names for these meanings."""
@@ -34,13 +34,13 @@ SHAREGPT = MessageKeys(
     {"human": "user", "gpt": "assistant", "system": "system", "function_call": "function", "observation": "tool"},
 )
 
-# the columns of alpaca rows, and where they stand if nothing else is said
+# the columns of alpaca rows, and their default keys
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system"}
 SIDES = ("chosen", "rejected")
-# where the rating of a single answer stands if nothing else is said
+# the default keys for the rating of a single answer
 RATINGS = ("label", "kto_tag")
 
-# keys that hold what is missing, most likely first
+# keys that may hold a missing column, most likely first
 _LIKELY = {
     "prompt": ("instruction", "prompt", "question", "query", "problem", "input"),
     "query": ("input", "query", "question"),
@@ -56,12 +56,12 @@ _LIKELY = {
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How the rows of a data set are to be read; `columns` maps what a key means to the key."""
+    """How to read the rows of a data set; `columns` maps each meaning to its key."""
 
     name: str
     style: Style
     columns: Mapping[str, str]
-    naming: MessageKeys | None = None  # None: each list of messages shows it
+    naming: MessageKeys | None = None  # None: inferred from each list of messages
     alternates: bool = False  # whether questions and answers must take turns
     is_declared: bool = False  # whether dataset_info.json says so
     unmapped: Mapping[str, str] = field(default_factory=dict)  # key to meaning, of keys that `columns` left out
@@ -72,7 +72,7 @@ class RowFormat:
         return frozenset(self.columns.values())
 
     def missing(self, column: str, row: Collection[str]) -> str:
-        """The problem of a row without the key of this column: what it has, and which key it may be."""
+        """The problem of a row without the key of this column: its keys, and which of them may be meant."""
         key = self.columns[column]
         likely = likely_key(column, key, [name for name in row if name not in self.keys])
         found = ", ".join(row) or "none"
@@ -98,18 +98,13 @@ class RowFormat:
 
 
 def likely_key(column: str, key: str, names: Sequence[str]) -> str | None:
-    """The name that `key` may have been meant to be: the most similar, else the most usual for the column."""
+    """The name that may stand for `key`: the most similar one, else the most usual for the column."""
     near = get_close_matches(key, names, n=1, cutoff=0.75)
     return near[0] if near else next((name for name in _LIKELY[column] if name in names), None)
 
 
-def alpaca(**columns: str) -> RowFormat:
-    """The alpaca rows that other tools write."""
-    return RowFormat("alpaca", "alpaca", columns or ALPACA)
-
-
 def recognize_format(keys: Collection[str]) -> RowFormat | None:
-    """What rows with these keys hold, conversations with one answer a turn; None for unknown keys."""
+    """The format of conversations with these keys; None if it is unknown."""
     if "messages" in keys:
         return RowFormat("messages", "conversation", {"messages": "messages", "tools": "tools"}, PLAIN)
     if "instruction" in keys and ("output" in keys or "chosen" not in keys):
@@ -129,7 +124,7 @@ def recognize_format(keys: Collection[str]) -> RowFormat | None:
     return None
 
 
-# every key that a recognized format reads: of a table nothing else is taken from the disk
+# every key that a recognized format reads: no other column of a table is read from disk
 KNOWN_KEYS = frozenset(
     {"messages", "conversations", "tools", "prompt", "completion", "query", "response", "text", *SIDES}
     | set(ALPACA.values())
@@ -137,6 +132,6 @@ KNOWN_KEYS = frozenset(
 
 
 def message_keys_of(messages: Any) -> MessageKeys:
-    """The way a list of messages is written, by its first."""
+    """The keys of a list of messages, inferred from the first one."""
     first = messages[0] if isinstance(messages, list) and messages else None
     return PLAIN if isinstance(first, dict) and "role" in first and "from" not in first else SHAREGPT

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from macft.data.formats.columns import SIDES, RowFormat, likely_key, message_keys_of, recognize_format
 from macft.data.formats.messages import RowErrors, Tools, check_alternation, check_messages, check_text, read_tools
 from macft.data.formats.reader import DataRow, RowReader
 from macft.data.sources.resolve import DataSource
-from macft.data.sources.rows import Row, first_keys, kind_of, place_of
+from macft.data.sources.rows import first_keys, kind_of
 from macft.data.templates.chat_template import Message
 from macft.errors import DataError
 
@@ -23,7 +22,7 @@ _ACCEPTED = (
 
 @dataclass(frozen=True)
 class Example(DataRow):
-    """One conversation, with the tools it may call; `source` says where it stands, as file:line."""
+    """One conversation, with the tools it may call; `source` is its file:line."""
 
     messages: tuple[Message, ...]
     source: str
@@ -41,7 +40,7 @@ class Example(DataRow):
 
     @property
     def question(self) -> Any:
-        """What comes before the last answer: other turns of two conversations that begin alike do not answer it."""
+        """Everything before the last answer; conversations that only begin alike ask different questions."""
         answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
         asked = self.messages[: answers[-1]] if answers else self.messages
         return (asked, self.tools) if asked else None
@@ -61,7 +60,7 @@ def _check_source(source: DataSource) -> DataSource:
 
 
 def refuse_ranking(source: DataSource) -> None:
-    """Raise DataError for a data set that dataset_info.json says holds pairs."""
+    """Raise DataError for a data set that holds pairs, according to dataset_info.json."""
     if source.is_ranking:
         raise DataError(f'{source.name}: dataset_info.json says "ranking": true: these are pairs; set stage: dpo')
 
@@ -76,16 +75,20 @@ def _offer(source: DataSource, row_format: RowFormat) -> str:
     return f'; add "response": "{likely}"' if likely else "; add it"
 
 
-def _recognize(path: Path, row: Row) -> RowFormat:
-    row_format = recognize_format(row.value.keys())
+def _recognize(at: str, row: dict[str, Any]) -> RowFormat:
+    row_format = recognize_format(row)
     if row_format is not None:
         return row_format
-    at = f"{path}: {place_of(path)} {row.number}"
-    if set(SIDES) <= row.value.keys():
-        raise DataError(f"{at}: found chosen and rejected: these are preference pairs; set stage: dpo")
-    if "text" in row.value:
+    refuse_pairs(at, row)
+    if "text" in row:
         raise DataError(f"{at}: found text: rows without questions; set stage: pt to continue pre-training on them")
-    raise DataError(f"{at}: found the keys {', '.join(row.value) or 'none'}; expected {_ACCEPTED}")
+    raise DataError(f"{at}: found the keys {', '.join(row) or 'none'}; expected {_ACCEPTED}")
+
+
+def refuse_pairs(at: str, row: dict[str, Any]) -> None:
+    """Raise DataError for a row that holds a preference pair."""
+    if set(SIDES) <= row.keys():
+        raise DataError(f"{at}: found chosen and rejected: these are preference pairs; set stage: dpo")
 
 
 def _read(row_format: RowFormat, row: dict[str, Any], source: str, errors: RowErrors) -> Example | None:
@@ -103,7 +106,7 @@ def _read(row_format: RowFormat, row: dict[str, Any], source: str, errors: RowEr
 def conversation_turns(
     row_format: RowFormat, row: dict[str, Any], errors: RowErrors, *, open_end: bool
 ) -> list[Message]:
-    """The system text and the list of messages of a row; `open_end` says that its last is a question."""
+    """The system text and the messages of a row; with `open_end` the last message is a question."""
     key = row_format.columns["messages"]
     if key not in row:
         errors.problems.append(row_format.missing("messages", row))
@@ -117,13 +120,13 @@ def conversation_turns(
     system = optional_text(row_format, row, "system", errors)
     if system and any(message["role"] == "system" for message in messages):
         errors.problems.append(
-            f'"{row_format.columns["system"]}": "{key}" hold a system message too; keep one of the two'
+            f'"{row_format.columns["system"]}": "{key}" also hold a system message; keep one of the two'
         )
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
 def _completion_turns(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> list[Message]:
-    """Both parts as lists of messages, as TRL has them."""
+    """The messages of prompt and completion where these are lists, as in TRL."""
     key = row_format.columns["response"]
     if key not in row:
         errors.problems.append(row_format.missing("response", row))

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from macft.data.formats.mix import check_mix, mix
-from macft.data.formats.reader import RowReader, Say, T, read_file
+from macft.data.formats.reader import DataRow, Say, read_file
 from macft.data.kinds import Kind
 from macft.data.sources.resolve import DataSource, ResolvedSources
 from macft.data.sources.rows import count_rows
@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Mixture:
-    """How several data sets become one."""
+    """How several data sets are combined."""
 
     mix_strategy: str = "concat"
     interleave_probs: tuple[float, ...] | None = None
@@ -32,7 +32,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Request:
-    """Which rows are asked for: of which kind, of which data sets, at most how many of each, in which order."""
+    """The rows to read: their kind, their data sets, at most how many of each, and in which order."""
 
     kind: Kind
     found: ResolvedSources
@@ -40,42 +40,27 @@ class Request:
     mixture: Mixture = field(default_factory=Mixture)
 
     def rows(self, say: Say = lambda _: None) -> Iterator[Any]:
-        """The rows, read now; `say` is told what there is to know about each file."""
-        return read_mixture(self.found, self.kind.reader, self.max_samples, self.mixture, say)
+        """Read the rows in bounded memory; `say` is told what there is to know about each file.
 
-
-def read_mixture(
-    found: ResolvedSources, reader: RowReader[T], max_samples: int | None, mixture: Mixture, say: Say
-) -> Iterator[T]:
-    """The rows of data sets, in bounded memory; `max_samples` caps each data set, `say` is told about each file.
-
-    Nothing follows the first problem, and what has come by then is not to be kept. Raises DataError, when all
-    files are read, naming every one that is missing or invalid.
-    """
-    problems = list(found.problems)
-    parts: list[_Part[T]] = []
-    for source in found.sources:
-        try:
-            parts.append(_Part(reader.check(source), max_samples, mixture.seed, reader, say))
-        except DataError as error:
-            problems.append(str(error))
-    check_mix(len(found.sources) + len(problems), mixture.mix_strategy, mixture.interleave_probs)
-    if mixture.mix_strategy != "concat" and not problems:
-        yield from mix(parts, mixture.mix_strategy, mixture.interleave_probs, mixture.seed)
-        return
-    for part in parts:
-        try:
-            for value in part:
-                if not problems:
-                    yield value
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError("\n".join(problems))
+        Nothing follows the first problem, and what has come by then must not be kept. Raises DataError, once all
+        files are read, naming every one that is missing or invalid.
+        """
+        mixture, problems = self.mixture, list(self.found.problems)
+        parts: list[_Part] = []
+        for source in self.found.sources:
+            try:
+                parts.append(_Part(self.kind.reader.check(source), self, say))
+            except DataError as error:
+                problems.append(str(error))
+        check_mix(len(self.found.sources) + len(problems), mixture.mix_strategy, mixture.interleave_probs)
+        if mixture.mix_strategy != "concat" and not problems:
+            yield from mix(parts, mixture.mix_strategy, mixture.interleave_probs, mixture.seed)
+        else:
+            yield from _joined(parts, problems)
 
 
 def split_examples(examples: Sequence[Item], val_size: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """(training, validation): `val_size` below 1 is a share, from 1 on a count; order is kept.
+    """(training, validation), in order: `val_size` below 1 is a share, otherwise a count.
 
     Raises ConfigError when `val_size` is neither, or leaves nothing to train on.
     """
@@ -93,34 +78,32 @@ def split_examples(examples: Sequence[Item], val_size: float, seed: int) -> tupl
 
 
 @dataclass(frozen=True)
-class _Part(Generic[T]):
-    """The examples of one data set; each iteration reads its files again."""
+class _Part:
+    """The rows of one data set of a request; each iteration reads its files again."""
 
     source: DataSource
-    max_samples: int | None
-    seed: int
-    reader: RowReader[T]
+    request: Request
     say: Say
 
-    def __iter__(self) -> Iterator[T]:
-        source = self.source
+    def __iter__(self) -> Iterator[DataRow]:
+        source, max_samples = self.source, self.request.max_samples
         if source.num_samples is None and source.bounds is None:
-            yield from self._rows(self.max_samples)
+            yield from self._rows(max_samples)
             return
         count = sum(map(count_rows, source.files))
         start, stop = _bounds(source, count)
         if source.num_samples is None:
-            end = stop if self.max_samples is None else min(stop, start + self.max_samples)
+            end = stop if max_samples is None else min(stop, start + max_samples)
             yield from islice(self._rows(end), start, None)
             return
         if stop <= start:
             raise DataError(f"{source.name}: there are no rows to draw num_samples from")
-        drawn = _drawn(stop - start, source.num_samples, self.seed)[: self.max_samples] + start
+        drawn = _drawn(stop - start, source.num_samples, self.request.mixture.seed)[:max_samples] + start
         expected = set(drawn.tolist())
-        found = {i: example for i, example in enumerate(self._rows(None)) if i in expected}
+        found = {i: row for i, row in enumerate(self._rows(None)) if i in expected}
         yield from (found[i] for i in drawn.tolist())
 
-    def _rows(self, limit: int | None) -> Iterator[T]:
+    def _rows(self, limit: int | None) -> Iterator[DataRow]:
         """The first `limit` rows of all files; problems of all files come together."""
         problems: list[str] = []
         left = limit
@@ -128,14 +111,27 @@ class _Part(Generic[T]):
             if left == 0:
                 break
             try:
-                for value in read_file(path, self.reader, self.source.row_format, left, self.say):
+                for row in read_file(path, self.request.kind.reader, self.source.row_format, left, self.say):
                     left = None if left is None else left - 1
                     if not problems:
-                        yield value
+                        yield row
             except DataError as error:
                 problems.append(str(error))
         if problems:
             raise DataError("\n".join(problems))
+
+
+def _joined(parts: Sequence[_Part], problems: list[str]) -> Iterator[DataRow]:
+    """The rows of one part after the other; `problems` are those found before."""
+    for part in parts:
+        try:
+            for row in part:
+                if not problems:
+                    yield row
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 def _drawn(count: int, expected: int, seed: int) -> np.ndarray:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from macft.data.formats.columns import RATINGS, SIDES, RowFormat, recognize_format
-from macft.data.formats.conversations import EXAMPLES, Example, refuse_ranking
+from macft.data.formats.columns import RATINGS, RowFormat, recognize_format
+from macft.data.formats.conversations import EXAMPLES, Example, refuse_pairs, refuse_ranking
 from macft.data.formats.messages import RowErrors
 from macft.data.formats.reader import RowReader
 from macft.data.sources.resolve import DataSource
-from macft.data.sources.rows import Row, kind_of, place_of
+from macft.data.sources.rows import kind_of
 from macft.errors import DataError
 
 _ACCEPTED = (
@@ -41,7 +40,7 @@ def holds_feedback(source: DataSource, keys: Collection[str]) -> bool:
     """Whether a data set with these keys in its first row holds rated answers."""
     if source.row_format is not None:
         return "kto_tag" in source.row_format.columns
-    # a label beside other formats may be anything
+    # in other formats a label may be anything
     has_label = "label" in keys and ("messages" in keys or {"prompt", "completion"} <= set(keys))
     return "kto_tag" in keys or has_label
 
@@ -56,17 +55,14 @@ def _check_source(source: DataSource) -> DataSource:
     return source
 
 
-def _recognize(path: Path, row: Row) -> RowFormat:
-    row_format = recognize_format(row.value.keys())
-    rating = next((key for key in RATINGS if key in row.value), None)
+def _recognize(at: str, row: dict[str, Any]) -> RowFormat:
+    row_format = recognize_format(row)
+    rating = next((key for key in RATINGS if key in row), None)
     if row_format is not None and rating is not None:
         columns = {**row_format.columns, "kto_tag": rating}
         return replace(row_format, name=f"rated {row_format.name}", columns=columns)
-    at = f"{path}: {place_of(path)} {row.number}"
-    if set(SIDES) <= row.value.keys():
-        raise DataError(f"{at}: found chosen and rejected: these are preference pairs; set stage: dpo")
-    found = ", ".join(row.value) or "none"
-    raise DataError(f"{at}: found the keys {found}; stage: kto needs {_ACCEPTED}")
+    refuse_pairs(at, row)
+    raise DataError(f"{at}: found the keys {', '.join(row) or 'none'}; stage: kto needs {_ACCEPTED}")
 
 
 def _read(row_format: RowFormat, row: dict[str, Any], source: str, errors: RowErrors) -> FeedbackExample | None:
@@ -89,11 +85,11 @@ def _check_answer(example: Example, errors: RowErrors) -> None:
     *prompt, last = example.messages or ({"role": "", "content": ""},)
     if last["role"] != "assistant":
         found = f"ends in a {last['role']} message" if last["role"] else "holds no message"
-        errors.problems.append(f"{found}, expected the answer that is rated")
+        errors.problems.append(f"{found}, expected the rated answer")
     elif not last["content"].strip() and not last.get("tool_calls"):
-        errors.problems.append("the answer that is rated is empty")
+        errors.problems.append("the rated answer is empty")
     elif not prompt:
-        errors.problems.append("there is no prompt before the answer that is rated")
+        errors.problems.append("there is no prompt before the rated answer")
 
 
 FEEDBACK: RowReader[FeedbackExample] = RowReader(_check_source, _recognize, _read, frozenset(RATINGS))

@@ -1,4 +1,4 @@
-"""Check the messages, texts and tools of a row, and write them as chat templates take them."""
+"""Check the messages, texts and tools of a row, and convert them to the form that chat templates take."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _THOUGHT = re.compile(r"\s*(<think>.*?</think>\s*)(?=[\[{])", re.DOTALL)
 _PLAIN_ROLES = ("user", "assistant", "system")
 _MESSAGE_KEYS = {"tool_calls", "tool_call_id", "name"}
-# the tag that names a role which the user's tags leave out
+# the tag for a role name that the user's tags leave out
 _TAGS = {
     **{"human": "user_tag", "user": "user_tag", "gpt": "assistant_tag", "assistant": "assistant_tag"},
     **{"observation": "observation_tag", "tool": "observation_tag", "function_call": "function_tag"},
@@ -28,14 +28,14 @@ _TAGS = {
 
 @dataclass
 class RowErrors:
-    """What is wrong with one row, and the keys of messages that nothing reads."""
+    """The problems of one row, and the unused keys of its messages."""
 
     problems: list[str] = field(default_factory=list)
     unused: set[str] = field(default_factory=set)
 
 
 def check_text(value: Any, place: str, errors: RowErrors) -> str:
-    """The text itself, or an empty one and a problem."""
+    """The text itself, or an empty string after adding a problem."""
     if not isinstance(value, str):
         errors.problems.append(f"{place}: found {kind_of(value)}, expected a string")
         return ""
@@ -58,7 +58,7 @@ def _is_whole(text: str) -> bool:
 
 
 def check_messages(value: Any, key: str, errors: RowErrors, naming: MessageKeys = PLAIN) -> list[Message]:
-    """The messages of a list under `key`, without those that get a problem."""
+    """The messages of a list under `key`, without invalid ones, whose problems are added."""
     if not isinstance(value, list):
         errors.problems.append(f'"{key}": found {kind_of(value)}, expected a list')
         return []
@@ -78,7 +78,7 @@ def check_messages(value: Any, key: str, errors: RowErrors, naming: MessageKeys 
 
 
 def check_message(value: Any, place: str, errors: RowErrors, naming: MessageKeys = PLAIN) -> Message | None:
-    """One message, with `role` and `content` whatever the format calls them; None and problems if it is none."""
+    """One message under the keys `role` and `content`; None, after adding problems, if it is invalid."""
     if not isinstance(value, dict):
         expected = f"an object with {naming.role} and {naming.content}"
         errors.problems.append(f"{place}: found {kind_of(value)}, expected {expected}")
@@ -97,7 +97,7 @@ def check_message(value: Any, place: str, errors: RowErrors, naming: MessageKeys
         content, calls = _split_calls(content, f'{place} "{naming.content}"', errors)
     elif calls is not None:
         if role not in ("assistant", "function", None):
-            errors.problems.append(f'{place} "tool_calls": stands in a {role} message, expected an assistant message')
+            errors.problems.append(f'{place} "tool_calls": found in a {role} message, expected an assistant message')
         calls = _calls(calls, f'{place} "tool_calls"', errors)
     if len(errors.problems) > before or role is None:
         return None
@@ -147,7 +147,7 @@ def _part(part: dict[str, Any], place: str, errors: RowErrors) -> str:
 
 
 def _split_calls(content: str, place: str, errors: RowErrors) -> tuple[str, list[dict[str, Any]]]:
-    """(a thought before them, the calls) of a function_call message, whose content is JSON."""
+    """(the thought before the calls, the calls) of a function_call message, whose content is JSON."""
     thought = _THOUGHT.match(content)
     try:
         calls = json.loads(content[thought.end() :] if thought else content)
@@ -185,7 +185,7 @@ def _call(value: Any, place: str, errors: RowErrors) -> dict[str, Any] | None:
 
 
 def read_tools(value: Any, key: str, errors: RowErrors) -> Tools | None:
-    """The tools that a row defines, as a list or as its JSON, each in OpenAI's form; None if there are none."""
+    """The tools that a row defines, as a list or as JSON text, each in OpenAI's form; None if there are none."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
@@ -211,9 +211,9 @@ def read_tools(value: Any, key: str, errors: RowErrors) -> Tools | None:
 def check_alternation(
     messages: Sequence[Message], key: str, errors: RowErrors, naming: MessageKeys, *, open_end: bool
 ) -> None:
-    """A problem unless, after a system message, questions and answers take turns.
+    """Add a problem unless, after a system message, questions and answers take turns.
 
-    `open_end` says that a question must come last, not an answer. Tool results in a row are one question.
+    With `open_end` a question must come last, else an answer. Consecutive tool results count as one question.
     """
     start = 1 if messages and messages[0]["role"] == "system" else 0
     turns = [

@@ -1,4 +1,4 @@
-"""Put several data sets one after the other, or interleave them."""
+"""Concatenate or interleave several data sets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from macft.errors import ConfigError
 
 T = TypeVar("T")
 
-# names drawn at once: the block size of the datasets library, whose order this is
+# turns drawn at once: the block size of the datasets library, so that the order is the same
 _BLOCK = 1000
 STRATEGIES = ("concat", "interleave_under", "interleave_over", "interleave_once")
 
@@ -22,9 +22,8 @@ def mix(
     """The examples of all parts as LLaMA-Factory's `mix_strategy` orders them.
 
     concat: one part after the other. interleave_under: in turns, or drawn by `probs`, until the first part is
-    exhausted; interleave_over: until all are, each starting again when it is; interleave_once: until all are,
-    none starting again. A part is iterated again where it is needed again. Raises ConfigError for arguments that
-    do not fit each other.
+    exhausted; interleave_over: until all are, restarting exhausted parts; interleave_once: until all are, without
+    restarting. Parts may be iterated several times. Raises ConfigError for arguments that do not go together.
     """
     check_mix(len(parts), strategy, probs)
     if strategy == "concat" or len(parts) == 1:
@@ -35,7 +34,7 @@ def mix(
 
 
 def check_mix(count: int, strategy: str, probs: Sequence[float] | None) -> None:
-    """Raises ConfigError unless `count` data sets can be mixed in this way."""
+    """Raise ConfigError unless `count` data sets can be mixed in this way."""
     if strategy not in STRATEGIES:
         raise ConfigError(f"mix_strategy: found {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     if probs is None:
@@ -46,12 +45,12 @@ def check_mix(count: int, strategy: str, probs: Sequence[float] | None) -> None:
         raise ConfigError(f"interleave_probs: found {len(probs)} numbers, expected one for each of {count} data sets")
     if any(p < 0 for p in probs) or abs(sum(probs) - 1) > 1e-6:
         raise ConfigError(
-            f"interleave_probs: found {', '.join(map(str, probs))}, expected numbers from 0 on with sum 1"
+            f"interleave_probs: found {', '.join(map(str, probs))}, expected numbers of at least 0 that add up to 1"
         )
 
 
 def _turns(count: int, probs: Sequence[float] | None, seed: int) -> Iterator[int]:
-    """Whose turn it is, without end."""
+    """The indices of the parts whose turn it is, endlessly."""
     if probs is None:
         while True:
             yield from range(count)
@@ -63,7 +62,7 @@ def _turns(count: int, probs: Sequence[float] | None, seed: int) -> Iterator[int
 def _interleaved(parts: Sequence[Iterable[T]], strategy: str, probs: Sequence[float] | None, seed: int) -> Iterator[T]:
     streams = [_Ahead(part) for part in parts]
     exhausted: set[int] = set()
-    # a part that is never drawn is waited for by nothing
+    # parts that are never drawn need not be exhausted
     drawn = {i for i in range(len(parts)) if probs is None or probs[i] > 0}
     for turn in _turns(len(parts), probs, seed):
         if not (strategy == "interleave_once" and turn in exhausted):
@@ -75,7 +74,7 @@ def _interleaved(parts: Sequence[Iterable[T]], strategy: str, probs: Sequence[fl
             if streams[turn].is_over:
                 exhausted.add(turn)
         ends = bool(exhausted) if strategy == "interleave_under" else exhausted == drawn
-        # without probabilities a round that was begun is ended
+        # without probabilities, finish the current round
         if ends and (probs is not None or turn == len(parts) - 1):
             return
 

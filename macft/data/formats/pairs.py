@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from macft.data.formats.columns import ALPACA, SIDES, RowFormat, message_keys_of
@@ -13,7 +12,7 @@ from macft.data.formats.conversations import alpaca_turns, conversation_turns
 from macft.data.formats.messages import RowErrors, check_message, check_messages, check_text
 from macft.data.formats.reader import DataRow, RowReader
 from macft.data.sources.resolve import DataSource
-from macft.data.sources.rows import Row, kind_of, place_of
+from macft.data.sources.rows import kind_of
 from macft.data.templates.chat_template import Message
 from macft.errors import DataError
 
@@ -29,7 +28,7 @@ class _Turns:
 
 @dataclass(frozen=True)
 class PairExample(DataRow):
-    """A prompt with the answer that is preferred and the one that is not; `source` is its file:line."""
+    """A prompt with its preferred and its rejected answer; `source` is its file:line."""
 
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
@@ -81,15 +80,15 @@ def _check_source(source: DataSource) -> DataSource:
     return source
 
 
-def _recognize(path: Path, row: Row) -> RowFormat:
-    keys = row.value.keys()
+def _recognize(at: str, row: dict[str, Any]) -> RowFormat:
+    keys = row.keys()
     if not keys & set(SIDES):
         raise DataError(
-            f"{path}: {place_of(path)} {row.number}: found the keys {', '.join(keys) or 'none'}; a preference stage "
-            "needs prompt, chosen and rejected; to train on single answers set stage: sft"
+            f"{at}: found the keys {', '.join(keys) or 'none'}; a preference stage needs prompt, chosen and rejected; "
+            "to train on single answers set stage: sft"
         )
-    # a table's columns are known without their values, as null
-    has_prompt = row.value.get("prompt") is not None
+    # unread columns of a table are present as null
+    has_prompt = row.get("prompt") is not None
     if has_prompt or not keys & {"conversations", "instruction"}:
         return RowFormat("preference", "preference", {"prompt": "prompt", **_SIDE_COLUMNS, "tools": "tools"})
     if "conversations" in keys:
@@ -101,11 +100,9 @@ def _recognize(path: Path, row: Row) -> RowFormat:
 
 def _read(row_format: RowFormat, row: dict[str, Any], source: str, errors: RowErrors) -> PairExample | None:
     _refuse_tools(row_format, row, errors)
-    read = {"alpaca": _from_alpaca, "conversation": _from_conversation, "preference": _from_preference}[
-        row_format.style
-    ]
-    turns = read(row_format, row, errors)
-    # what is wrong with a message comes first: the whole cannot be judged without it
+    readers = {"alpaca": _from_alpaca, "conversation": _from_conversation, "preference": _from_preference}
+    turns = readers[row_format.style](row_format, row, errors)
+    # the turns can only be judged once every message is valid
     if not errors.problems:
         _check_turns(row_format, turns, errors)
     if errors.problems:
@@ -146,7 +143,7 @@ def _from_conversation(row_format: RowFormat, row: dict[str, Any], errors: RowEr
 
 
 def _from_preference(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> _Turns:
-    """TRL's rows: messages or texts; `prompt` may be left out or repeated where the answers begin with it."""
+    """TRL's rows: messages or texts; where the answers begin with the prompt, `prompt` may be missing or repeat it."""
     chosen, rejected = (_side(row, row_format.columns[side], errors) for side in SIDES)
     prompt = _turns(row["prompt"], "prompt", "user", errors) if row.get("prompt") is not None else []
     if errors.problems:
@@ -161,7 +158,9 @@ def _from_preference(row_format: RowFormat, row: dict[str, Any], errors: RowErro
     shared = [message for message, _ in takewhile(lambda two: two[0] == two[1], sides)]
     rest = _Turns(shared, chosen[len(shared) :], rejected[len(shared) :])
     if not (_begins_with_answer(rest.chosen) and _begins_with_answer(rest.rejected)):
-        errors.problems.append(f"chosen and rejected answer different prompts: they part at message {len(shared) + 1}")
+        errors.problems.append(
+            f"chosen and rejected answer different prompts: they diverge at message {len(shared) + 1}"
+        )
     elif prompt and shared[-len(prompt) :] != prompt:
         errors.problems.append(
             '"prompt": differs from the messages that chosen and rejected begin with; correct or remove it'

@@ -1,4 +1,4 @@
-"""Read the rows of a data file as what a stage trains on."""
+"""Read the rows of a data file as the examples that a stage trains on."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from macft.data.templates.chat_template import Message
 from macft.errors import DataError, join_problems
 from macft.text import plural
 
-# problems that are kept, at least as many as an error shows; unused keys that are named
+# problems kept, at least as many as an error shows
 _KEPT = 100
+# unused keys named in a note
 _SHOWN = 8
 PLACEHOLDERS = ("{{name}}", "{{author}}")
 
 
 class DataRow:
-    """What every kind of row has; what it leaves out is said of a conversation without tools.
+    """What every kind of row has; the defaults are those of a conversation without tools.
 
-    `identity`, `question` and `opposite` are JSON values, to be compared.
+    `identity`, `question` and `opposite` are JSON values to compare rows by.
     """
 
     if TYPE_CHECKING:
 
         @property
         def source(self) -> str:
-            """Where it stands, as file:line."""
+            """Its place, as file:line."""
 
         @property
         def messages(self) -> tuple[Message, ...]:
-            """Every message, of all answers; a text has none."""
+            """Every message, including those of all answers; a text has none."""
 
         @property
         def identity(self) -> Any:
@@ -46,17 +47,17 @@ class DataRow:
 
     @property
     def turns(self) -> tuple[Message, ...]:
-        """The messages that follow each other: without answers to choose from."""
+        """The consecutive messages, without alternative answers."""
         return self.messages
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Everything that is written in it."""
+        """All texts in it."""
         return tuple(message["content"] for message in self.messages)
 
     @property
     def answers(self) -> int:
-        """How many assistant messages one conversation of it has."""
+        """How many assistant messages one of its conversations has."""
         return sum(message["role"] == "assistant" for message in self.messages)
 
     @property
@@ -66,12 +67,12 @@ class DataRow:
 
     @property
     def question(self) -> Any:
-        """Equal for two rows that ask the same; None where nothing is asked."""
+        """Equal for two rows that ask the same; None if it asks nothing."""
         return None
 
     @property
     def opposite(self) -> Any:
-        """The identity of a row that contradicts it; None: there is none."""
+        """The identity of a row that contradicts it; None if no row can."""
         return None
 
 
@@ -81,24 +82,25 @@ Say = Callable[[Note], None]
 
 @dataclass(frozen=True)
 class RowReader(Generic[T]):
-    """What a kind of data makes of rows.
+    """How rows are read as one kind of data.
 
-    `check` gives the data set as it is read, and raises DataError where it holds others; `recognize` finds the format
-    by the first row; `read` gives None where it adds a problem. `own_keys` are read besides those of conversations.
+    `check` returns the data set as it will be read, or raises DataError if it holds another kind; `recognize` finds
+    the format from the first row, and names its place in errors; `read` returns None where it adds a problem.
+    `own_keys` are read besides those of conversations.
     """
 
     check: Callable[[DataSource], DataSource]
-    recognize: Callable[[Path, Row], RowFormat]
+    recognize: Callable[[str, dict[str, Any]], RowFormat]
     read: Callable[[RowFormat, dict[str, Any], str, RowErrors], T | None]
     own_keys: frozenset[str] = frozenset()
 
 
 @dataclass
 class _Seen:
-    """What is known of a file when it has been read."""
+    """What reading a file has found so far."""
 
     rows: int = 0
-    problems: list[str] = field(default_factory=list)  # all but the first few are empty: only their number is told
+    problems: list[str] = field(default_factory=list)  # empty past the first _KEPT: only their number is shown
     are_row_problems: bool = False
     once: set[str] = field(default_factory=set)
     with_placeholders: int = 0
@@ -106,7 +108,7 @@ class _Seen:
     unused: set[str] = field(default_factory=set)
 
     def add(self, place: str, problems: list[str]) -> None:
-        """Keep the problems of one row, in bounded memory."""
+        """Add the problems of one row, in bounded memory."""
         self.problems += [f"{place}: {problem}" if len(self.problems) < _KEPT else "" for problem in problems]
 
 
@@ -117,10 +119,10 @@ def read_file(
     limit: int | None = None,
     say: Say = lambda _: None,
 ) -> Iterator[T]:
-    """What the first `limit` rows of a file stand for, in bounded memory; at its end `say` is told about the file.
+    """The examples in the first `limit` rows of a file, in bounded memory; at the end `say` is told about the file.
 
-    Without a format the first row shows it. Nothing follows the first problem. Raises DataError when the file
-    cannot be read, and, once all is read, with every invalid row's line, key, what was found and what was expected.
+    Without a format, the first row determines it. Nothing is yielded after the first problem. Raises DataError when
+    the file cannot be read, and at the end with the line and key of every invalid row, and what was expected.
     """
     names = table_columns(path) if is_table(path) else None
     expected = None
@@ -140,14 +142,14 @@ def read_file(
 def _recognized(
     path: Path, reader: RowReader[T], items: Iterator[Row | Unread], names: list[str] | None
 ) -> tuple[RowFormat, list[Row | Unread]]:
-    """The format that the first row shows, and what was read to know it."""
+    """The format of the first row, and the items read to find it."""
     first: list[Row | Unread] = []
     for item in items:
         first.append(item)
         if isinstance(item, Row):
-            # the columns of a table that are not read say, by their names, what it holds
-            row = item if names is None else Row(item.number, dict.fromkeys(names) | item.value)
-            return reader.recognize(path, row), first
+            # the names of unread columns also show what a table holds
+            row = item.value if names is None else dict.fromkeys(names) | item.value
+            return reader.recognize(f"{path}: {place_of(path)} {item.number}", row), first
     unread = [f"{place_of(path)} {item.number}: {item.problem}" for item in first if isinstance(item, Unread)]
     raise DataError(join_problems(f"{path}: {plural(len(unread), 'problem')}", unread))
 
@@ -191,7 +193,7 @@ def _rows(
 
 
 def _note_unmapped(row_format: RowFormat, row: dict[str, Any], errors: RowErrors, seen: _Seen) -> None:
-    """A problem, once a file, for a key that columns= left out though it holds something."""
+    """Add a problem, once per file, for a key that the columns leave out although it holds something."""
     for key, column in row_format.unmapped.items():
         if row.get(key) and key not in seen.once:
             seen.once.add(key)
@@ -206,10 +208,10 @@ def _notes(path: Path, row_format: RowFormat, seen: _Seen) -> Iterator[Note]:
     if seen.with_placeholders:
         yield Note(
             f"{seen.with_placeholders} of {seen.rows} rows hold the placeholders {{{{name}}}} or {{{{author}}}} "
-            f"(first: {seen.first_placeholder}); replace them, or the model learns to say them",
+            f"(first: {seen.first_placeholder}); replace them, or the model will learn to say them",
             str(path),
         )
     if seen.unused:
         shown = sorted(seen.unused)
         more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        yield Note(f"keys that are not used: {', '.join(shown[:_SHOWN])}{more}", str(path))
+        yield Note(f"unused keys: {', '.join(shown[:_SHOWN])}{more}", str(path))

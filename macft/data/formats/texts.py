@@ -1,10 +1,9 @@
-"""Read texts to continue pre-training on from the rows of a data file."""
+"""Read texts for continued pre-training from the rows of a data file."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from macft.data.formats.columns import RowFormat, recognize_format
@@ -12,13 +11,12 @@ from macft.data.formats.conversations import optional_text, refuse_ranking
 from macft.data.formats.messages import RowErrors, check_text
 from macft.data.formats.reader import DataRow, RowReader
 from macft.data.sources.resolve import DataSource
-from macft.data.sources.rows import Row, place_of
 from macft.errors import DataError
 
 
 @dataclass(frozen=True)
 class PlainText(DataRow):
-    """One text; `source` says where it stands, as file:line."""
+    """One text; `source` is its file:line."""
 
     text: str
     source: str
@@ -50,17 +48,17 @@ def _check_source(source: DataSource) -> DataSource:
         return source
     if row_format.style != "alpaca":
         raise DataError(f"{source.name}: holds conversations, stage: pt needs texts; set stage: sft")
-    # answers and whatever else the rows hold are not meant to be read
+    # answers and all other columns are ignored
     columns = {key: name for key, name in row_format.columns.items() if key in ("prompt", "query")}
     return replace(source, row_format=replace(row_format, name="text", style="text", columns=columns, unmapped={}))
 
 
-def _recognize(path: Path, row: Row) -> RowFormat:
-    if "text" in row.value:
+def _recognize(at: str, row: dict[str, Any]) -> RowFormat:
+    if "text" in row:
         return RowFormat("text", "text", {"prompt": "text"})
     raise DataError(
-        f"{path}: {place_of(path)} {row.number}: found the keys {', '.join(row.value) or 'none'}; stage: pt needs "
-        'text, or a key that dataset_info.json maps: "columns": {"prompt": KEY}; to train on answers set stage: sft'
+        f"{at}: found the keys {', '.join(row) or 'none'}; stage: pt needs text, or a key that dataset_info.json "
+        'maps: "columns": {"prompt": KEY}; to train on answers set stage: sft'
     )
 
 
@@ -68,7 +66,7 @@ def _read(row_format: RowFormat, row: dict[str, Any], source: str, errors: RowEr
     if row_format.style == "conversation":
         errors.problems.append(f"stage: pt needs texts, found {row_format.name} rows; set stage: sft")
         return None
-    # alpaca rows, as a data set's entry names them: the prompt and what stands below it
+    # alpaca rows of an entry in dataset_info.json: the prompt, then the query
     column = row_format.needed[0]
     key = row_format.columns[column]
     if key not in row:

@@ -11,9 +11,10 @@ from typing import Any
 
 from macft.data.formats.columns import ALPACA, PLAIN, SHAREGPT, SIDES, MessageKeys, RowFormat
 from macft.data.notes import Note
-from macft.data.sources.rows import kind_of
+from macft.data.sources.rows import kind_of, not_json
 from macft.data.sources.text import read_text
 from macft.errors import DataError, join_problems
+from macft.text import plural
 
 FILE_NAME = "dataset_info.json"
 
@@ -27,13 +28,13 @@ _TAGS = {
     "function_tag": "function",
     "system_tag": "system",
 }
-# key: the type of its value, in JSON's words
+# key -> the JSON type of its value
 _KEYS = {
     **dict.fromkeys((*_HUBS, "file_name", "script_url", "cloud_file_name", "subset", "split", "folder"), "a string"),
     **{"formatting": "a string", "ranking": "a boolean", "num_samples": "a number"},
     **{"columns": "an object", "tags": "an object"},
 }
-# written by older versions and read by none
+# written by older versions, and read by no version
 _FORGOTTEN = {"file_sha1"}
 _REFUSED = {
     "script_url": "a loading script is foreign code, which is not run; give file_name or hf_hub_url",
@@ -65,14 +66,12 @@ class DatasetEntry:
 
 
 def read_dataset_info(path: Path) -> dict[str, Any]:
-    """The entries as they stand. Raises DataError when the file is not JSON or holds something else."""
+    """The entries, unparsed. Raises DataError when the file is not JSON or holds something else."""
     text = read_text(path)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        before = text[: error.pos].rstrip()
-        comma = " after a comma that ends the list: remove the comma" if before.endswith(",") else ""
-        raise DataError(f"{path}: line {error.lineno}: not JSON ({error.msg} at column {error.colno}){comma}") from None
+        raise DataError(f"{path}: line {error.lineno}: {not_json(text, error)}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: found {kind_of(value)}, expected an object with a data set under each name")
     if "builder_name" in value or isinstance(value.get("features"), list):
@@ -83,7 +82,7 @@ def read_dataset_info(path: Path) -> dict[str, Any]:
 
 
 def parse_entry(path: Path, name: str, value: Any, hub: str, notes: list[Note]) -> DatasetEntry:
-    """The entry of one data set; `hub` (hf or modelscope) is taken where it names both. Adds to `notes`.
+    """The entry of one data set; `hub` (hf or modelscope) decides if it names both. Adds to `notes`.
 
     Raises DataError with all its problems.
     """
@@ -102,11 +101,9 @@ def parse_entry(path: Path, name: str, value: Any, hub: str, notes: list[Note]) 
         place = _place(path, value, hub, problems)
         samples = value.get("num_samples")
         if samples is not None and (samples != int(samples) or samples < 1):
-            problems.append(f"num_samples: found {samples}, expected a whole number from 1 on")
+            problems.append(f"num_samples: found {samples}, expected a whole number of at least 1")
     if problems:
-        raise DataError(
-            join_problems(f"{path}: {name}: {len(problems)} problem{'s' if len(problems) > 1 else ''}", problems)
-        )
+        raise DataError(join_problems(f"{path}: {name}: {plural(len(problems), 'problem')}", problems))
     assert place is not None
     count = None if samples is None else int(samples)
     return DatasetEntry(name, place, row_format, bool(value.get("ranking")), value.get("split") or "train", count)
@@ -127,12 +124,12 @@ def _place(path: Path, value: dict[str, Any], hub: str, problems: list[str]) -> 
             return None
     file_name = value.get("file_name")
     if not file_name:
-        problems.append("found neither file_name nor hf_hub_url nor ms_hub_url; one of them says where the data are")
+        problems.append("found neither file_name nor hf_hub_url nor ms_hub_url; give one of them")
         return None
     file = Path(str(file_name))
     if file.is_absolute():
         return file
-    # the place without looking at links: one that the user put into the folder is meant
+    # links are not resolved: the user may have put one into the folder on purpose
     if Path(os.path.normpath(file)).parts[:1] == (os.pardir,):
         problems.append(
             f"file_name: {file_name} leads out of the data folder {path.parent}; "
@@ -178,7 +175,7 @@ def _row_format(value: dict[str, Any], problems: list[str]) -> RowFormat:
 def _check_columns(
     columns: dict[str, str], value: dict[str, Any], problems: list[str], *, is_alpaca: bool, is_ranking: bool
 ) -> None:
-    """Problems for columns without which no row can be read."""
+    """Add a problem for each missing column without which no row can be read."""
     if problems:
         return
     expected = list(SIDES) if is_ranking else []
@@ -199,7 +196,7 @@ def _check_columns(
 
 
 def _unmapped(given: dict[str, str | None], columns: dict[str, str], *, is_alpaca: bool) -> dict[str, str]:
-    """Key to column, of the keys that hold a column elsewhere and that these columns leave out."""
+    """The usual keys that these columns leave out, each with its column."""
     usual = dict(ALPACA) if is_alpaca else {"system": "system"}
     usual["tools"] = "tools"
     if SIDES[0] in columns:
@@ -213,7 +210,7 @@ def _naming(tags: dict[str, Any] | None, default: MessageKeys, problems: list[st
     given = _strings("tags", tags, ("role_tag", "content_tag", *_TAGS), problems)
     roles = {name: meaning for tag, meaning in _TAGS.items() if (name := given.get(tag)) is not None}
     if default is PLAIN:
-        # LLaMA-Factory needs every tag here; OpenAI's own names are what is meant
+        # LLaMA-Factory needs every tag here; here OpenAI's names are the defaults
         roles = {name: meaning for name, meaning in PLAIN.roles.items() if meaning not in roles.values()} | roles
     role, content = (given.get(tag) for tag in ("role_tag", "content_tag"))
     if default is not PLAIN:
@@ -224,7 +221,7 @@ def _naming(tags: dict[str, Any] | None, default: MessageKeys, problems: list[st
 
 
 def _strings(key: str, value: Any, known: tuple[str, ...], problems: list[str]) -> dict[str, str | None]:
-    """The entries of columns or tags, each null or a name."""
+    """The entries of columns or tags, each a name or null."""
     given: dict[str, str | None] = {}
     for name, text in (value or {}).items():
         if name not in known:

@@ -22,22 +22,22 @@ CARD = "README.md"
 # subset to split to patterns of file names
 Configs = dict[str, dict[str, list[str]]]
 
-# files that describe data, and what split names are written for each other
+# files that describe data; and the spellings of split names
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-# where the Hugging Face hub keeps the parquet files that it made of data it could read
+# where the Hugging Face hub keeps its parquet conversions of data sets
 _CONVERTED = "refs/convert/parquet"
 
 
 def hub_files(place: HubName, split: str, notes: list[Note]) -> list[Path]:
-    """The files of one split of a data set, in order, from the cache where they are there already. Adds to `notes`.
+    """The files of one split of a data set, in order, downloaded unless they are cached. Adds to `notes`.
 
-    $HF_ENDPOINT, $HF_HUB_OFFLINE and $MODELSCOPE_DOMAIN are respected. Raises DataError, in one line, when
-    the data set is missing, gated or out of reach, or has no such subset or split.
+    $HF_ENDPOINT, $HF_HUB_OFFLINE and $MODELSCOPE_DOMAIN are respected. Raises DataError when the data set is
+    missing, gated or out of reach, or has no such subset or split.
     """
     return _modelscope_files(place, split) if place.hub == "modelscope" else _hf_files(place, split, notes)
 
@@ -63,7 +63,7 @@ def _hf_files(place: HubName, split: str, notes: list[Note]) -> list[Path]:
         raise
     except GatedRepoError:
         raise DataError(
-            f"{place.name}: gated; accept its terms on {constants.ENDPOINT}/datasets/{place.name}, "
+            f"{place.name}: gated; accept its terms at {constants.ENDPOINT}/datasets/{place.name}, "
             "then run: hf auth login"
         ) from None
     except RepositoryNotFoundError:
@@ -71,7 +71,7 @@ def _hf_files(place: HubName, split: str, notes: list[Note]) -> list[Path]:
             f"{place.name}: no such data set on {constants.ENDPOINT} (a private one needs: hf auth login), "
             "and no file or entry of that name"
         ) from None
-    except Exception as error:  # the library's HTTP client, whose errors these are, is another in each version
+    except Exception as error:  # each version of the library has another HTTP client with its own errors
         reason = (str(error.__cause__ or error).strip().splitlines() or ["no answer"])[0]
     cached = _hf_snapshot(place)
     if cached is None:
@@ -79,7 +79,7 @@ def _hf_files(place: HubName, split: str, notes: list[Note]) -> list[Path]:
             f"{place.name}: cannot be downloaded from {constants.ENDPOINT} ({reason}); check the network, "
             "set HF_ENDPOINT to a mirror, or give a file"
         )
-    notes.append(Note(f"{place.name}: {constants.ENDPOINT} is out of reach ({reason}); the copy in its cache is read"))
+    notes.append(Note(f"{place.name}: {constants.ENDPOINT} is out of reach ({reason}); using the cached copy"))
     return _hf_cached(place, cached, split)
 
 
@@ -103,7 +103,7 @@ def _hf_download(place: HubName, split: str) -> list[Path]:
 def _hf_names(place: HubName, revision: str | None = None) -> list[str]:
     from huggingface_hub import HfApi
 
-    # unlike list_repo_files this asks once: that one tries for half a minute where there is no network
+    # list_repo_files would retry for half a minute without a network
     siblings = HfApi().dataset_info(place.name, revision=revision).siblings or []
     return [str(sibling.rfilename) for sibling in siblings]
 
@@ -153,7 +153,7 @@ def _modelscope_files(place: HubName, split: str) -> list[Path]:
 
 
 def read_configs(card: Path) -> Configs:
-    """What the head of a data set's card says of its files; nothing where it says nothing."""
+    """The subsets and splits that a data set's card declares; empty if it declares none."""
     text = card.read_text(encoding="utf-8", errors="replace")
     head = re.match(r"\ufeff?---\r?\n(.*?\n)---", text, flags=re.DOTALL)
     try:
@@ -182,49 +182,49 @@ def _patterns(files: Any) -> dict[str, list[str]]:
 
 
 def choose_files(place: HubName, names: Sequence[str], configs: Configs, split: str) -> list[str]:
-    """The data files of a subset and split: as the card says, else as their names say.
+    """The data files of a subset and split, according to the card, else to their names.
 
-    Raises DataError naming the subsets or splits there are.
+    Raises DataError naming the existing subsets or splits.
     """
     prefix = f"{place.folder.strip('/')}/" if place.folder else ""
     data = [n for n in names if _is_data(n) and n.startswith(prefix)]
     if not data:
         where = f" in {place.folder}" if place.folder else ""
         raise DataError(
-            f"{place.name}: no data files{where}, expected {', '.join(SUFFIXES)}; it may hold a script only"
+            f"{place.name}: no data files{where}, expected {', '.join(SUFFIXES)}; it may hold only a script"
         )
     if configs and not place.folder:
         return _by_card(place, data, configs, split)
     if place.subset:
         inside = [name for name in data if place.subset in re.split(r"[/._-]", name) or f"{place.subset}/" in name]
         if not inside:
-            raise DataError(f"{place.name}: no subset {place.subset}; it holds {_some(data)}")
+            raise DataError(f"{place.name}: no subset {place.subset}; it holds {some(data)}")
         data = inside
     chosen = [name for name in data if _split_of(name, split) == split]
     if not chosen and split == "train":
         chosen = [name for name in data if _split_of(name, split) is None]
     if not chosen:
-        raise DataError(f"{place.name}: no split {split}; it holds {_some(data)}")
+        raise DataError(f"{place.name}: no split {split}; it holds {some(data)}")
     return _of_one_kind(chosen)
 
 
 def _by_card(place: HubName, data: list[str], configs: Configs, split: str) -> list[str]:
     subset = place.subset or ("default" if "default" in configs else next(iter(configs)) if len(configs) == 1 else None)
     if subset is None or subset not in configs:
-        found = f"no subset {subset}" if subset else "which subset is not said"
+        found = f"no subset {subset}" if subset else "no subset given"
         raise DataError(f"{place.name}: {found}; set subset to one of {', '.join(configs)}")
     splits = configs[subset]
     if split not in splits:
         raise DataError(f"{place.name}: no split {split} in {subset}; set split to one of {', '.join(splits)}")
     chosen = [name for name in data if any(_matches(name, pattern) for pattern in splits[split])]
     if not chosen:
-        raise DataError(f"{place.name}: none of its files is {', '.join(splits[split])}, as its card says of {split}")
+        raise DataError(f"{place.name}: no file matches {', '.join(splits[split])}, which its card gives for {split}")
     return _of_one_kind(chosen)
 
 
 def _matches(name: str, pattern: str) -> bool:
     pattern = pattern.removeprefix("./")
-    # ** takes no folder at all, too
+    # ** also matches no folder at all
     return any(fnmatchcase(name, one) for one in {pattern, pattern.replace("**/", "")})
 
 
@@ -235,12 +235,12 @@ def _is_data(name: str) -> bool:
 
 
 def _split_of(name: str, expected: str) -> str | None:
-    """The split that a file's name says it is of; None if it says none."""
+    """The split that a file's name indicates; None if it indicates none."""
     sharded = re.fullmatch(r"(\w+)-\d{5}-of-\d{5}\..*", PurePosixPath(name).name)
     if sharded and (sharded[1] == expected or re.match(r"(?:train|test|validation)_", sharded[1])):
         return sharded[1]
     words = {expected: _SPLITS.get(expected, (expected,))} | _SPLITS
-    # the file's own name says more than its folders
+    # the file's own name takes precedence over its folders
     for part in reversed(PurePosixPath(name).parts):
         for split, spellings in words.items():
             if any(re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", part.lower()) for word in spellings):
@@ -254,5 +254,6 @@ def _of_one_kind(names: list[str]) -> list[str]:
     return sorted(name for name in names if kind(Path(name)) == suffix)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

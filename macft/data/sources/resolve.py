@@ -13,12 +13,12 @@ from typing import Any
 from macft.data.formats.columns import RowFormat
 from macft.data.notes import Note
 from macft.data.sources.dataset_info import FILE_NAME, DatasetEntry, HubName, parse_entry, read_dataset_info
-from macft.data.sources.hub import hub_files
+from macft.data.sources.hub import hub_files, some
 from macft.data.sources.rows import SUFFIXES
 from macft.data.sources.text import kind, nearest_file
 from macft.errors import ConfigError, DataError
 
-# LLaMA-Factory's dataset_dir for names that are looked up only on a hub, or in a hub's dataset_info.json
+# LLaMA-Factory's values of dataset_dir for names on a hub, or in a dataset_info.json on a hub
 ONLINE = "ONLINE"
 _REMOTE = "REMOTE:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -30,20 +30,20 @@ _COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
 class DataSource:
     """One data set: files that are read one after the other.
 
-    `row_format` None: each file's first row shows it. `bounds`: the slice of its rows, in numbers or percent.
+    `row_format` None: inferred from each file's first row. `bounds`: a slice of its rows, in numbers or percent.
     """
 
     name: str
     files: tuple[Path, ...]
     row_format: RowFormat | None = None
-    is_ranking: bool | None = None  # None: the first row shows it
+    is_ranking: bool | None = None  # None: inferred from the first row
     num_samples: int | None = None
     bounds: tuple[str | None, str | None] | None = None
 
 
 @dataclass(frozen=True)
 class ResolvedSources:
-    """The data sets that were found, the problems of those that were not, and what there is to say."""
+    """The data sets that were found, the problems with the others, and notes."""
 
     sources: tuple[DataSource, ...]
     problems: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ def resolve_sources(dataset: str, dataset_dir: str, hub: str = "hf") -> Resolved
     try:
         info, entries = _entries(dataset_dir)
     except DataError as error:
-        # a file that is given by its path needs no dataset_info.json
+        # files given by their paths need no dataset_info.json
         if not all(Path(name).expanduser().is_file() for name in names):
             raise error from None
     for name in names:
@@ -139,7 +139,7 @@ def _from_entry(info: Path, entry: DatasetEntry, notes: list[Note]) -> DataSourc
     if isinstance(entry.place, HubName):
         files = tuple(hub_files(entry.place, split, notes))
     elif split != "train":
-        raise DataError(f"{info}: {entry.name}: split: a local file has the split train only, found {split}; remove it")
+        raise DataError(f"{info}: {entry.name}: split: a local file has only the split train, found {split}; remove it")
     else:
         files = _local_files(info, entry.name, entry.place)
     return DataSource(entry.name, files, entry.row_format, entry.is_ranking, entry.num_samples, bounds)
@@ -150,7 +150,7 @@ def _local_files(info: Path, name: str, place: Path) -> tuple[Path, ...]:
         return (place,)
     if not place.is_dir():
         raise DataError(f"{info}: {name}: file_name: no file {place}{nearest_file(place)}")
-    # saved data sets of the datasets library keep descriptions beside their data
+    # the datasets library saves descriptions beside the data
     inside = sorted(p for p in place.iterdir() if p.is_file() and p.name[0] != "." and p.name not in _COMPANIONS)
     kinds = sorted({kind(path) for path in inside})
     if len(kinds) != 1 or kinds[0] not in SUFFIXES:
@@ -166,7 +166,7 @@ def _matches(pattern: str, folder: Path) -> tuple[Path, ...]:
         files = tuple(path for path in found if path.is_file())
         if files:
             return files
-    raise DataError(f"{pattern}: no file matches, neither in {Path.cwd()} nor in {folder}")
+    raise DataError(f"{pattern}: no file matches in {Path.cwd()} or in {folder}")
 
 
 def _file(name: str, folder: Path, info: Path, entries: Sequence[str]) -> Path:
@@ -179,9 +179,9 @@ def _file(name: str, folder: Path, info: Path, entries: Sequence[str]) -> Path:
         if candidate.is_file():
             return candidate
     near = get_close_matches(name, entries, n=1)
-    # a name without a suffix is rather one of dataset_info.json
+    # a name without a suffix probably belongs to dataset_info.json
     if near or (entries and suffixes):
-        known = f"did you mean {near[0]}?" if near else f"it holds {_some(entries)}"
+        known = f"did you mean {near[0]}?" if near else f"it holds {some(entries)}"
         raise DataError(f"{name}: not in {info}, and no file of that name; {known}")
     hint = next(filter(None, map(nearest_file, looked)), "")
     unique = list(dict.fromkeys(map(str, looked)))
@@ -190,7 +190,3 @@ def _file(name: str, folder: Path, info: Path, entries: Sequence[str]) -> Path:
     if suffixes and not info.parent.is_dir() and not hint:
         hint = f"; dataset_dir {folder} does not exist there"
     raise DataError(f"{name}: no such data file; looked for {', '.join(unique)} in {Path.cwd()}{hint}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

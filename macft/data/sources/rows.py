@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from macft.data.sources.tables import TABLES, count_table, is_table, table_columns, table_rows
-from macft.data.sources.text import kind, lines, nearest_file, read_text
+from macft.data.sources.text import kind, lines, read_text
 from macft.errors import DataError, join_problems
 from macft.text import plural
-
-__all__ = ["SUFFIXES", "Row", "Unread", "count_rows", "first_keys", "iter_rows", "kind_of", "nearest_file", "read_rows"]
 
 SUFFIXES = (".jsonl", ".json", *TABLES, ".txt")
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -22,7 +20,7 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data file; `number` is the line (from 1) it starts on, in a table its place."""
+    """One row of a data file; `number` is the line it starts on, or its position in a table, from 1."""
 
     number: int
     value: dict[str, Any]
@@ -30,41 +28,31 @@ class Row:
 
 @dataclass(frozen=True)
 class Unread:
-    """A place where a file holds no row, and why."""
+    """A place in a file that should hold a row and does not, and why."""
 
     number: int
     problem: str
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a file, with the errors of `iter_rows`."""
-    return list(iter_rows(path))
-
-
-def iter_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """The rows of a file one by one, in bounded memory unless it is a JSON list.
-
-    Of a table only `columns` are read. Nothing follows the first problem. Raises DataError: file missing,
-    damaged or empty, and, once all is read, with every line that does not hold a row.
-    """
-    problems: list[str] = []
-    for item in scan(path, columns):
-        if isinstance(item, Unread):
-            problems.append(f"{place_of(path)} {item.number}: {item.problem}")
-        elif not problems:
-            yield item
+    """All rows of a file. Raises DataError as `scan` does, and for lines that do not hold a row, naming each."""
+    items = list(scan(path))
+    problems = [f"{place_of(path)} {item.number}: {item.problem}" for item in items if isinstance(item, Unread)]
     if problems:
         raise DataError(join_problems(f"{path}: {plural(len(problems), 'problem')}", problems))
+    return [item for item in items if isinstance(item, Row)]
 
 
 def scan(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row | Unread]:
-    """The rows of a file and the places that hold none, in order.
+    """The rows of a file and the places that hold none, in order, in bounded memory unless it is a JSON list.
 
-    Raises DataError when there is nothing to scan: file missing, of an unknown kind, damaged or empty.
+    Of a table only `columns` are read. Raises DataError when there is nothing to scan: file missing, of an unknown
+    kind, damaged or empty.
     """
     suffix = kind(path)
     if suffix not in SUFFIXES:
-        raise DataError(f"{path}: {_ending(path)}, expected {_one_of(SUFFIXES)}, or one with .gz")
+        ending = f"ends in {path.suffix!r}" if path.suffix else "has no ending that says what it is"
+        raise DataError(f"{path}: {ending}, expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, or one with .gz")
     if suffix in TABLES:
         items = table_rows(path, columns)
     elif suffix == ".txt":
@@ -96,22 +84,14 @@ def first_keys(path: Path) -> list[str]:
 
 
 def place_of(path: Path) -> str:
-    """What the number of a row counts in this file."""
+    """What row numbers count in this file: lines or rows."""
     return "row" if kind(path) in (".parquet", ".arrow") else "line"
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, in JSON's words."""
+    """The JSON type of a value, with its article."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")
-
-
-def _ending(path: Path) -> str:
-    return f"ends in {path.suffix!r}" if path.suffix else "has no ending that says what it is"
-
-
-def _one_of(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 # (line, value, problem): the problem is empty where a value was read
@@ -128,7 +108,7 @@ def _text_items(path: Path) -> Iterator[_Item]:
 
 
 def _is_jsonl(path: Path) -> bool:
-    """Whether a .json file holds one object a line, as many on the hubs do."""
+    """Whether a .json file holds one object per line, as many on the hubs do."""
     for _, text, _ in lines(path):
         if text.strip():
             value, _ = _parsed(text)
@@ -150,28 +130,26 @@ def _parsed(text: str) -> tuple[Any, str]:
     try:
         return json.loads(text), ""
     except json.JSONDecodeError as error:
-        return None, _not_json(text, error)
+        return None, not_json(text, error)
     except (ValueError, RecursionError) as error:
         return None, f"not JSON that can be read ({error})"
 
 
-# what a Chinese keyboard types in place of JSON's own marks
+# the full-width punctuation that a Chinese keyboard types in place of JSON's
 _WIDE = {"，": ",", "：": ":", "“": '"', "”": '"', "［": "[", "］": "]", "｛": "{", "｝": "}"}
 
 
-def _not_json(text: str, error: json.JSONDecodeError) -> str:
+def not_json(text: str, error: json.JSONDecodeError) -> str:
+    """What is wrong with a text that is not JSON, and where."""
     found = text[error.pos : error.pos + 1]
     wide = f": found the full-width {found}, expected {_WIDE[found]}" if found in _WIDE else ""
     before = text[: error.pos].rstrip()
-    comma = f", {_COMMA}" if before.endswith(",") and found in "}]" and found else ""
+    comma = ", after a comma that ends the list; remove it" if before.endswith(",") and found in "}]" and found else ""
     return f"not JSON ({error.msg} at column {error.colno}{wide}{comma})"
 
 
-_COMMA = "after a comma that ends the list"
-
-
 def _json_items(text: str) -> Iterator[_Item]:
-    """The items of one JSON list, read one by one so that each is known by its line."""
+    """The items of one JSON list, decoded one by one to know the line of each."""
     at = _skip(text, 0)
     if at == len(text):
         return
@@ -188,7 +166,7 @@ def _json_items(text: str) -> Iterator[_Item]:
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            yield error.lineno, None, _not_json(text, error)
+            yield error.lineno, None, not_json(text, error)
             return
         except (ValueError, RecursionError) as error:
             yield line, None, f"not JSON that can be read ({error})"

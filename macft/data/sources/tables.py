@@ -1,4 +1,4 @@
-"""Read the rows of a parquet, Arrow or CSV file, and no more columns than are asked for."""
+"""Read the rows of a parquet, Arrow or CSV file, with only the requested columns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def table_columns(path: Path) -> list[str]:
 
 
 def count_table(path: Path) -> int | None:
-    """How many rows a parquet file says it has; None where only reading it tells."""
+    """The number of rows in the header of a parquet file; None for other files."""
     if path.suffix != ".parquet":
         return None
     import pyarrow.parquet as pq
@@ -48,7 +48,7 @@ def count_table(path: Path) -> int | None:
 
 
 def table_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
-    """(number from 1, row, problem) of each row, with the named columns only; in bounded memory.
+    """(number from 1, row, problem) of each row, with only the named columns; in bounded memory.
 
     The number is a line in a CSV file. Raises DataError when the file is missing, damaged or cut short.
     """
@@ -78,7 +78,7 @@ def _plain(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The value without the keys that a table had to give to every object of a column."""
+    """The value without the null keys that a table adds because all objects of a column have the same keys."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
@@ -96,7 +96,7 @@ class _Parquet:
 
 
 class _Arrow:
-    """An Arrow file or stream; a reader knows its columns only once it is open, so each reading opens it again."""
+    """An Arrow file or stream; its columns are known only once it is open, so each read opens it again."""
 
     def __init__(self, path: Path, data: pa.Buffer) -> None:
         import pyarrow as pa
@@ -152,12 +152,8 @@ def _problems_named(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(f"{path}: no such file{nearest_file(path)}") from None
-    except pa.ArrowException as error:
-        raise DataError(
-            f"{path}: damaged or cut short, expected {expected} ({' '.join(str(error).split())}); copy the file again"
-        ) from None
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
+    except (pa.ArrowException, OSError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"{path}: damaged or cut short, expected {expected} ({reason}); copy the file again") from None
 
 
@@ -171,7 +167,7 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str], str]]:
                 problems.append(problem)
             yield text
 
-    # the module's limit of 131072 characters a field is below many articles
+    # many articles exceed the module's limit of 131072 characters per field
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(texts(), strict=True)
     start = 1

@@ -55,7 +55,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 def lines(path: Path) -> Iterator[tuple[int, str, str]]:
     r"""(number from 1, text, problem) of each line of a UTF-8 file; the text is empty where there is a problem.
 
-    Only \n ends a line: U+2028 and its like may stand inside a JSON string. A byte order mark is dropped.
+    Only \n ends a line: JSON strings may contain U+2028 and the like. A byte order mark is dropped.
     """
     with opened(path) as file:
         for number, content in enumerate(file, start=1):
@@ -95,7 +95,7 @@ def read_text(path: Path) -> str:
 def _not_utf8(line: bytes, at: int) -> str:
     found = f"not UTF-8 (byte 0x{line[at]:02x} at byte {at + 1} of the line)"
     try:
-        # GB18030 takes nearly any bytes, so the guess needs a Chinese character
+        # GB18030 decodes nearly any bytes, so require a Chinese character
         is_chinese = any("\u4e00" <= character <= "\u9fff" for character in line.decode("gb18030"))
     except UnicodeDecodeError:
         is_chinese = False

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ logger = logging.getLogger("macft")
 Message = dict[str, Any]
 
 _JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
-# the name that stands for text as it is, and that text: no headers, and the eos token ends an answer
+# the name of the template that renders only the contents, with the eos token after an answer
 EMPTY = "empty"
 _EMPTY_SOURCE = (
     "{% for message in messages %}{{ message['content'] }}"
@@ -37,29 +38,28 @@ _EMPTY_SOURCE = (
 )
 # <|im_start|>, <｜User｜>, <|turn>, <turn|>, <start_of_turn>, <role>
 _MARKER = re.compile(r"<[|｜][^\s<>]+>|<[^\s<>]+[|｜]>|</?(?:start_of_turn|end_of_turn|role)>")
-# where a model keeps the template that it was trained with, whatever its tokens are
+# where a model keeps its own template, which is trusted whatever its tokens are
 _OWN = ("chat_template.jinja", "tokenizer_config.json")
 
 
 class ChatTemplate:
-    """A compiled template; `source` is its Jinja text, `name` says in errors where it came from."""
+    """A compiled template; `source` is its Jinja text, and `name` says where it came from in errors."""
 
-    def __init__(self, source: str, *, name: str, special_map: dict[str, str]) -> None:
+    def __init__(self, source: str, name: str, special_map: dict[str, str]) -> None:
         self.source = source
         self.name = name
-        # why earlier answers cannot be trained on; None: they can
+        # why earlier answers cannot be trained on; None if they can
         self.one_answer = one_answer_reason(source)
         self._special_map = special_map
         try:
             self._compiled = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise ModelError(
-                f"{name} line {error.lineno}: {str(error.message).rstrip('.')}; correct the template"
-            ) from None
+            reason = str(error.message).rstrip(".")
+            raise ModelError(f"{name} line {error.lineno}: {reason}; correct the template") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a compiled template cannot be sent to another process
-        return _template, (self.source, self.name, self._special_map)
+        return ChatTemplate, (self.source, self.name, self._special_map)
 
     def syntax(self) -> nodes.Template:
         """The template as Jinja's tree of nodes."""
@@ -86,10 +86,6 @@ class ChatTemplate:
             raise DataError(f"the chat template ({self.name}) refuses this conversation: {reason}") from None
 
 
-def _template(source: str, name: str, special_map: dict[str, str]) -> ChatTemplate:
-    return ChatTemplate(source, name=name, special_map=special_map)
-
-
 def load_template(
     folder: Path,
     special_map: dict[str, str],
@@ -100,19 +96,19 @@ def load_template(
 ) -> ChatTemplate:
     """The chat template of a model folder, or `template`: a Jinja file, or one of LLaMA-Factory's names.
 
-    A file of the working folder comes before a name. `empty` joins the contents, with the eos token
-    after an assistant's. `default_system` is the system text of conversations without one.
-    `default_system` and `enable_thinking` become part of the source. Raises ModelError when there
-    is no such template, it is not valid Jinja, or the model lacks the eos token that it needs.
+    A file in the working directory takes precedence over a name. `empty` joins the contents, with the eos token after
+    those of an assistant. `default_system` is the system text of conversations without one; it and `enable_thinking`
+    become part of the source. Raises ModelError when the template does not exist or is not valid Jinja, or the model
+    lacks the eos token that it needs.
     """
     source, name, is_named = _find_source(folder, special_map, template, default_system, enable_thinking)
     if not enable_thinking and "enable_thinking" not in source:
-        logger.warning("the chat template (%s) knows no enable_thinking: it has no effect", name)
+        logger.warning("the chat template (%s) does not use enable_thinking: it has no effect", name)
     if is_named:
-        return ChatTemplate(source, name=name, special_map=special_map)
-    whole = ChatTemplate(_with_defaults(source, default_system, enable_thinking), name=name, special_map=special_map)
+        return ChatTemplate(source, name, special_map)
+    whole = ChatTemplate(_with_defaults(source, default_system, enable_thinking), name, special_map)
     if default_system:
-        _check_default_system(whole, ChatTemplate(source, name=name, special_map=special_map), default_system)
+        _check_default_system(whole, ChatTemplate(source, name, special_map), default_system)
     return whole
 
 
@@ -133,7 +129,7 @@ def _find_source(
     path = Path(template).expanduser()
     if path.is_file():
         if template in _names():
-            logger.warning("template: the file %s of this folder, not the template of that name", path)
+            logger.warning("template: using the file %s in this folder, not the template of that name", path)
         return _read_template(path), str(path), False
     if template == EMPTY:
         _check_eos(folder, special_map, EMPTY)
@@ -144,7 +140,7 @@ def _find_source(
         return named_source(template, default_system, enable_thinking), template, True
     if template in REFUSED:
         raise ModelError(
-            f"template: {template} of LLaMA-Factory is not here: {REFUSED[template]}; "
+            f"template: LLaMA-Factory's {template} is not supported: {REFUSED[template]}; "
             "leave template out for the model's own, or give a Jinja file"
         )
     if path.suffix in _JINJA_SUFFIXES or len(path.parts) > 1:
@@ -153,7 +149,7 @@ def _find_source(
     hint = f"; did you mean {near[0]}" if near else ""
     raise ModelError(
         f"template: {template} is neither a file nor a name{hint}; expected a Jinja file or one of "
-        f" {', '.join(_names())}"
+        f"{', '.join(_names())}"
     )
 
 
@@ -163,11 +159,11 @@ def _names() -> list[str]:
 
 def _check_eos(folder: Path, special_map: dict[str, str], name: str) -> None:
     if "eos_token" not in special_map:
-        raise ModelError(f"{folder}: names no eos_token, with which template: {name} ends an answer; give a Jinja file")
+        raise ModelError(f"{folder}: no eos_token, which template: {name} needs to end an answer; give a Jinja file")
 
 
 def _with_defaults(source: str, default_system: str | None, enable_thinking: bool) -> str:
-    """`source` that adds the system text and switches thinking off by itself, for whatever tool renders it."""
+    """`source`, extended to add the system text and to switch thinking off whatever tool renders it."""
     if default_system is not None:
         message = f"{{'role': 'system', 'content': {literal(default_system)}}}"
         source = (
@@ -180,14 +176,14 @@ def _with_defaults(source: str, default_system: str | None, enable_thinking: boo
 
 
 def _check_default_system(template: ChatTemplate, bare: ChatTemplate, default_system: str) -> None:
-    """ModelError if the template refuses a system text, which it then refuses in every row; a warning if it has none.
+    """Raise ModelError if the template refuses every system text; warn if it ignores them.
 
     `bare` is the template without the default.
     """
     question = [{"role": "user", "content": "question"}]
     try:
         bare.render(question)
-    except DataError:  # it says itself what it wants of a conversation
+    except DataError:  # a row's own error will say what the template requires
         return
     try:
         text = template.render(question)
@@ -198,7 +194,7 @@ def _check_default_system(template: ChatTemplate, bare: ChatTemplate, default_sy
 
 
 def template_folder(base: Path, adapter: Path | None) -> Path:
-    """The folder whose template goes with a model: the adapter's if it brings one, else the base's."""
+    """The folder whose template a model uses: the adapter's if it has one, else the base's."""
     own = adapter is not None and (adapter / "chat_template.jinja").is_file()
     return adapter if own and adapter is not None else base
 
@@ -214,26 +210,23 @@ def template_end_ids(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[
     return frozenset(ends[:1])
 
 
-def missing_marker(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
-    """The first marker that the template puts around a turn and the tokenizer has no token for."""
+def marker_notes(template: ChatTemplate, tokenizer: Tokenizer) -> list[Note]:
+    """A warning if a template that is not the model's own puts markers around a turn that are not tokens."""
+    if Path(template.name).name in _OWN:
+        return []
     try:
         text = template.render([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}])
-    except DataError:  # it says itself what it wants of a conversation
-        return None
-    return next((found for found in _MARKER.findall(text) if found not in tokenizer.vocabulary), None)
-
-
-def marker_notes(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[Note, ...]:
-    """A warning if a template that is not the model's own writes markers of another model."""
-    marker = None if Path(template.name).name in _OWN else missing_marker(template, tokenizer)
-    if marker is None:
-        return ()
-    return (
+    except DataError:  # a row's own error will say what the template requires
+        return []
+    notes = (
         Note(
             f"template {template.name} writes {marker}, for which this tokenizer has no token: it becomes plain text, "
             "in several tokens; leave template out for the model's own"
-        ),
+        )
+        for marker in _MARKER.findall(text)
+        if marker not in tokenizer.vocabulary
     )
+    return list(islice(notes, 1))
 
 
 def _own_template(path: Path, value: Any) -> str:

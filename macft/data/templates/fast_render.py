@@ -1,8 +1,8 @@
 """Render conversations without Jinja where the result is proven to be the same.
 
-For each order of roles the template is rendered once with marks for contents. The marks see what
-the template does to a content: if it only places, strips, or looks into it, the text between the
-marks is the same for every conversation of that order in which each look finds nothing.
+For each order of roles the template is rendered once with marks in place of contents. The marks record what the
+template does to a content: if it only places, strips or searches it, the text between the marks is the same for every
+conversation of that order in which each search finds nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from jinja2 import nodes
 from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.errors import DataError
 
-# orders of roles that are kept, and how often one is met before it is worth it
+# how many orders of roles are kept, and how often one is met before it pays off
 _MOST_ORDERS = 500
 _WORTH = 3
-# a template that knows the time or draws lots renders nothing twice alike
+# a template with a clock or random numbers does not always render the same text
 _UNSTEADY = ("strftime_now", "random", "lipsum")
-# what joins texts where a mark does not see it, and the filters that do not
+# nodes that may join texts unseen by a mark; and the filters that are safe
 _UNSEEN = (nodes.Macro, nodes.AssignBlock, nodes.FilterBlock, nodes.Include, nodes.Import, nodes.FromImport)
 _FILTERS = frozenset(
     [
@@ -40,14 +40,14 @@ Span = tuple[int, int]
 
 
 class Slot(NamedTuple):
-    """A place for the content of a message, and what is stripped off it, in order."""
+    """A place for the content of a message, and how it is stripped, in order."""
 
     message: int
     strips: tuple[Strip, ...]
 
 
 class ContentProbe(NamedTuple):
-    """What the template looked for in a content, and was told is not there; `text` None: any character at all."""
+    """A text that the template searched a content for, and did not find; None: any character at all."""
 
     slot: Slot
     text: str | None
@@ -58,7 +58,7 @@ Items = tuple[str | Slot, ...]
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A conversation's text without its contents; right where no look finds anything."""
+    """A conversation's text without its contents; valid where no probe finds anything."""
 
     items: Items
     probes: frozenset[ContentProbe]
@@ -89,7 +89,7 @@ class FastRenderer:
         self._plans: dict[tuple[str, ...], _JoinPlan | None] = {}
 
     def render(self, messages: Sequence[Message]) -> JoinedText | None:
-        """The text and spans that Jinja would give; None where it has to be asked."""
+        """The text and spans that Jinja would give; None where Jinja is needed."""
         if any(len(message) != 2 or not isinstance(message.get("content"), str) for message in messages):
             return None
         roles = tuple(message["role"] for message in messages)
@@ -108,14 +108,14 @@ class FastRenderer:
 
 @lru_cache(maxsize=8)
 def compile_template(template: ChatTemplate) -> FastRenderer | None:
-    """A renderer for `template`; None if it renders not even a question and its answer the same way each time."""
+    """A renderer for `template`; None if it cannot even render a question and its answer."""
     if any(word in template.source for word in _UNSTEADY) or not _can_be_followed(template.syntax()):
         return None
     return FastRenderer(template) if _make_plan(template, ("user", "assistant")) is not None else None
 
 
 def skeleton(template: ChatTemplate, roles: Sequence[str], *, add_generation_prompt: bool = False) -> Skeleton | None:
-    """The text of a conversation of these roles around its contents; None if it depends on them in another way."""
+    """The text of a conversation of these roles around its contents; None if it depends on them otherwise."""
     book = _Book()
     messages = [{"role": role, "content": book.mark(Slot(i, ()))} for i, role in enumerate(roles)]
     try:
@@ -129,7 +129,7 @@ def skeleton(template: ChatTemplate, roles: Sequence[str], *, add_generation_pro
 
 
 def _can_be_followed(tree: nodes.Template) -> bool:
-    """Whether marks see all that is done to them: nothing makes a text of them that no longer tells."""
+    """Whether marks see everything done to them: nothing turns them into text unseen."""
     if next(tree.find_all(_UNSEEN), None) is not None:
         return False
     shown = [piece for output in tree.find_all(nodes.Output) for piece in output.nodes]
@@ -148,11 +148,11 @@ def _raises(call: nodes.Call) -> bool:
 
 
 class _UnknownUseError(Exception):
-    """A template does with a content what is not followed here."""
+    """A template uses a content in a way that marks do not follow."""
 
 
 class _Book:
-    """The slots behind the marks, and what was looked for in them."""
+    """The slots behind the marks, and the probes of them."""
 
     def __init__(self) -> None:
         self.slots: list[Slot] = []
@@ -164,7 +164,7 @@ class _Book:
 
 
 class _Marked(str):
-    """A mark that stands for a content, or (`slot` None) a text that holds marks."""
+    """A mark in place of a content, or (`slot` None) a text that contains marks."""
 
     _book: _Book
     _slot: Slot | None
@@ -199,16 +199,12 @@ class _Marked(str):
         return False
 
     def startswith(self, text: Any, *bounds: Any) -> bool:
-        return self._has_edge(text, bounds)
-
-    def endswith(self, text: Any, *bounds: Any) -> bool:
-        return self._has_edge(text, bounds)
-
-    def _has_edge(self, text: Any, bounds: Any) -> bool:
         if bounds or not isinstance(text, str):
             raise _UnknownUseError
         self._look(text)
         return False
+
+    endswith = startswith
 
     def __bool__(self) -> bool:
         if self._slot is not None:
@@ -241,7 +237,7 @@ for _name in set(dir(str)) - set(dir(object)) - _FOLLOWED | {"__eq__", "__ne__"}
 
 
 def _make_plan(template: ChatTemplate, roles: tuple[str, ...]) -> _JoinPlan | None:
-    """How to render conversations of these roles; None where Jinja has to."""
+    """How to render conversations of these roles; None where Jinja is needed."""
     full = skeleton(template, roles)
     if full is None:
         return None
@@ -262,7 +258,7 @@ def _make_plan(template: ChatTemplate, roles: tuple[str, ...]) -> _JoinPlan | No
 
 
 def _end_of(start: Items, items: Items) -> tuple[int, int] | None:
-    """(item, characters of it) where `start` ends in `items`; None if these do not start so."""
+    """(item, characters of it) where `start` ends in `items`; None if `items` start differently."""
     if not start:
         return 0, 0
     last = len(start) - 1
@@ -278,17 +274,16 @@ def _end_of_turn(answered: Items, items: Items, turn: int) -> tuple[int, int] | 
     """Where the turn that ends `answered` ends in `items`, although it may be rendered differently there."""
     if (end := _end_of(answered, items)) is not None:
         return end
-    places = [[i for i, item in enumerate(each) if _is_of(item, turn)] for each in (answered, items)]
+    places = [
+        [i for i, item in enumerate(each) if isinstance(item, Slot) and item.message == turn]
+        for each in (answered, items)
+    ]
     if [len(found) for found in places] != [1, 1]:
         return None
     here, there = places[0][0], places[1][0]
     tail = answered[here + 1 :]
     end = _end_of(tail, items[there + 1 :])
     return None if end is None else (there + 1 + end[0], end[1])
-
-
-def _is_of(item: str | Slot, message: int) -> bool:
-    return isinstance(item, Slot) and item.message == message
 
 
 def _fill(plan: _JoinPlan, contents: Sequence[str]) -> JoinedText | None:
@@ -308,7 +303,7 @@ def _stripped(content: str, strips: tuple[Strip, ...]) -> str:
     return content
 
 
-# contents that a template may treat in a way of their own
+# contents that a template may treat specially
 _ODD = ("", " ", "\n a \n", "a", '"<&>\\ {{ x }}', "你好 \t", "[x]", "0")
 
 

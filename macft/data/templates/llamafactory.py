@@ -1,7 +1,7 @@
 """List LLaMA-Factory's template names and the strings that each puts around the contents.
 
-Adapters and configs made with LLaMA-Factory name their templates by these words. The strings may hold
-{content}, {bos} and {eos}; `slots.named_source` makes Jinja of them.
+Adapters and configs of LLaMA-Factory refer to templates by these names. The strings may contain {content}, {bos} and
+{eos}; `slots.named_source` turns them into Jinja.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Slots:
     eos_once: bool = False
     # tools are described, called and answered as in Qwen2.5 (Hermes' tags)
     tools: bool = False
-    # what opens and closes a thought: earlier answers lose theirs, the last one gets an empty one if it has none
+    # what opens and closes a thought: earlier answers lose theirs, the last one gets an empty one if needed
     thought: tuple[str, str] | None = None
     empty_thought: str = ""
 
@@ -361,7 +361,7 @@ _MULTIMODAL = (
     "paligemma_chat pixtral qwen2_audio qwen2_omni qwen2_vl qwen3_omni qwen3_omni_nothink qwen3_vl "
     "qwen3_vl_nothink video_llava yi_vl youtu_vl"
 )
-# names that stand for no text of ours, and why
+# unsupported names, and why
 REFUSED: dict[str, str] = {
     "chatglm3": "it needs tokens that text cannot name",
     **dict.fromkeys(_MULTIMODAL.split(), "it is for images, sound or video, which are not trained on here"),

@@ -10,14 +10,14 @@ from macft.data.templates.llamafactory import NAMED, Slots
 _SKELETON = Path(__file__).with_name("slots.jinja")
 _SECTION = re.compile(r"^ *\{#- begin (\w+) #\}\n(.*?)^ *\{#- end \1 #\}\n", re.DOTALL | re.MULTILINE)
 _VARIABLE = re.compile(r"\{(content|eos|bos)\}")
-# a token that the model does not name is rendered as nothing
+# a token that the model does not define is rendered as nothing
 _EXPRESSIONS = {"eos": "eos_token", "bos": "(bos_token or '')"}
-# in the source of a template that renders an earlier answer differently from the last one: why
+# the comment in a source that says why earlier answers are rendered differently from the last one
 _ONE_ANSWER = re.compile(r"\{#- One answer of a conversation is trained on: (.*?)\. #\}")
 
 
 def named_source(name: str, default_system: str | None, enable_thinking: bool) -> str:
-    """The Jinja text of `name`, one of `NAMED`; `default_system` takes the place of the template's own."""
+    """The Jinja text of `name`, one of `NAMED`; `default_system` replaces the template's own."""
     slots = NAMED[name]
     system = slots.default_system if default_system is None else default_system
     opening, closing = slots.thought or ("", "")
@@ -49,7 +49,7 @@ def needs_eos(name: str) -> bool:
 
 
 def one_answer_reason(source: str) -> str | None:
-    """Why a template that `named_source` made cannot be trained on earlier answers; None if it can."""
+    """Why earlier answers cannot be trained on with a source from `named_source`; None if they can."""
     found = _ONE_ANSWER.search(source)
     return found[1] if found else None
 
@@ -61,7 +61,7 @@ def _why_one_answer(slots: Slots) -> str:
 
 
 def thinking_default(enable_thinking: bool) -> str:
-    """A Jinja expression: the variable enable_thinking, or `enable_thinking` where a tool does not set it."""
+    """A Jinja expression: the variable enable_thinking, or `enable_thinking` if a tool does not set it."""
     return "enable_thinking is not defined or enable_thinking" if enable_thinking else "enable_thinking is true"
 
 

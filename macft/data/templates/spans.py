@@ -32,16 +32,16 @@ def render_with_spans(
     """Render once; a trained span is what the template adds when an assistant turn is appended.
 
     With `mask_history` only the last assistant turn is trained, with `train_on_prompt` all text.
-    Raises DataError when the template refuses the conversation, has no place for `tools`, or
-    renders a turn so differently once others follow that its place cannot be told.
+    Raises DataError when the template refuses the conversation, has no place for `tools`, or renders a turn so
+    differently once others follow that it cannot be found.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if template.one_answer is not None and len(turns) > 1 and not mask_history:
         plain = f"{template.name}_nothink"
         other = f"write template: {plain}" if plain in NAMED else "give another template"
         raise DataError(
-            f"the chat template ({template.name}) is trained on one answer of a conversation, found {len(turns)}: "
-            f"{template.one_answer}; use mask_history, split the conversation, or {other}"
+            f"the chat template ({template.name}) can be trained on only one answer per conversation, found "
+            f"{len(turns)}: {template.one_answer}; use mask_history, split the conversation, or {other}"
         )
     if mask_history:
         turns = turns[-1:]
@@ -101,7 +101,7 @@ def _turn_span(render: _Renderer, messages: Sequence[Message], turn: int, full: 
 
 
 def _generation_prompt(render: _Renderer, messages: Sequence[Message]) -> str | None:
-    """What the model is given before the turn; None where the template has no prompt without a user."""
+    """The model's prompt for the turn; None if the template refuses to prompt without a user message."""
     try:
         return render(messages, add_generation_prompt=True)
     except DataError:
@@ -109,7 +109,7 @@ def _generation_prompt(render: _Renderer, messages: Sequence[Message]) -> str | 
 
 
 def _content_bounds(render: _Renderer, messages: Sequence[Message], turn: int, text: str) -> tuple[int, int]:
-    """Where the content of `turn` lies in `text`, the rendering of `messages`, whatever became of it."""
+    """The bounds of the content of `turn` in `text`, the rendering of `messages`, however it is changed."""
     before, after = _around_content(render, messages, turn, text)
     end = len(text) - len(after)
     if not text.startswith(before) or not text.endswith(after) or end < len(before):
@@ -118,7 +118,7 @@ def _content_bounds(render: _Renderer, messages: Sequence[Message], turn: int, t
 
 
 def _around_content(render: _Renderer, messages: Sequence[Message], turn: int, text: str) -> tuple[str, str]:
-    """What is rendered before and after the content of `turn`, found by putting a mark in its place."""
+    """The text before and after the content of `turn`, found by rendering a mark in its place."""
     mark = "\ue000answer\ue001"
     while mark in text:
         mark += "\ue001"

@@ -29,12 +29,12 @@ _ANSWERED: Message = {"role": "tool", "content": _RESULT, "name": _NAME, "tool_c
 
 
 def with_objects(messages: Sequence[Message]) -> list[Message]:
-    """The messages, with the arguments of their calls as objects where they are JSON text of one."""
+    """The messages, with the arguments of their calls as objects instead of JSON text."""
     return [_with_objects(message) if message.get("tool_calls") else message for message in messages]
 
 
 def check_tools(template: ChatTemplate, messages: Sequence[Message], tools: Tools | None) -> None:
-    """DataError, in one line that names the template, if it has no place for tools that are there."""
+    """Raise DataError if the template has no place for the tools of a conversation."""
     lists, calls, results = _places(template)
     missing = []
     if tools and not lists:
@@ -46,12 +46,12 @@ def check_tools(template: ChatTemplate, messages: Sequence[Message], tools: Tool
     if missing:
         raise DataError(
             f"the chat template ({template.name}) has no place for {' and '.join(missing)}; "
-            "give a template that has, or leave the tools out"
+            "give a template that has one, or leave the tools out"
         )
 
 
 def uses_tools(messages: Sequence[Message], tools: Tools | None) -> bool:
-    """Whether anything of a conversation is for tools."""
+    """Whether a conversation defines, calls or answers tools."""
     return bool(tools) or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
 
 
@@ -59,7 +59,7 @@ def uses_tools(messages: Sequence[Message], tools: Tools | None) -> bool:
 def _places(template: ChatTemplate) -> tuple[bool, bool, bool]:
     """Whether the template renders the list of tools, the calls, the results.
 
-    True where it refuses the probe: then it says itself what is wrong with a conversation.
+    True where it refuses the probe: then its error for a real conversation is clearer.
     """
     listed = _rendered(template, [_QUESTION], [_TOOL])
     called = _rendered(template, [_QUESTION, _CALLS], None)

@@ -31,7 +31,7 @@ from macft.errors import ConfigError, DataError
 from macft.text import plural
 
 _LEFT_OUT = "have nothing to train on and are left out"
-# as a table numbers them, from 1 on
+# numbered from 1 in a table
 SKIP_REASONS = (
     SkipReason(_LEFT_OUT, "it has no answer"),
     SkipReason(_LEFT_OUT, "cutoff_len {cutoff_len} leaves no answer, or the template renders none"),
@@ -43,7 +43,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class FittedRow:
-    """One row as it is trained on: `encoded` may stop before the end of `rendered.text`."""
+    """One row as training sees it: `encoded` may stop before the end of `rendered.text`."""
 
     rendered: Rendered
     encoded: Encoded
@@ -55,7 +55,7 @@ class FittedRow:
 
     @property
     def row(self) -> TokenizedExample:
-        """What training takes of it."""
+        """Its tokens and mask, for training."""
         return TokenizedExample(np.asarray(self.encoded.ids, dtype=np.int32), self.loss_mask)
 
 
@@ -70,9 +70,9 @@ def _render(example: Example, messages: Sequence[Message], encoding: Encoding) -
 
 
 def encode_examples(examples: Sequence[Example], encoding: Encoding, files: Mapping[str, int] | None = None) -> Table:
-    """Every example, with the tokens of those that have something to train on.
+    """A table of all examples, with the tokens of those that have something to train on.
 
-    `files` numbers the files that they may stand in. Raises RefusedError.
+    `files` numbers the files that they come from. Raises RefusedError.
     """
     special = SpecialTokens(encoding.tokenizer)
     builder = TableBuilder(1, files)
@@ -102,7 +102,7 @@ def encode_examples(examples: Sequence[Example], encoding: Encoding, files: Mapp
 
 
 def _rows(placed: Sequence[Placed]) -> Iterator[TokenizedExample]:
-    """The rows of a chunk: tokens from a span's first to the last that ends in it are trained on, token 0 never."""
+    """The rows of a chunk; tokens that end inside a span are trained on, token 0 never."""
     ends = np.cumsum([len(one.ids) for one in placed], dtype=np.int64).tolist()
     starts = [0, *ends[:-1]]
     tokens = np.fromiter((id_ for one in placed for id_ in one.ids), np.int32, ends[-1])
@@ -117,9 +117,9 @@ def _rows(placed: Sequence[Placed]) -> Iterator[TokenizedExample]:
 def take_examples(
     table: Table, encoding: Encoding, indices: np.ndarray | None = None, *, packing: bool = False
 ) -> tuple[Examples | PackedRows, TokenizeReport]:
-    """Of a table (of its rows `indices`) what is trained on, several to a row with `packing`, and the counts.
+    """The trainable examples of a table (of its rows `indices`), packed into rows with `packing`, and the counts.
 
-    Raises DataError when nothing is left.
+    Raises DataError when none is left.
     """
     indices = np.arange(len(table)) if indices is None else indices
     kept = Examples(table, indices[table.columns["skip_reason"][indices] == 0])
@@ -135,10 +135,10 @@ def take_examples(
 
 
 def stream_examples(tables: Iterable[Table], _encoding: Encoding, packing: bool) -> Iterator[TokenizedExample]:
-    """Of one table after the other what is trained on."""
+    """The trainable examples of one table after the other."""
     if packing:
         raise ConfigError(
-            "packing: conversations are packed by their lengths, which a stream does not know; remove packing or "
+            "packing: conversations are packed by their lengths, which are not known in a stream; remove packing or "
             "streaming"
         )
     for table in tables:
@@ -149,9 +149,9 @@ def stream_examples(tables: Iterable[Table], _encoding: Encoding, packing: bool)
 
 
 def fit_examples(examples: Sequence[Example], encoding: Encoding) -> Iterator[FittedRow]:
-    """Every example rendered, encoded once, and shortened where it must be, in order, with its text.
+    """Every example, in order, rendered, encoded, and shortened where necessary.
 
-    All are rendered before the first is given out: RefusedError names each that the template refuses.
+    All are rendered before the first is yielded: RefusedError names each that the template refuses.
     """
     rendered = render_all(examples, lambda example: _render(example, example.messages, encoding))
     for start in range(0, len(rendered), CHUNK):
@@ -162,7 +162,7 @@ def fit_examples(examples: Sequence[Example], encoding: Encoding) -> Iterator[Fi
 
 
 def render_all(examples: Sequence[AnyRow], render: Callable[[AnyRow], Result]) -> list[Result]:
-    """`render` of every example; RefusedError names each that it refuses."""
+    """Render every example. Raises RefusedError naming those that `render` refuses."""
     rendered: list[Result] = []
     problems: dict[str, tuple[str, int]] = {}
     for example in examples:
@@ -201,7 +201,7 @@ def _fit(example: Example, rendered: Rendered, encoded: Encoded, encoding: Encod
 
 @contextmanager
 def naming_shortened(row: DataRow, encoding: Encoding) -> Iterator[None]:
-    """Errors of rendering a shortened row name it."""
+    """Name the row in errors of rendering it shortened."""
     try:
         yield
     except DataError as error:
@@ -209,7 +209,7 @@ def naming_shortened(row: DataRow, encoding: Encoding) -> Iterator[None]:
 
 
 def is_emptied(before: Sequence[Message], after: Sequence[Message]) -> bool:
-    """Whether there was user text, and none is left."""
+    """Whether there was user text before, and none after."""
     had, has = (any(m["role"] == "user" and m["content"].strip() for m in messages) for messages in (before, after))
     return had and not has
 
@@ -225,9 +225,9 @@ def shorten(
     measure: Callable[[tuple[Message, ...]], int],
     encoding: Encoding,
 ) -> tuple[Message, ...]:
-    """Take tokens off the start of user texts, the oldest first, until `measure` fits or none is left.
+    """Drop tokens from the start of user texts, oldest first, until the conversation fits or none is left.
 
-    `length` is the measure of `messages` as they come: their number of tokens once rendered.
+    `measure` counts the tokens of rendered messages; `length` is that of `messages` as given.
     """
     cutoff_len = encoding.cutoff_len
     for turn, message in enumerate(messages):
@@ -247,7 +247,7 @@ def shorten(
 
 
 def _without_marks(text: str) -> str:
-    """`text` without the accents at its start, which belong to a letter cut off before them."""
+    """`text` without accents at its start, whose letter was cut off."""
     start = next((i for i, character in enumerate(text) if not unicodedata.combining(character)), len(text))
     return text[start:]
 

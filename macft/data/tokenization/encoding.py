@@ -1,4 +1,4 @@
-"""Hold everything that the tokens of a row depend on besides the row."""
+"""Bundle everything that the tokens of a row depend on besides the row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHUNK = 1000
 
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become tokens and loss masks; it can be sent to another process."""
+    """How rows become tokens and loss masks; can be sent to another process."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | None  # texts need none
@@ -23,6 +23,6 @@ class Encoding:
 
     @property
     def chat(self) -> ChatTemplate:
-        """The template, for rows that cannot do without."""
+        """The template, for rows that need one."""
         assert self.template is not None, "conversations need a chat template"
         return self.template

@@ -1,4 +1,4 @@
-"""Tokenize answers that are each rated desirable or not, and match each prompt with the answer to another."""
+"""Tokenize rated answers, and match each prompt with the answer to another prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from macft.errors import DataError
 def encode_feedback(
     examples: Sequence[FeedbackExample], encoding: Encoding, files: Mapping[str, int] | None = None
 ) -> Table:
-    """Every conversation with its last answer as the target, and its rating; see `encode_examples`."""
+    """A table of all conversations, each with its last answer as the target, and its rating."""
     table = encode_examples(examples, only_last(encoding), files)
     columns = table.columns.copy()
     columns["flags"] |= np.array([DESIRABLE * example.is_desirable for example in examples], dtype=np.uint8)
@@ -28,9 +28,9 @@ def encode_feedback(
 def take_feedback(
     table: Table, encoding: Encoding, indices: np.ndarray | None = None, *, packing: bool = False
 ) -> tuple[Feedback, TokenizeReport]:
-    """What is trained on of a table (of its rows `indices`), all in one block of partners, and the counts.
+    """The trainable rows of a table (of its rows `indices`), all in one block of partners, and the counts.
 
-    Raises DataError when nothing is left, or a single row, which has no other answer to be compared with.
+    Raises DataError when none is left, or only one, which has no other answer to be compared with.
     """
     assert not packing, "rated answers are not packed"
     kept, report = take_examples(table, encoding, indices)
@@ -43,19 +43,19 @@ def take_feedback(
 
 
 def only_last(encoding: Encoding) -> Encoding:
-    """The same, with the last answer as the only target."""
+    """The same encoding, with the last answer as the only target."""
     return replace(encoding, mask_history=True, train_on_prompt=False)
 
 
 def in_blocks(rows: Feedback, block: int) -> Feedback:
-    """The rows without references, each with a partner in its block of so many."""
+    """The rows without references, each with a partner in its block of `block` rows."""
     return replace(rows, partners=rows.indices[partners(len(rows), block)], references=None)
 
 
 def partners(count: int, block: int) -> np.ndarray:
-    """int64 [count]: whose answer each row gets; the one before it, and the first of a block that of its last.
+    """int64 [count]: whose answer each row gets: that of the row before, and the first row of a block that of its last.
 
-    Blocks have `block` rows, 2 at least, and the last one what is left; a single row left over joins the block before.
+    Blocks have `block` rows, at least 2, the last one fewer; a single leftover row joins the block before it.
     """
     size = max(2, block)
     starts = np.arange(0, count, size)

@@ -13,7 +13,7 @@ from macft.data.tokenization.table import LazyRows, TokenizedExample
 
 @dataclass(frozen=True)
 class PackedExample:
-    """Several examples in one row; each is a segment of its own, with positions that start at 0."""
+    """Several examples in one row; each is a separate segment, with positions from 0."""
 
     parts: tuple[TokenizedExample, ...]
 
@@ -64,15 +64,15 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
 
 
 def pack(examples: Sequence[TokenizedExample], lengths: np.ndarray, cutoff_len: int) -> PackedRows:
-    """Examples of supervised fine-tuning in as few rows as best-fit decreasing finds; none is cut or left out."""
+    """Whole examples of supervised fine-tuning, in as few rows as best-fit decreasing finds."""
     return PackedRows(examples, best_fit(lengths, cutoff_len), lengths)
 
 
 def chain(pieces: Sequence[TokenizedExample], lengths: np.ndarray, cutoff_len: int) -> PackedRows:
-    """Neighboring pieces that add up to `cutoff_len` tokens, one row each; the last row may be shorter.
+    """Rows of neighboring pieces that add up to `cutoff_len` tokens; the last row may be shorter.
 
-    `pieces` are those of `texts.take_texts`, which were cut where a row is full. A row is left out in which
-    no token has one before it: a last row of one token.
+    `pieces` are those of `texts.take_texts`, cut where a row is full. A row without a piece of two tokens or more is
+    left out: it has no token to predict.
     """
     ends = np.cumsum(lengths)
     rows = np.split(np.arange(len(lengths)), np.flatnonzero(np.diff((ends - 1) // cutoff_len)) + 1)

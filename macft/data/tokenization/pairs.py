@@ -27,7 +27,7 @@ from macft.errors import DataError
 from macft.text import plural
 
 _NO_PROMPT, _NO_ANSWER, _NO_PROMPT_LEFT = 1, 2, 3
-# as a table numbers them, from 1 on
+# numbered from 1 in a table
 SKIP_REASONS = (
     SkipReason("have no prompt", "the prompt has no token of its own with this template", is_refusal=True),
     SkipReason(
@@ -45,13 +45,13 @@ SKIP_REASONS = (
 class PairReport(TokenizeReport):
     """The same counts of pairs; tokens are those of both rows."""
 
-    # both rows are the same tokens
+    # both rows have the same tokens
     identical: int = 0
 
 
 @dataclass(frozen=True)
 class FittedPair:
-    """A pair as it is trained on; both rows begin with the same `prompt_length` tokens."""
+    """A pair as training sees it; both rows begin with the same `prompt_length` tokens."""
 
     chosen: FittedRow
     rejected: FittedRow
@@ -59,7 +59,7 @@ class FittedPair:
 
     @property
     def skip_reason(self) -> int:
-        """What keeps the pair from being trained on, as SKIP_REASONS numbers it; 0: nothing does."""
+        """Why the pair is not trained on, as a number in SKIP_REASONS; 0 if it is."""
         if self.prompt_length == 0 and not self.shortened:
             return _NO_PROMPT
         if not (self.chosen.loss_mask.any() and self.rejected.loss_mask.any()):
@@ -78,9 +78,9 @@ class FittedPair:
 
 
 def encode_pairs(examples: Sequence[PairExample], encoding: Encoding, files: Mapping[str, int] | None = None) -> Table:
-    """Every pair, with the tokens of those that can be trained on.
+    """A table of all pairs, with the tokens of those that can be trained on.
 
-    `files` numbers the files that they may stand in. Raises RefusedError.
+    `files` numbers the files that they come from. Raises RefusedError.
     """
     special = SpecialTokens(encoding.tokenizer)
     builder = TableBuilder(2, files)
@@ -91,7 +91,7 @@ def encode_pairs(examples: Sequence[PairExample], encoding: Encoding, files: Map
             example.source,
             [one.chosen.row, one.rejected.row],
             skip_reason=one.skip_reason,
-            # what else happened to a pair that is left out is not told
+            # of a pair that is left out, nothing else is reported
             flags=0 if one.skip_reason else flags,
             boundary_tokens=one.chosen.boundary_tokens + one.rejected.boundary_tokens,
             special=special.first_in(example),
@@ -103,9 +103,9 @@ def encode_pairs(examples: Sequence[PairExample], encoding: Encoding, files: Map
 def take_pairs(
     table: Table, encoding: Encoding, indices: np.ndarray | None = None, *, packing: bool = False
 ) -> tuple[Pairs, PairReport]:
-    """Of a table (of its rows `indices`) what is trained on, and the counts.
+    """The trainable pairs of a table (of its rows `indices`), and the counts.
 
-    Raises DataError naming each pair whose prompt has no token, or when nothing is left.
+    Raises DataError if the prompt of any pair has no token, or no pair is left.
     """
     assert not packing, "pairs are not packed"
     indices = np.arange(len(table)) if indices is None else indices
@@ -129,9 +129,9 @@ def take_pairs(
 
 
 def fit_pairs(examples: Sequence[PairExample], encoding: Encoding) -> Iterator[FittedPair]:
-    """Both rows of every pair rendered, encoded once, and shortened where they must be, in order.
+    """Both rows of every pair, in order, rendered, encoded, and shortened where necessary.
 
-    All are rendered before the first is given out: RefusedError names each that the template refuses.
+    All are rendered before the first is yielded: RefusedError names each that the template refuses.
     """
     rendered = render_all(examples, lambda example: _render(example, example.prompt, encoding))
     for start in range(0, len(examples), CHUNK):
@@ -143,7 +143,7 @@ def fit_pairs(examples: Sequence[PairExample], encoding: Encoding) -> Iterator[F
 
 
 def _render(example: PairExample, prompt: tuple[Message, ...], encoding: Encoding) -> tuple[Rendered, Rendered]:
-    """Both rows of `example` behind `prompt`, which may be a shortened one."""
+    """Both rows of `example` after `prompt`, which may be shortened."""
     turn = len(prompt)
     chosen = render_turn(encoding.chat, (*prompt, *example.chosen), turn)
     return chosen, render_turn(encoding.chat, (*prompt, *example.rejected), turn)

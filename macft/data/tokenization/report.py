@@ -1,4 +1,4 @@
-"""Count what happened to each row during tokenization, and put it into warnings."""
+"""Count what happened to the rows during tokenization, and warn about it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from macft.errors import DataError, join_problems
 
 @dataclass
 class TokenizeReport:
-    """What happened to the examples: counts of examples, except for tokens; and the warnings about it."""
+    """What happened to the examples, in numbers of examples (or tokens, where named so), and warnings about it."""
 
     examples: int = 0
     kept: int = 0
-    # nothing trained on in them (of a pair: in one of its rows): left out
+    # left out: nothing to train on (in a pair: in one of its rows)
     without_target: int = 0
     # lost user text to fit cutoff_len
     shortened: int = 0
@@ -38,7 +38,7 @@ class TokenizeReport:
 
 
 def count_rows(report: TokenizeReport, table: Table, indices: np.ndarray) -> None:
-    """Fill in what happened to the rows `indices`; those left out for any reason count as `without_target`."""
+    """Fill in the counts of the rows `indices`; those left out for any reason count as `without_target`."""
     columns = table.columns[indices]
     report.examples = len(columns)
     report.kept = int((columns["skip_reason"] == 0).sum())
@@ -54,16 +54,16 @@ def count_rows(report: TokenizeReport, table: Table, indices: np.ndarray) -> Non
 
 @dataclass(frozen=True)
 class SkipReason:
-    """Why a row is not trained on, said of many rows and of one; `{cutoff_len}` stands for the setting."""
+    """Why a row is not trained on, phrased for many rows and for one; `{cutoff_len}` stands for the setting."""
 
     of_rows: str
     of_row: str
-    is_refusal: bool = False  # training does not go on without the row
+    is_refusal: bool = False  # training stops instead of leaving the row out
 
 
 @dataclass
 class RowWarnings:
-    """Counts of what happened to rows, over any number of tables, each with the place of the first."""
+    """Counts what happened to the rows of any number of tables, and where it happened first."""
 
     noun: str
     reasons: Sequence[SkipReason]
@@ -129,7 +129,7 @@ _SPECIAL = "hold special tokens in their text, which stay special"
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer, to be found in texts."""
+    """Finds the special tokens of a tokenizer in texts."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._numbers = {text: i for i, text in enumerate(tokenizer.special_strings)}
@@ -140,19 +140,19 @@ class SpecialTokens:
         return self._pattern.findall(text) if self._numbers else []
 
     def first_in(self, row: DataRow) -> int:
-        """The number of the first one in a row; -1: there is none."""
+        """The number of the first one in a row; -1 if there is none."""
         for text in row.texts:
             if found := self.in_text(text):
                 return self._numbers[found[0]]
         return -1
 
     def all_in(self, row: DataRow) -> list[str]:
-        """Those in a row, each once."""
+        """All of them in a row, each once."""
         return list(dict.fromkeys(found for text in row.texts for found in self.in_text(text)))
 
 
 class RefusedError(DataError):
-    """The template refuses conversations; `problems`: cause -> (where the first stands, how many there are)."""
+    """The template refuses conversations; `problems`: cause -> (place of the first, how many there are)."""
 
     def __init__(self, problems: Mapping[str, tuple[str, int]]) -> None:
         super().__init__(problems)
@@ -165,5 +165,5 @@ class RefusedError(DataError):
 
 
 def and_others(count: int) -> str:
-    """How many more there are than the first, in words."""
+    """` and 2 more` after the first of 3; empty after a single one."""
     return f" and {count - 1} more" if count > 1 else ""

@@ -1,4 +1,4 @@
-"""Show one row as it is trained on: its text with the trained parts, its tokens and counts."""
+"""Describe one row as training sees it: its text with the trained parts, its tokens and counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Pieces = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class RowPreview:
-    """A row as JSON, and for a terminal: pieces of text under titles (empty: none), and a line of counts."""
+    """A row as JSON, and for a terminal: pieces of text under titles (which may be empty), and a line of counts."""
 
     value: dict[str, Any]
     sections: tuple[tuple[str, Pieces], ...]
@@ -33,7 +33,7 @@ class RowPreview:
 
 
 def preview_example(example: Example, encoding: Encoding) -> RowPreview:
-    """A conversation; raises DataError as rendering does."""
+    """Preview a conversation. Raises DataError as rendering does."""
     [fitted] = fit_examples([example], encoding)
     value = {
         "source": example.source,
@@ -48,12 +48,12 @@ def preview_example(example: Example, encoding: Encoding) -> RowPreview:
     if fitted.answer_cut:
         lost = "user text emptied and the last answer cut" if fitted.shortened else "the last answer cut"
     tokens, trained = value["num_tokens"], value["num_trained"]
-    shown = f"{tokens} tokens, {trained} trained ({trained / tokens:.1%}), {fitted.boundary_tokens} boundary_tokens"
+    shown = f"{tokens} tokens, {trained} trained ({trained / tokens:.1%}), {fitted.boundary_tokens} boundary tokens"
     return RowPreview(value, (("", value["pieces"]),), f"{example.source}: {shown}, {lost}, {_special(value)}")
 
 
 def preview_feedback(example: FeedbackExample, encoding: Encoding) -> RowPreview:
-    """A conversation whose last answer is rated; raises DataError as rendering does."""
+    """Preview a rated answer with its conversation. Raises DataError as rendering does."""
     shown = preview_example(example, only_last(encoding))
     rating = "desirable" if example.is_desirable else "undesirable"
     value = {**shown.value, "is_desirable": example.is_desirable}
@@ -61,7 +61,7 @@ def preview_feedback(example: FeedbackExample, encoding: Encoding) -> RowPreview
 
 
 def preview_text(text: PlainText, encoding: Encoding) -> RowPreview:
-    """A text with its end token, whole; `rows` of the value: how many it fills."""
+    """Preview a whole text with its end token; `rows` in the value is how many it fills."""
     tokenizer = encoding.tokenizer
     end, encoded = end_token(tokenizer), tokenizer.encode(text.text)
     first = encoded.ends[0] if encoded.ends else 0
@@ -84,7 +84,7 @@ def preview_text(text: PlainText, encoding: Encoding) -> RowPreview:
 
 
 def preview_pair(pair: PairExample, encoding: Encoding) -> RowPreview:
-    """A pair: the prompt once, and the two answers without it; raises DataError as rendering does."""
+    """Preview a pair: the prompt once, then both answers. Raises DataError as rendering does."""
     [fitted] = fit_pairs([pair], encoding)
     length = fitted.prompt_length
     parts = {
@@ -104,7 +104,7 @@ def preview_pair(pair: PairExample, encoding: Encoding) -> RowPreview:
     prompt, chosen, rejected = (part["num_tokens"] for part in parts.values())
     counts = (
         f"{pair.source}: prompt {prompt} tokens, chosen {chosen} trained, rejected {rejected} trained, "
-        f"{boundary_tokens} boundary_tokens, {value['fate']}, {_special(value)}"
+        f"{boundary_tokens} boundary tokens, {value['fate']}, {_special(value)}"
     )
     return RowPreview(value, tuple((f"--- {name}", part["pieces"]) for name, part in parts.items()), counts)
 
@@ -118,7 +118,7 @@ def _special(value: dict[str, Any]) -> str:
 
 
 def _part(row: FittedRow, start: int, stop: int | None) -> dict[str, Any]:
-    """Some tokens of a row; for an answer also whether its end was cut."""
+    """Some tokens of a row; for an answer, also whether its end was cut."""
     tokens = row.encoded.ids[start:stop]
     part = {"pieces": _pieces(row, start, stop), "tokens": tokens, "num_tokens": len(tokens)}
     return part if start == 0 else part | {"answer_cut": row.answer_cut}

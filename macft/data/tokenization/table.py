@@ -1,4 +1,4 @@
-"""Keep tokenized rows in flat arrays, in memory or mapped from disk, and give out examples and pairs of them."""
+"""Keep tokenized rows in flat arrays, in memory or mapped from disk, and make examples and pairs from them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TypeVar, overload
 
 import numpy as np
 
-# what is known of each row that was read, whether or not it is trained on
+# what is known about each row, whether or not it is trained on
 COLUMNS = np.dtype(
     [
-        ("file", "<i4"),  # index of the file it stands in; -1: not known
+        ("file", "<i4"),  # index of the file it comes from; -1: not known
         ("line", "<i8"),
-        ("skip_reason", "u1"),  # 0: it is trained on; else the number of what keeps it from that
+        ("skip_reason", "u1"),  # 0: it is trained on; else the number of the reason why not
         ("flags", "u1"),
         ("boundary_tokens", "<i4"),  # tokens on both sides of a trained span's border
         ("special", "<i4"),  # the first special token in its text, as an index of special_strings; -1: none
@@ -38,7 +38,7 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the reference model says of one pair: log-probabilities summed over each answer."""
+    """The reference model's log-probabilities of one pair, summed over each answer."""
 
     chosen_logp: float
     rejected_logp: float
@@ -58,7 +58,7 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class FeedbackReference:
-    """What the reference model says of one row: log-probabilities summed over the answer, and over the other one."""
+    """The reference model's log-probabilities of one row, summed over its answer and over the mismatched one."""
 
     logp: float
     mismatched_logp: float
@@ -78,8 +78,8 @@ class TokenizedFeedback:
 class Table:
     """All rows of some data, one after the other; row i has `columns[i]` and, unless it is left out, tokens.
 
-    `tokens` int32 and `loss_mask` bool [tokens]; `offsets` int64 [width * rows + 1] says where each begins.
-    `width` 2: pairs, whose chosen and rejected tokens alternate. `files`: what `columns["file"]` counts.
+    `tokens` int32 and `loss_mask` bool [tokens]; `offsets` int64 [width * rows + 1] are where they begin.
+    `width` 2: pairs, whose chosen and rejected tokens alternate. `files`: what `columns["file"]` indexes.
     """
 
     tokens: np.ndarray
@@ -99,7 +99,7 @@ class Table:
         return TokenizedExample(self.tokens[start:end], self.loss_mask[start:end])
 
     def source(self, index: int) -> str:
-        """Where row `index` stands, as file:line."""
+        """The place of row `index`, as file:line."""
         file, line = int(self.columns["file"][index]), int(self.columns["line"][index])
         return f"{self.files[file] if file >= 0 else '?'}:{line}"
 
@@ -118,7 +118,7 @@ RowT_co = TypeVar("RowT_co", covariant=True)
 
 
 class LazyRows(Sequence[RowT_co]):
-    """Rows that are each made when they are asked for; a slice is a list of them."""
+    """Rows that are each made on demand; a slice is a list of them."""
 
     @abstractmethod
     def row(self, index: int) -> RowT_co:
@@ -235,7 +235,7 @@ Rows = Sequence[TokenizedExample] | Sequence[TokenizedPair] | Sequence[Tokenized
 
 
 def fingerprints(rows: Rows) -> np.ndarray:
-    """uint64 [rows]: equal for equal tokens (of a pair: of both sides); of rows in a table without reading them."""
+    """uint64 [rows]: equal for equal tokens (of a pair: of both sides); rows in a table need not be read."""
     if isinstance(rows, TableRows):
         return np.asarray(rows.table.columns["fingerprint"][rows.indices])
     return np.array([fingerprint([side.tokens for side in _sides(row)]) for row in rows], dtype=np.uint64)
@@ -251,14 +251,14 @@ def fingerprint(parts: Sequence[np.ndarray]) -> int:
     """A number of 64 bits that tells one row's tokens from another's."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
-        # without its length, a border between two answers could move unseen
+        # without its length, the border between two answers could move unnoticed
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part.tobytes())
     return int.from_bytes(digest.digest(), "little")
 
 
 class TableBuilder:
-    """A table that rows are added to, in order."""
+    """Builds a table row by row."""
 
     def __init__(self, width: int, files: Mapping[str, int] | None = None) -> None:
         self._width = width
@@ -279,7 +279,7 @@ class TableBuilder:
         special: int = -1,
         prompt_length: int = 0,
     ) -> None:
-        """One row; with a skip_reason it counts, but its tokens are not kept."""
+        """Add one row; with a skip_reason it is counted, but its tokens are not kept."""
         path, _, line = source.rpartition(":")
         if not self._are_files_known:
             self._files.setdefault(path, len(self._files))
@@ -294,7 +294,7 @@ class TableBuilder:
         self._columns.append((*place, skip_reason, flags, boundary_tokens, special, prompt_length, trained, mark))
 
     def table(self) -> Table:
-        """Everything that was added."""
+        """The table of all added rows."""
         lengths = np.array([len(tokens) for tokens in self._tokens], dtype=np.int64)
         return Table(
             tokens=np.concatenate([_NOTHING.tokens, *self._tokens]),

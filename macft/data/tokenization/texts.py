@@ -16,19 +16,19 @@ from macft.data.tokenization.tokenizer import Tokenizer
 from macft.errors import DataError, ModelError
 from macft.text import plural
 
-# as a table numbers them, from 1 on
+# numbered from 1 in a table
 SKIP_REASONS = (SkipReason("are empty and are left out", "the text is empty"),)
 
 
 @dataclass
 class TextReport(TokenizeReport):
-    """`examples` and `kept` are texts, of which nothing is lost."""
+    """Counts of texts, of which nothing is lost."""
 
-    # what the texts were cut into
+    # parts that the texts were cut into
     pieces: int = 0
-    # texts that were cut, each where a row was full
+    # texts that were cut where a row was full
     divided: int = 0
-    # tokens of the last row where it is not full; 0 where texts are not packed
+    # tokens of the last row if it is not full; 0 if texts are not packed
     last_row: int = 0
 
 
@@ -55,7 +55,7 @@ class Pieces(LazyRows[TokenizedExample]):
 
 
 def encode_texts(texts: Sequence[PlainText], encoding: Encoding, files: Mapping[str, int] | None = None) -> Table:
-    """Every text with its end token, whole; `files` numbers the files that they may stand in.
+    """A table of all texts, each whole with its end token; `files` numbers the files that they come from.
 
     Raises ModelError when the tokenizer has no end token.
     """
@@ -79,17 +79,19 @@ def encode_texts(texts: Sequence[PlainText], encoding: Encoding, files: Mapping[
 def take_texts(
     table: Table, encoding: Encoding, indices: np.ndarray | None = None, *, packing: bool = False
 ) -> tuple[Pieces | PackedRows, TextReport]:
-    """Of a table of texts (of its rows `indices`) the rows of up to `cutoff_len` tokens, and the counts.
+    """Rows of up to `cutoff_len` tokens from a table of texts (from its rows `indices`), and the counts.
 
-    With `packing` the texts follow each other without a gap and are cut where a row is full, so that every row
-    but the last is; without it each text begins a row, and goes on in others of its own. Only the first token of
-    each piece is not a target. Raises DataError when nothing is left.
+    With `packing` the texts follow each other without a gap and are cut where a row is full, so that only the last
+    row may be shorter; without it each text begins a new row. Every token but the first of a piece is a target.
+    Raises DataError when nothing is left.
     """
     cutoff_len = encoding.cutoff_len
     indices = np.arange(len(table)) if indices is None else indices
     kept = indices[table.columns["skip_reason"][indices] == 0]
     if not len(kept):
-        raise DataError(f"none of the {plural(len(indices), 'text')} has a token to train on; give texts that do")
+        raise DataError(
+            f"none of the {plural(len(indices), 'text')} has a token to train on; give texts that are not empty"
+        )
     pieces = _cut_together(table, kept, cutoff_len) if packing else _cut_alone(table, kept, cutoff_len)
     # a text that is cut has pieces that do not begin it
     owners = np.searchsorted(table.offsets, pieces.starts, side="right") - 1
@@ -103,7 +105,7 @@ def take_texts(
 def stream_texts(
     tables: Iterable[Table], encoding: Encoding, packing: bool
 ) -> Iterator[TokenizedExample | PackedExample]:
-    """The rows that `take_texts` makes, of one table after the other; a row may hold texts of several tables."""
+    """The rows of `take_texts` from one table after the other; a row may hold texts of several tables."""
     parts: list[TokenizedExample] = []
     filled = 0
     for table in tables:
@@ -121,12 +123,12 @@ def stream_texts(
 
 
 def _copied(piece: TokenizedExample) -> TokenizedExample:
-    """One row in a buffer must not keep the whole table in memory."""
+    """Copy the tokens: one row in a buffer must not keep the whole table in memory."""
     return TokenizedExample(piece.tokens.copy(), piece.loss_mask)
 
 
 def _full_row(parts: list[TokenizedExample]) -> Iterator[PackedExample]:
-    """The row, if some token in it has one before it."""
+    """The row, if any token in it can be predicted from one before."""
     if any(len(part.tokens) > 1 for part in parts):
         yield PackedExample(tuple(parts))
 
@@ -134,7 +136,7 @@ def _full_row(parts: list[TokenizedExample]) -> Iterator[PackedExample]:
 def _cut_together(table: Table, rows: np.ndarray, cutoff_len: int, filled: int = 0) -> Pieces:
     """Cut at the end of each row of the table, and where rows of `cutoff_len` are full.
 
-    `filled`: tokens that the first of these rows has already.
+    `filled`: tokens already in the first of these rows.
     """
     ends = np.cumsum(table.totals[rows])
     begins = ends - table.totals[rows]
@@ -146,7 +148,7 @@ def _cut_together(table: Table, rows: np.ndarray, cutoff_len: int, filled: int =
 
 
 def _cut_alone(table: Table, rows: np.ndarray, cutoff_len: int) -> Pieces:
-    """Cut each row of the table after every `cutoff_len` of its tokens; a single one left over teaches nothing."""
+    """Cut each row of the table after every `cutoff_len` of its tokens; a single leftover token is dropped."""
     counts = -(-table.totals[rows] // cutoff_len)
     owner = np.repeat(np.arange(len(rows)), counts)
     number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -156,12 +158,12 @@ def _cut_alone(table: Table, rows: np.ndarray, cutoff_len: int) -> Pieces:
 
 
 def end_token(tokenizer: Tokenizer) -> int:
-    """The id that closes every text: the tokenizer's eos token, else the smallest id that ends an answer."""
+    """The id that ends every text: the tokenizer's eos token, else the smallest id that ends an answer."""
     named = tokenizer.special_map.get("eos_token")
     if named is not None:
         ids = tokenizer.encode(named).ids
         if len(ids) == 1:
             return ids[0]
     if not tokenizer.eos_ids:
-        raise ModelError("stage pt: the tokenizer names no eos_token to close texts with; add it to its config")
+        raise ModelError("stage pt: the tokenizer has no eos_token to end texts with; add one to tokenizer_config.json")
     return min(tokenizer.eos_ids)

@@ -56,14 +56,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Placed:
-    """Token ids, and for each character asked about (first token that ends after it, whether that begins before it)."""
+    """Token ids, and for each border (first token that ends after it, whether that token begins before it)."""
 
     ids: list[int]
     borders: list[tuple[int, bool]]
 
 
 class Tokenizer:
-    """Encodes without adding special tokens; those written in the text stay special."""
+    """Encodes without adding special tokens; those typed in the text stay special."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of everything that the tokens of a text, and the special tokens of a template, depend on."""
+        """A digest of everything that the tokens of a text and the special tokens of a template depend on."""
         parts = [self._core.to_str(), json.dumps(self.special_map, sort_keys=True), str(sorted(self.eos_ids))]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -106,7 +106,7 @@ class Tokenizer:
         return [_encoded(one) for one in self._core.encode_batch(list(texts), add_special_tokens=False)]
 
     def place_batch(self, texts: Sequence[str], borders: Sequence[Sequence[int]]) -> list[Placed]:
-        """`encode_batch` where only the tokens around some `borders`, characters of each text, are asked for."""
+        """`encode_batch` that locates only the tokens around the `borders` (characters) of each text."""
         encoded = self._core.encode_batch(list(texts), add_special_tokens=False)
         return [
             Placed(one.ids, [_token_after(one, border) for border in expected])
@@ -114,7 +114,7 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that make no character become U+FFFD."""
+        """The text of `ids`; bytes that do not form a character become U+FFFD."""
         text: str = self._core.decode([int(id_) for id_ in ids], skip_special_tokens=skip_special)
         return text
 
@@ -125,12 +125,12 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a HF- or MLX-layout folder.
+    """The tokenizer of a folder in HF or MLX layout.
 
     Raises ModelError when its files are missing or damaged, MissingPackageError when only
     transformers can read them and it is not installed.
     """
-    # said explicitly, so that a later fork does not warn; forked children of ours never tokenize
+    # set explicitly, so that a later fork does not warn; our forked children never tokenize
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     files = _read_files(folder)
     settings = read_json(folder / "tokenizer_config.json")
@@ -168,11 +168,11 @@ def _encoded(encoding: Any) -> Encoded:
 
 
 def _token_after(encoding: Any, border: int) -> tuple[int, bool]:
-    """`Encoded.token_after` without the places of all tokens, which cost more to read than the ids."""
+    """`Encoded.token_after` without the offsets of all tokens, which cost more to read than the ids."""
     count = len(encoding)
     token = encoding.char_to_token(border)
     if token is None:
-        # behind the last token, or a character that no token holds
+        # after the last token, or at a character that no token covers
         if count == 0 or encoding.token_to_chars(count - 1)[1] <= border:
             return count, False
         return _encoded(encoding).token_after(border)
@@ -206,7 +206,7 @@ def _load_core(folder: Path, files: dict[str, bytes], settings: dict[str, Any], 
             "tokenizer.model; copy the tokenizer files of the model into this folder"
         )
     _add_tokens(folder, core, _added_tokens(folder, settings))
-    # a token with a special role is special, also where tokenizer.json holds it as a plain word
+    # a token with a special role is special, even if tokenizer.json has it as a plain word
     known = _added_texts(core)
     roles = [text for text in special_map.values() if text not in known and core.token_to_id(text) is not None]
     core.add_special_tokens(roles)
@@ -269,7 +269,7 @@ def _add_tokens(folder: Path, core: Any, added: list[tuple[int, Any]]) -> None:
         if core.token_to_id(token.content) != id_:
             raise ModelError(
                 f"{folder}: the added token {token.content!r} got id {core.token_to_id(token.content)}, "
-                f"tokenizer_config.json says {id_}; the tokenizer files are not of one model"
+                f"tokenizer_config.json says {id_}; the tokenizer files do not belong to one model"
             )
 
 
@@ -287,7 +287,7 @@ def _through_transformers(folder: Path) -> Any:
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         return loaded.backend_tokenizer
-    except Exception as error:  # any problem of a foreign loader
+    except Exception as error:  # a foreign loader can raise anything
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
             f"{folder}: transformers cannot read this tokenizer ({reason}); add a tokenizer.json"
@@ -295,7 +295,7 @@ def _through_transformers(folder: Path) -> Any:
 
 
 def _eos_ids(folder: Path, core: Any, special_map: dict[str, str]) -> frozenset[int]:
-    """Every id at which the model's files say that generation ends."""
+    """Every id that ends generation, according to the model's files."""
     config = read_json(folder / "config.json")
     text_config = config.get("text_config")
     sources = [config, read_json(folder / "generation_config.json")]

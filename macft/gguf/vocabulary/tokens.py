@@ -95,7 +95,7 @@ def added_tokens(
         if vocabulary.get(token.text, id_) != id_
     ]
     if problems:
-        raise ModelError(join_problems(f"{folder}: the tokenizer files are not of one model", problems))
+        raise ModelError(join_problems(f"{folder}: the tokenizer files do not belong to one model", problems))
     roles = [vocabulary[text] for text in special_texts(settings).values() if text in vocabulary]
     texts = {id_: text for text, id_ in vocabulary.items() if id_ in roles}
     return {**older, **newer, **{id_: Added(text, True) for id_, text in texts.items()}}

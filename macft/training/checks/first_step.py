@@ -8,7 +8,7 @@ from macft.objectives.kto import Kto
 from macft.objectives.losses import Objective
 from macft.objectives.preference import Preference
 
-# Of the loss at pref_beta 0.1; 16-bit sums over answers of hundreds of tokens are no better.
+# Of the loss at pref_beta 0.1; 16-bit sums over answers of hundreds of tokens are no more accurate.
 _TOLERANCE = {"float32": 1e-4}
 _TOLERANCE_16_BITS = 2e-2
 _USUAL_BETA = 0.1
@@ -19,7 +19,7 @@ _REWARD_ROOM = 10
 def check_start(objective: Objective, result: StepResult, precision: str) -> None:
     """Raise MacftError unless rewards are 0 and the loss, without its SFT part, is that of rewards 0 (sigmoid: ln 2).
 
-    Anything else means that policy and reference are not the same model, or score other tokens.
+    Anything else means that policy and reference are not the same model, or score different tokens.
     """
     metrics = result.metrics
     if isinstance(objective, Kto):
@@ -39,7 +39,7 @@ def check_start(objective: Objective, result: StepResult, precision: str) -> Non
     if abs(found - expected) > tolerance or max(map(abs, rewards)) > _REWARD_ROOM * tolerance:
         raise MacftError(
             f"step 1: the {name} loss is {found:.6f} with rewards {shown}, and must be {expected:.6f} "
-            "with rewards 0 while the policy is its own reference; training would follow a "
-            "wrong signal. Compute in float32 (bf16=false); if it stays, delete the folder reference in the cache, "
-            "which may hold older numbers"
+            "with rewards 0 while the policy is its own reference; training would follow a wrong signal. Compute in "
+            "float32 (bf16=false); if that does not help, delete the reference folder in the cache, which may hold "
+            "older numbers"
         )

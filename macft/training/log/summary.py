@@ -24,7 +24,7 @@ def log_data(settings: Settings, prepared: Prepared) -> None:
     if prepared.from_scratch:
         config = read_config(prepared.base.path)
         logger.info(
-            "start: random weights (seed %d), %d layers %d wide, of the kind %s",
+            "start: random weights (seed %d), %d layers of width %d, model_type %s",
             *(settings.seed, config["num_hidden_layers"], config["hidden_size"], config["model_type"]),
         )
     kind = kind_of_stage(settings.stage)
@@ -39,7 +39,7 @@ def log_data(settings: Settings, prepared: Prepared) -> None:
     if settings.is_preference:
         logger.info("loss: %s", _loss_text(settings))
         if settings.lora_dropout > 0:
-            logger.warning("lora_dropout %g is not used: preference stages have none", settings.lora_dropout)
+            logger.warning("lora_dropout %g is not used: preference stages use no dropout", settings.lora_dropout)
     for alarm in (
         learning_rate_alarm(settings),
         overlap_alarm(prepared.examples, prepared.valid),

@@ -147,7 +147,7 @@ def test_the_warnings_name_the_file_where_it_is_now(tmp_path, place, tokenizer, 
     caplog.clear()
     table = tokenized(request_of(moved), tokenizer, CHATML)
     [warning] = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert warning == f"{moved}: keys that are not used: mood"
+    assert warning == f"{moved}: unused keys: mood"
     assert table.source(2) == f"{moved}:3" and len(tables(place)) == 1
 
 
@@ -328,7 +328,7 @@ def test_a_table_whose_columns_have_other_names_is_built_again(tmp_path, place, 
     path.write_bytes(content)
     assert np.load(path, allow_pickle=False).dtype.names[2] == "obstacle"
     # as it was written then: sound, with notes that hold their file's number as text
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"notes": ["\0000\000: keys that are not used: id"]}))
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"notes": ["\0000\000: unused keys: id"]}))
     assert np.array_equal(tokenized(request, tokenizer, CHATML).columns, expected)
     assert np.load(path, allow_pickle=False).dtype.names[2] == "skip_reason"
 
@@ -358,7 +358,7 @@ def test_a_cache_without_room_is_said_and_the_rows_come(tmp_path, monkeypatch, t
     path = write_rows(tmp_path / "rows.jsonl", 30)
     table = tokenized(request_of(path), tokenizer, CHATML)
     assert_same(table, encode(SFT, read_examples(str(path), ".", None), tokenizer, CHATML, cutoff_len=40))
-    assert table.digest and "data: not kept for later runs" in caplog.text
+    assert table.digest and "data: not cached for later runs" in caplog.text
 
 
 def test_invalid_data_leave_nothing(tmp_path, place, tokenizer):
@@ -456,7 +456,7 @@ def test_a_killed_run_is_gone_on_with(tmp_path, place, model, tokenizer, caplog)
     template = load_template(model, tokenizer.special_map, "chatml")
     with caplog.at_level(logging.INFO, logger="macft"):
         table = tokenized(request_of(path), tokenizer, template, workers=1)
-    kept = next(record for record in caplog.records if "were there from a run" in record.message)
+    kept = next(record for record in caplog.records if "parts kept from a run" in record.message)
     assert kept.args is not None and kept.args[1] == 12 and len(dates) <= kept.args[0] < 12  # type: ignore[index]
     assert len(table) == count and [folder.name for folder in tables(place)] == [parts[0].parent.name[:-6]]
     assert_same(table, tokenized(request_of(path), tokenizer, template, overwrite=True, workers=1))

@@ -120,7 +120,7 @@ def test_problems_of_the_order_of_turns_are_all_named() -> None:
         'line 6: "conversations": the list is empty, expected at least one question and answer',
         'line 7: "conversations"[1] "from": found \'chatgpt\', expected one of human, gpt, system, function_call, '
         "observation",
-        'line 8: "system": "conversations" hold a system message too; keep one of the two',
+        'line 8: "system": "conversations" also hold a system message; keep one of the two',
         'line 9: no "conversations"; found the keys dialog',
     ]
 
@@ -223,7 +223,7 @@ def test_parts_that_are_no_text_and_calls_of_a_user_are_refused() -> None:
     ) == [
         'line 1: "messages"[0] "content"[1]: found a part of type \'image_url\', expected text; only text is '
         "trained on",
-        'line 2: "messages"[0] "tool_calls": stands in a user message, expected an assistant message',
+        'line 2: "messages"[0] "tool_calls": found in a user message, expected an assistant message',
     ]
 
 

@@ -156,8 +156,8 @@ def test_problems_of_preference_rows_are_all_named() -> None:
         'line 3: "rejected"[0]: found a string, expected an object with role and content',
         'line 4: no "prompt"; a pair needs prompt, or chosen and rejected that begin with the same messages, '
         "found chosen, rejected",
-        "line 5: chosen and rejected answer different prompts: they part at message 1",
-        "line 6: chosen and rejected answer different prompts: they part at message 3",
+        "line 5: chosen and rejected answer different prompts: they diverge at message 1",
+        "line 6: chosen and rejected answer different prompts: they diverge at message 3",
         'line 7: "prompt": differs from the messages that chosen and rejected begin with; correct or remove it',
         "line 8: the prompt is empty: it holds no user text and no system text",
         "line 9: the prompt ends in an assistant message, expected a user message",
@@ -187,7 +187,7 @@ def test_problems_of_sharegpt_rows_are_all_named() -> None:
         'line 3: "conversations"[0]: no "from"; found the keys speaker, text',
         'line 3: "conversations"[0]: no "value"; found the keys speaker, text',
         'line 3: "rejected": found a string, expected an object with from and value',
-        'line 4: "system": "conversations" hold a system message too; keep one of the two',
+        'line 4: "system": "conversations" also hold a system message; keep one of the two',
         'line 5: "conversations": an even number of turns (2), the last must be human or observation',
         'line 6: "conversations": the list is empty, expected at least one question',
         'line 7: "tools": tool definitions are not supported in preference pairs; remove them',
@@ -246,7 +246,7 @@ def test_placeholders_and_unused_keys_are_said_once(caplog: pytest.LogCaptureFix
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0] == "p.jsonl: 2 preference rows"
     assert messages[1].startswith("p.jsonl: 2 of 2 rows hold the placeholders {{name}} or {{author}} (first: line 1)")
-    assert messages[2:] == ["p.jsonl: keys that are not used: chosen[].score, id"]
+    assert messages[2:] == ["p.jsonl: unused keys: chosen[].score, id"]
 
 
 # --- whole files

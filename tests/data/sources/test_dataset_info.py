@@ -121,7 +121,7 @@ def test_openai_rows_need_no_tags(tmp_path: Path) -> None:
         ({"ranking": True, "columns": {"prompt": "q", "chosen": "c"}}, "columns: ranking data needs rejected"),
         ({"columns": {"prompt": "q", "chosen": "c", "rejected": "r"}}, 'mapped, but not "ranking": true; add it'),
         ({"ranking": "yes"}, "ranking: found a string, expected a boolean"),
-        ({"num_samples": 0}, "num_samples: found 0, expected a whole number from 1 on"),
+        ({"num_samples": 0}, "num_samples: found 0, expected a whole number of at least 1"),
         ({"file_name": None}, "found neither file_name nor hf_hub_url nor ms_hub_url"),
         ({"file_name": None, "script_url": "x"}, "script_url: a loading script is foreign code, which is not run"),
         ({"file_name": None, "cloud_file_name": "s3://x"}, "cloud_file_name: files in cloud storage are not read"),
@@ -177,7 +177,7 @@ def test_split_takes_a_slice_of_a_local_file(tmp_path: Path) -> None:
     folder = put(tmp_path, entries, rows=rows)
     found = {name: [e.messages[-1]["content"] for e in read_examples(name, folder, None)] for name in splits}
     assert found == {"a": ["2", "3"], "b": ["8", "9"], "c": ["0", "1", "2"], "d": ["8", "9"]}
-    assert "split: a local file has the split train only, found test" in refused(tmp_path, {"split": "test"})
+    assert "split: a local file has only the split train, found test" in refused(tmp_path, {"split": "test"})
 
 
 def test_num_samples_permutes_and_oversamples_by_seed(tmp_path: Path) -> None:
@@ -241,7 +241,11 @@ def test_data_sets_are_interleaved_and_read_anew(tmp_path: Path) -> None:
         ("interleave", None, "mix_strategy: found 'interleave', expected one of concat, "),
         ("concat", (0.5, 0.5), "interleave_probs: has no effect with mix_strategy concat"),
         ("interleave_over", (1.0,), "interleave_probs: found 1 numbers, expected one for each of 2 data sets"),
-        ("interleave_over", (0.5, 0.6), "interleave_probs: found 0.5, 0.6, expected numbers from 0 on with sum 1"),
+        (
+            "interleave_over",
+            (0.5, 0.6),
+            "interleave_probs: found 0.5, 0.6, expected numbers of at least 0 that add up to 1",
+        ),
     ],
 )
 def test_a_mixture_that_cannot_be_is_refused(strategy: str, probs: tuple[float, ...] | None, problem: str) -> None:

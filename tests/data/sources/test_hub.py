@@ -56,7 +56,7 @@ def test_subsets_and_folders_narrow_the_choice() -> None:
     ):
         with pytest.raises(DataError, match=problem):
             choose(*names, **arguments)
-    with pytest.raises(DataError, match="it may hold a script only"):
+    with pytest.raises(DataError, match="it may hold only a script"):
         choose("README.md", "load.py")
 
 
@@ -211,7 +211,7 @@ def test_hub_failures_are_one_line_each_with_the_next_move(tmp_path: Path, addre
     nowhere = "http://127.0.0.1:1"
     for name, url, hub, settings, parts in (
         ("org/none", address, "hf", {}, ["org/none: no such data set on", "hf auth login"]),
-        ("org/gated", address, "hf", {}, [f"org/gated: gated; accept its terms on {address}/datasets/org/gated"]),
+        ("org/gated", address, "hf", {}, [f"org/gated: gated; accept its terms at {address}/datasets/org/gated"]),
         ("org/data", address, "hf", {"HF_HUB_OFFLINE": "1"}, ["not in the hub cache, and HF_HUB_OFFLINE is set"]),
         ("org/data", nowhere, "hf", {}, [f"cannot be downloaded from {nowhere} (", "HF_ENDPOINT"]),
         ("org/none", address, "modelscope", {}, [f"org/none: no such data set or file on {address}"]),

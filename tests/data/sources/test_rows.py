@@ -233,14 +233,14 @@ def test_format_and_oddities_are_said_once(tmp_path: Path, caplog: pytest.LogCap
     assert said[1].startswith(
         f"{path}: 3 of 3 rows hold the placeholders {{{{name}}}} or {{{{author}}}} (first: line 1)"
     )
-    assert said[2:] == [f"{path}: keys that are not used: id"]
+    assert said[2:] == [f"{path}: unused keys: id"]
 
 
 def test_unused_keys_inside_messages_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     row = {"messages": [{"role": "assistant", "content": "a", "weight": 0}], "tools": None}
     path = written(tmp_path / "a.jsonl", json.dumps(row))
     list(to_examples(path))
-    assert caplog.messages == [f"{path}: keys that are not used: messages[].weight"]
+    assert caplog.messages == [f"{path}: unused keys: messages[].weight"]
 
 
 # --- dataset

@@ -153,5 +153,5 @@ def test_the_empty_template_is_the_texts_with_an_end_after_each_answer(tmp_path:
     assert text == "s {{ x }} a\nb</s>cd</s>" and template.name == "empty"
     assert template.render(chat("a"), add_generation_prompt=True) == "a"
     assert template_end_ids(template, tokenizer) == set(tokenizer.encode("</s>").ids)
-    with pytest.raises(ModelError, match="names no eos_token, with which template: empty ends an answer"):
+    with pytest.raises(ModelError, match="no eos_token, which template: empty needs to end an answer"):
         load_template(folder, {}, "empty")

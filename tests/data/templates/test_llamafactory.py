@@ -90,7 +90,9 @@ def test_thoughts_are_kept_dropped_and_emptied_as_in_llama_factory(name: str, th
 @pytest.mark.parametrize("name", ONE_ANSWER)
 def test_an_earlier_answer_that_would_be_trained_otherwise_is_refused(name: str) -> None:
     for options in ({}, {"train_on_prompt": True}):
-        with pytest.raises(DataError, match=r"is trained on one answer of a conversation, found 3: .*mask_history"):
+        with pytest.raises(
+            DataError, match=r"can be trained on only one answer per conversation, found 3: .*mask_history"
+        ):
             render_with_spans(named(name), THREE, **options)
 
 
@@ -167,7 +169,7 @@ def test_a_template_of_another_model_is_said_once_by_its_first_marker(tmp_path: 
 def test_thinking_switched_off_where_there_is_none_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "macft"):
         named("llama3", enable_thinking=False)
-    assert "(llama3) knows no enable_thinking: it has no effect" in caplog.text
+    assert "(llama3) does not use enable_thinking: it has no effect" in caplog.text
 
 
 def test_a_file_of_the_working_folder_comes_before_a_name(
@@ -179,7 +181,7 @@ def test_a_file_of_the_working_folder_comes_before_a_name(
     (tmp_path / "yi").write_text("own")
     with caplog.at_level(logging.WARNING, "macft"):
         assert named("yi").render([]) == "own"
-    assert "the file yi of this folder, not the template of that name" in caplog.text
+    assert "the file yi in this folder, not the template of that name" in caplog.text
 
 
 def test_an_unknown_name_gets_the_nearest_one_and_the_list() -> None:
@@ -192,12 +194,12 @@ def test_an_unknown_name_gets_the_nearest_one_and_the_list() -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_name_that_cannot_be_the_same_is_refused_with_the_reason(name: str) -> None:
-    with pytest.raises(ModelError, match=f"template: {name} of LLaMA-Factory is not here: it"):
+    with pytest.raises(ModelError, match=f"template: LLaMA-Factory's {name} is not supported: it"):
         named(name)
 
 
 def test_a_template_that_ends_answers_with_eos_wants_one() -> None:
-    with pytest.raises(ModelError, match="names no eos_token, with which template: vicuna ends an answer"):
+    with pytest.raises(ModelError, match="no eos_token, which template: vicuna needs to end an answer"):
         load_template(Path(), {"bos_token": "<s>"}, "vicuna")
     # a model without bos has none in front, as in LLaMA-Factory
     assert load_template(Path(), {}, "llama3").render(ONE[:1]).startswith("<|start_header_id|>user")

@@ -142,7 +142,7 @@ def test_a_template_without_a_place_for_tools_is_named(
             render_with_spans(build(CHATML), messages, tools=tools)
         assert str(error.value) == (
             f"the chat template (test.jinja) has no place for {missing}; "
-            "give a template that has, or leave the tools out"
+            "give a template that has one, or leave the tools out"
         )
 
 

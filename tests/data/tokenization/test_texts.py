@@ -117,7 +117,7 @@ def test_empty_texts_are_left_out_and_named(tokenizer):
 def test_a_tokenizer_without_an_end_token_is_an_error(tmp_path):
     folder = write_tiny_model(tmp_path / "bare")
     (folder / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="the tokenizer names no eos_token"):
+    with pytest.raises(ModelError, match="the tokenizer has no eos_token"):
         tokenize_texts(texts_of("the"), load_tokenizer(folder), cutoff_len=9, packing=True)
 
 

@@ -202,7 +202,7 @@ def test_files_of_two_models_are_refused(tmp_path: Path) -> None:
             {"eos_token": "<|im_end|>", "added_tokens_decoder": {core.vocabulary["<|im_end|>"]: {"content": "x"}}}
         )
     )
-    with pytest.raises(ModelError, match="not of one model"):
+    with pytest.raises(ModelError, match="do not belong to one model"):
         fields_of(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     content = json.loads((tmp_path / "tokenizer.json").read_text())
