@@ -1,4 +1,4 @@
-"""Time and memory of writing GGUF from a random llama-shaped bfloat16 model: macft and llama.cpp's converter.
+"""Measure time and memory of writing GGUF from a random llama-shaped bfloat16 model: macft and llama.cpp's converter.
 
 Each runs in a process of its own with the model in the page cache, and its time ends when the file is on the disk.
 macft goes to Q4_K_M in one pass; llama.cpp's way is a 16-bit file by its converter, then `llama-quantize`, which no

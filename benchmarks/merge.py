@@ -1,4 +1,4 @@
-"""Time and memory of merging a LoRA adapter into a 1 GB model: macft and PEFT, side by side.
+"""Measure time and memory of merging a LoRA adapter into a 1 GB model: macft and PEFT, side by side.
 
 Both write the same random llama-shaped bfloat16 model, rank 16 on all linear layers, each in a process of its
 own with the files in the page cache. macft flushes to disk and writes checksums, PEFT does neither; so the

@@ -1,4 +1,4 @@
-"""Time and memory of LoRA DPO steps on SmolLM2-135M: macft on both engines, TRL and mlx-lm-lora, side by side.
+"""Measure time and memory of LoRA DPO steps on SmolLM2-135M: macft on both engines, TRL and mlx-lm-lora, side by side.
 
 Every contender trains in a process of its own on the same pairs in the same order, rank 8 on all linear
 layers, the same batch size, rows of at most 512 tokens, float32. The first two steps are warm-up. The

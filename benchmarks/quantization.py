@@ -1,4 +1,4 @@
-"""What each quantization costs: file size, KL divergence and top-1 agreement against the f32 file, in llama.cpp.
+"""Measure what each quantization costs: file size, KL divergence and top-1 agreement with the f32 file, in llama.cpp.
 
 SmolLM2-135M twice: as it is, 576 wide, which the blocks of 256 of most K-quants do not divide; and padded with zeros
 to a width of 768 (12 heads, 4 key heads), which computes the same and takes every K-quant. Next-token distributions

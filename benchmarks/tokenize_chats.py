@@ -1,4 +1,4 @@
-"""Time and memory of tokenizing chat rows with their loss masks: macft and TRL, side by side.
+"""Measure time and memory of tokenizing chat rows with their loss masks: macft and TRL, side by side.
 
 Both read the same generated JSONL file of short conversations and end with token ids and masks of the answers
 that can be trained on, in a file on disk (TRL: the Arrow cache of `datasets`), with one chat template and one

@@ -1,4 +1,4 @@
-"""Time and memory of LoRA SFT steps on SmolLM2-135M: macft on both engines, mlx-lm and TRL, side by side.
+"""Measure time and memory of LoRA SFT steps on SmolLM2-135M: macft on both engines, mlx-lm and TRL, side by side.
 
 Every contender trains in a process of its own on the same rows, rank 8 on all linear layers, the same
 batch size, float32. The first two steps are warm-up. Prints a Markdown table.

@@ -1,4 +1,4 @@
-"""Define what the training loop and an engine know of each other: numpy arrays and Python floats pass between them."""
+"""Define the contract of the training loop and an engine, which exchange numpy arrays and Python floats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decide what both engines must decide alike: first values, random seeds, targets, parts of a step, notes."""
+"""Decide what must be the same on both engines: first values, random seeds, targets, parts of a step, notes."""
 
 from __future__ import annotations
 

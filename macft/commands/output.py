@@ -1,4 +1,4 @@
-"""Print what several commands say at their end."""
+"""Print what several commands report when they finish."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep Ollama from taking a chat template for one that it knows.
+"""Keep Ollama from mistaking a chat template for one that it knows.
 
 On `create`, Ollama compares the chat template of a GGUF with some forty that it knows. If one lies within an edit
 distance of 100, it adds its own Go template and stop parameters for that one, under which the chat template is never

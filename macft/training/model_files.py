@@ -1,4 +1,4 @@
-"""Write and read what a run leaves to be loaded: the adapter or the full model, with tokenizer and template."""
+"""Write and read the loadable files of a run: the adapter or the full model, with tokenizer and template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Translate the rope settings of a config into fields and tensors that make llama.cpp rotate alike."""
+"""Translate the rope settings of a config into fields and tensors that make llama.cpp rotate the same way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read the scored vocabulary of a SentencePiece tokenizer; by its scores llama.cpp ranks merges."""
+"""Read the scored vocabulary of a SentencePiece tokenizer, whose scores rank the merges in llama.cpp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read SentencePiece model files (tokenizer.model), and make tokenizers that merge scored tokens as they say."""
+"""Read SentencePiece model files (tokenizer.model), and build tokenizers that merge tokens by their scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warn in one line of settings, data and curves that suggest a run is going wrong."""
+"""Warn, in one line each, about settings, data and curves that suggest a run is going wrong."""
 
 from __future__ import annotations
 
