@@ -1,4 +1,4 @@
-"""Prompts computed once a pair, padded shapes, a head in chunks: less work, and the same numbers on both engines."""
+"""Prompts computed once per pair, padded shapes, a head in chunks: less work, and the same numbers on both engines."""
 
 from __future__ import annotations
 

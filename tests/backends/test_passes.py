@@ -1,4 +1,4 @@
-"""A step computed in parts, with blocks that keep large products alone: the same numbers in less memory."""
+"""A step computed in parts, with blocks that keep only large products: the same numbers in less memory."""
 
 from __future__ import annotations
 

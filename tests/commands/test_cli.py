@@ -211,7 +211,7 @@ def ask(*arguments: object) -> str:
     return result.out
 
 
-def test_chat_prints_the_answer_alone(folder, adapter):
+def test_chat_prints_only_the_answer(folder, adapter):
     done = macft_process(
         *("chat", "model", "--adapter", "adapter", "--prompt", "hello", "--max-new-tokens", "8", "--temperature", "0"),
         cwd=folder,

@@ -1,4 +1,4 @@
-"""`macft export gguf` and `macft export ollama` as typed: what they leave, and what they say of what cannot be."""
+"""`macft export gguf` and `macft export ollama` as typed: what they write, and what they say when it is impossible."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_the_table_names_file_line_and_other_name(path):
     assert lines[-1] == "no effect: trust_remote_code (code from a model repository is never run)"
 
 
-def test_what_was_written_is_colored_otherwise_than_defaults(path):
+def test_what_was_written_is_colored_differently_from_defaults(path):
     out = io.StringIO()
     show(load(path, ["lora_rank=4"]), None, Console(file=out, width=120, force_terminal=True, color_system="standard"))
     assert all(text in out.getvalue() for text in ("\x1b[33mlora_rank", "\x1b[32mcutoff_len", "\x1b[2mseed"))

@@ -72,7 +72,7 @@ def test_all_problems_come_in_one_message(tmp_path):
         ("preprocessing_num_workers=0", "found 0, expected greater than or equal to 1"),
     ],
 )
-def test_a_wrong_value_is_shown_with_what_was_wanted(override, message):
+def test_a_wrong_value_is_shown_with_what_was_expected(override, message):
     assert problem(override) == f"{override.split('=')[0]} (command line): {message}"
 
 

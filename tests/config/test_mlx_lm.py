@@ -1,4 +1,4 @@
-"""A LoRA file of mlx-lm gives the run that mlx-lm would make, and what is otherwise is said."""
+"""A LoRA file of mlx-lm gives the run that mlx-lm would make, and differences are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of other programs: the same thing under another name, nothing to do here, or refused with the reason."""
+"""Keys of other programs: translated, without effect here, or refused with the reason."""
 
 from __future__ import annotations
 

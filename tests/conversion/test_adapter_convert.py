@@ -1,4 +1,4 @@
-"""Adapters converted between PEFT and mlx-lm compute the same in the other library; what cannot be is refused."""
+"""Adapters converted between PEFT and mlx-lm compute the same in the other library, or are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which examples every step trains on: all of them, once an epoch, in an order that the seed alone decides."""
+"""Which examples every step trains on: all of them, once an epoch, in an order that only the seed decides."""
 
 from __future__ import annotations
 

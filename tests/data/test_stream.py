@@ -278,7 +278,7 @@ def test_a_resumed_run_ends_with_the_same_bits(stage, engine, model, tmp_path, m
     assert epochs[0] == epochs[1]
 
 
-def test_a_invalid_row_stops_the_run_where_it_is_met_and_the_mended_file_goes_on(model, tmp_path):
+def test_an_invalid_row_stops_the_run_where_it_is_met_and_the_mended_file_goes_on(model, tmp_path):
     lines = write_rows(tmp_path / "d.jsonl", 40).read_text().splitlines(keepends=True)
     whole = tmp_path / "whole.jsonl"
     whole.write_text("".join(lines))
@@ -338,7 +338,7 @@ def test_what_needs_lengths_is_refused_or_said(model, tmp_path, said):
     assert "group_by_length: off, because the lengths in a stream are not known" in said()
 
 
-def test_keys_of_the_cache_have_an_effect_on_evaluation_data_alone(model, tmp_path):
+def test_keys_of_the_cache_have_an_effect_only_on_evaluation_data(model, tmp_path):
     keys = {**STREAM, "overwrite_cache": True, "preprocessing_num_workers": 2}
     assert without_effect(toy_settings(model, tmp_path, tmp_path, "mlx", **keys)) == [
         "overwrite_cache (streaming caches nothing)",

@@ -87,7 +87,7 @@ def test_the_arrow_columns_are_mapped_by_dataset_info() -> None:
         assert answer["role"] == "assistant" and "\n#### " in answer["content"]
 
 
-def test_the_pairs_are_found_by_their_entry_alone() -> None:
+def test_the_pairs_are_found_by_only_their_entry() -> None:
     pairs = read_pairs("dpo_zh_mini", "examples/foodpo_zh", 20)
     assert len(pairs) == 8 and [m["role"] for m in pairs[6].prompt] == ["system", "user", "assistant", "user"]
     with pytest.raises(MacftError, match=r"dpo_zh_demo: not in .*dataset_info.json, .* did you mean dpo_zh_mini\?"):

@@ -31,7 +31,7 @@ def run(stage: str, runs: Path, engine: str, *overrides: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_three_stages_make_a_model_that_prefers_the_wanted_answers(engine, tmp_path, monkeypatch):
+def test_three_stages_make_a_model_that_prefers_the_chosen_answers(engine, tmp_path, monkeypatch):
     # the paths in the files are those of the checkout
     monkeypatch.chdir(CHECKOUT)
     for stage, before in zip(STAGES, ("", "pt", "sft"), strict=True):

@@ -194,7 +194,7 @@ def test_invalid_data_are_an_error_as_in_training(model: Path, tmp_path: Path) -
         run("stats", path, "--model", model)
 
 
-def test_a_folder_with_a_tokenizer_alone_will_do(
+def test_a_folder_with_only_a_tokenizer_will_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="macft")

@@ -252,7 +252,7 @@ def test_a_tokenizer_that_the_model_has_no_room_for_is_an_error(shapes, tiny_mod
         train(settings)
 
 
-def test_weights_are_looked_for_in_folders_alone(shapes, model, tmp_path):
+def test_weights_are_looked_for_only_in_folders(shapes, model, tmp_path):
     assert not has_weights(str(shapes("llama")))
     assert has_weights(str(model)) and has_weights("org/name") and has_weights(str(tmp_path))
     config = json.loads((model / "config.json").read_text())

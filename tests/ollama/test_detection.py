@@ -1,4 +1,4 @@
-"""The padding of a chat template: nothing is rendered otherwise, and no template of Ollama's comes near."""
+"""The padding of a chat template: nothing is rendered differently, and no template of Ollama's comes near."""
 
 from __future__ import annotations
 

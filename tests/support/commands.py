@@ -1,4 +1,4 @@
-"""Runs the command line in tests, and builds the small model folder and data it works on."""
+"""Run the command line in tests, and build the small model folder and data it works on."""
 
 from __future__ import annotations
 

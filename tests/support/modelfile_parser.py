@@ -1,4 +1,4 @@
-"""Reads a Modelfile as Ollama does, from a description of its grammar: commands, three kinds of values, no escapes."""
+"""Read a Modelfile as Ollama does, from a description of its grammar: commands, three kinds of values, no escapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A local server that behaves as Ollama's HTTP API does for models, with problems on request."""
+"""Serve Ollama's HTTP API for models locally, with failures on request."""
 
 from __future__ import annotations
 

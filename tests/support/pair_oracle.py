@@ -1,4 +1,4 @@
-"""What transformers and PEFT say of preference pairs, in float32 and one row at a time."""
+"""Score preference pairs with transformers and PEFT, in float32 and one row at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the checkout and the tests' own files lie."""
+"""Locate the checkout and the tests' own files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that can be exported, as transformers saves them, with a tokenizer."""
+"""Save tiny random models of every exportable architecture, as transformers does, with a tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny llama models with random weights, written as .gguf files, and llama.cpp's answers about them."""
+"""Write tiny llama models with random weights as .gguf files, and ask llama.cpp about them."""
 
 from __future__ import annotations
 

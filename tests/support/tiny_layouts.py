@@ -1,4 +1,4 @@
-"""A tiny random model of each architecture in the layout table, tied and untied, with biases and without."""
+"""Build a tiny random model of each architecture in the layout table, tied and untied, with biases and without."""
 
 from __future__ import annotations
 

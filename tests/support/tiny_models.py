@@ -1,4 +1,4 @@
-"""Tiny random models that can fail: wide weights, an odd rope base, rows longer than the window."""
+"""Build tiny random models that can fail: wide weights, an odd rope base, rows longer than the window."""
 
 from __future__ import annotations
 

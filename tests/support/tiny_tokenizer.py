@@ -1,4 +1,4 @@
-"""Small model folders for tests: a byte-level BPE tokenizer and chat templates of the known kinds."""
+"""Write small model folders for tests: a byte-level BPE tokenizer and chat templates of the known kinds."""
 
 from __future__ import annotations
 

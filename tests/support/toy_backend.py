@@ -1,4 +1,4 @@
-"""A tiny chat model with tokenizer and template, data for it, and runs on it that take well under a second."""
+"""Build a tiny chat model with data for it, and runs on it that take well under a second."""
 
 from __future__ import annotations
 

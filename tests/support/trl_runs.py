@@ -1,4 +1,4 @@
-"""The same rows from the same adapter through a trainer of TRL and through macft, and the comparison of the two."""
+"""Train on the same rows from the same adapter with a trainer of TRL and with macft, and compare the two."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ def test_a_checkpoint_of_another_shape_is_refused(changed, said, model, data, ru
 
 
 @pytest.mark.mlx
-def test_checkpoints_of_the_model_alone_say_why_they_cannot_be_resumed(model, data, tmp_path):
+def test_checkpoints_of_only_the_model_say_why_they_cannot_be_resumed(model, data, tmp_path):
     settings = toy_settings(model, data, tmp_path / "out", "mlx", save_strategy="epoch", save_only_model=True)
     train(settings)
     assert not (tmp_path / "out/checkpoint-5" / OPTIMIZER).exists()

@@ -60,7 +60,7 @@ def test_greater_is_better_for_a_margin():
     assert seen[-1][2] == BestEvaluation(20, 0.2, 1, {MARGIN: 0.2, "eval_other": 9.0})
 
 
-def test_patience_counts_evaluations_in_a_row_and_a_better_one_starts_it_anew():
+def test_patience_counts_evaluations_in_a_row_and_a_better_one_restarts_it():
     seen = follow(MetricGoal("eval_loss", greater_is_better=False, patience=2), [0.7, 0.8, 0.6, 0.6, 0.61])
     # 0.6 again is no better
     assert [is_enough for _, is_enough, _ in seen] == [False, False, False, False, True]

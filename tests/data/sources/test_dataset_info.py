@@ -1,4 +1,4 @@
-"""dataset_info.json means here what it means in LLaMA-Factory, and what cannot be is said in one line."""
+"""dataset_info.json means here what it means in LLaMA-Factory, and what cannot be used is refused in one line."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_interleaving_is_the_order_of_the_datasets_library(
         assert list(mix(parts, ours, probs, 5)) == expected["x"][:]
 
 
-def test_data_sets_are_interleaved_and_read_anew(tmp_path: Path) -> None:
+def test_data_sets_are_interleaved_and_read_again(tmp_path: Path) -> None:
     entries = {name: {"file_name": f"{name}.jsonl"} for name in ("one", "two")}
     rows = {name: [{**ALPACA, "output": f"{name}{i}"} for i in range(n)] for name, n in (("one", 1), ("two", 3))}
     folder = put(tmp_path, entries, **rows)

@@ -1,4 +1,4 @@
-"""Every kind of data file gives the same rows, no more columns than are expected, and one clear error if damaged."""
+"""Every kind of data file gives the same rows, no more columns than requested, and one clear error if damaged."""
 
 from __future__ import annotations
 

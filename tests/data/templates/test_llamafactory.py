@@ -88,7 +88,7 @@ def test_thoughts_are_kept_dropped_and_emptied_as_in_llama_factory(name: str, th
 
 
 @pytest.mark.parametrize("name", ONE_ANSWER)
-def test_an_earlier_answer_that_would_be_trained_otherwise_is_refused(name: str) -> None:
+def test_an_earlier_answer_that_would_be_trained_differently_is_refused(name: str) -> None:
     for options in ({}, {"train_on_prompt": True}):
         with pytest.raises(
             DataError, match=r"can be trained on only one answer per conversation, found 3: .*mask_history"

@@ -104,7 +104,7 @@ def test_a_longer_generation_prompt_is_cut_where_the_texts_part() -> None:
     assert trained(forced, chat("a", "<think>b")) == ["b<|im_end|>\n"]
 
 
-def test_mask_history_trains_the_last_answer_alone() -> None:
+def test_mask_history_trains_only_the_last_answer() -> None:
     assert trained("chatml", chat("a", "b", "c", "d"), mask_history=True) == ["d<|im_end|>\n"]
     assert trained("chatml", chat("a", "b", "c"), mask_history=True) == ["b<|im_end|>\n"]
 

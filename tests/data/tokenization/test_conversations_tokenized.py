@@ -269,7 +269,7 @@ def test_the_trained_tokens_are_the_answers_and_their_ends(
 
 @settings(max_examples=150, deadline=None)
 @given(turns=CHATS, system=st.none() | WORDS, cutoff=st.integers(4, 200))
-def test_shortening_takes_user_text_alone(
+def test_shortening_takes_only_user_text(
     tokenizer: Tokenizer, turns: list[tuple[str, str]], system: str | None, cutoff: int
 ) -> None:
     given = example(*(content for turn in turns for content in turn), system=system)

@@ -1,4 +1,4 @@
-"""Rated answers as tokens: the last answer alone is a target, and each prompt is matched with another answer."""
+"""Rated answers as tokens: only the last answer is a target, and each prompt is matched with another answer."""
 
 from __future__ import annotations
 

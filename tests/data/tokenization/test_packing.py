@@ -1,4 +1,4 @@
-"""Rows that hold several examples: as full as can be, and every number is that of the examples one a row."""
+"""Rows that hold several examples: as full as possible, and every number is that of one example per row."""
 
 from __future__ import annotations
 

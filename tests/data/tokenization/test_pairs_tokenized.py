@@ -204,7 +204,7 @@ def test_one_cut_of_the_prompt_serves_both_rows(tokenizer: Tokenizer) -> None:
     ]
 
 
-def test_a_longer_answer_alone_loses_its_end(tokenizer: Tokenizer) -> None:
+def test_only_a_longer_answer_loses_its_end(tokenizer: Tokenizer) -> None:
     example = pair("one two", chosen="five", rejected="five six seven eight")
     emptied, _ = one(tokenizer, pair("", chosen="five", rejected="five six seven eight"))
     cutoff = len(emptied.chosen.tokens)

@@ -1,4 +1,4 @@
-"""Rows of a table behave like a list, and are made as they are asked for."""
+"""Rows of a table behave like a list, and are made when they are asked for."""
 
 from __future__ import annotations
 

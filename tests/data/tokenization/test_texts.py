@@ -92,7 +92,7 @@ def test_rows_are_cut_by_hand(tokenizer):
     assert (np.diff(batch.segment_ids, axis=1)[:, 1:][ends[:, :-1]] != 0).all()
 
 
-def test_a_part_of_the_texts_makes_the_rows_of_those_alone(tokenizer):
+def test_a_part_of_the_texts_makes_the_rows_of_only_those(tokenizer):
     texts = texts_of("the quick", "one two three", "", "lazy dog")
     rows, _ = tokenize_texts([texts[0], texts[3]], tokenizer, cutoff_len=5, packing=True)
     table = encode(PT, texts, tokenizer, cutoff_len=5)

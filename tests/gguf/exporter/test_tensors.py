@@ -251,7 +251,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_llama_cpp_would_compute_otherwise_is_refused(model: Callable[[str], Model], message: str) -> None:
+def test_what_llama_cpp_would_compute_differently_is_refused(model: Callable[[str], Model], message: str) -> None:
     name, changes = REFUSED[message]
     config, tensors = model(name)
     without = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling", PART)}

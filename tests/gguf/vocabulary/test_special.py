@@ -1,4 +1,4 @@
-"""What exported files say of a chat's begin and end, of added tokens and of sampling; what invalid tokenizers give."""
+"""What exported files say of chat boundaries, added tokens and sampling; what invalid tokenizers give."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_chat_in_llama_cpp_has_the_ids_it_was_trained_with(
         assert oracle.tokenize(prompt, add_special=True) == tokenizer.encode(text).ids
 
 
-def test_a_space_at_the_start_alone_is_left_out_where_a_chat_begins_with_a_special_token(tmp_path: Path) -> None:
+def test_only_a_space_at_the_start_is_left_out_where_a_chat_begins_with_a_special_token(tmp_path: Path) -> None:
     core = write_byte_fallback(tmp_path, prefix="metaspace")
     template = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
     fields = fields_of(tmp_path, template=template)
@@ -134,7 +134,7 @@ def test_special_tokens_swallow_white_space_if_the_name_says_so(tmp_path: Path, 
         assert oracle.tokenize(chat) == ids(Tokenizer.from_str(text), chat)
 
 
-def test_a_folder_that_transformers_saved_anew_gives_the_same_fields(tmp_path: Path) -> None:
+def test_a_folder_that_transformers_saved_again_gives_the_same_fields(tmp_path: Path) -> None:
     """transformers 5 drops add_bos_token and the added tokens from tokenizer_config.json."""
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""What a run warns of: its rate, rows seen twice, an end token never learned, bad curves; and what it lets be."""
+"""What a run warns about: its rate, rows seen twice, an end token not learned, bad curves; and what it leaves alone."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_resuming_cuts_rows_past_the_checkpoint_and_the_torn_line(tmp_path):
     assert kept == whole.splitlines()[:5]
 
 
-def test_a_new_run_starts_the_log_anew_whatever_it_held(tmp_path):
+def test_a_new_run_starts_the_log_again_whatever_it_held(tmp_path):
     (tmp_path / "trainer_log.jsonl").write_text("not a row\n")
     train(tmp_path, logging_steps=6)
     assert len(read_log(tmp_path)) == 3

@@ -197,7 +197,7 @@ def test_an_adapter_in_16_bits_is_read_exactly(dtype, model, tmp_path):
         ("target_modules", []),
     ],
 )
-def test_settings_that_compute_otherwise_are_refused_by_name(key, value, trained, tmp_path):
+def test_settings_that_compute_differently_are_refused_by_name(key, value, trained, tmp_path):
     config = json.loads((trained / "adapter_config.json").read_text()) | {key: value}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_model.safetensors").write_bytes((trained / "adapter_model.safetensors").read_bytes())
