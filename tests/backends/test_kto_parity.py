@@ -74,7 +74,10 @@ def llama_curve(tiny_model) -> Curve:
     return run("torch", tiny_model("llama"))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "gemma3_text")) for name in ARCHITECTURES],
+)
 def test_both_engines_give_one_curve(architecture, tiny_model, llama_curve):
     theirs = llama_curve if architecture == "llama" else run("torch", tiny_model(architecture))
     ours = run("mlx", tiny_model(architecture))

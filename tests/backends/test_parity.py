@@ -81,7 +81,10 @@ def torch_curve(tiny_model):
     return get
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "gemma3_text")) for name in ARCHITECTURES],
+)
 def test_both_engines_give_one_curve_over_50_steps(architecture, tiny_model, torch_curve):
     ours = run("mlx", tiny_model(architecture))
     losses, norms, adapters = distance(torch_curve(architecture), ours)

@@ -35,7 +35,8 @@ from macft.objectives.preference import Preference, answer_positions, reference_
 
 pytest.importorskip("trl", reason="trl is not installed: pip install trl")
 
-pytestmark = [pytest.mark.mlx, pytest.mark.torch]
+# TRL's own trainer runs beside both engines
+pytestmark = [pytest.mark.slow, pytest.mark.mlx, pytest.mark.torch]
 
 ENGINES = tuple(BACKENDS)
 DPO = Kind(
@@ -92,7 +93,6 @@ def test_ten_steps_from_a_fresh_adapter_are_those_of_trl(tiny_model, tmp_path):
         check(run(engine, job, objective), expected)
 
 
-@pytest.mark.slow
 def test_ten_steps_of_smollm2_on_the_tokens_of_chat_rows_are_those_of_trl(tmp_path):
     from transformers import PreTrainedTokenizerFast
 

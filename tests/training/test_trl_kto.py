@@ -29,7 +29,8 @@ from macft.objectives.ops import NumpyOps
 
 pytest.importorskip("trl", reason="trl is not installed: pip install trl")
 
-pytestmark = [pytest.mark.mlx, pytest.mark.torch]
+# TRL's own trainer runs beside both engines
+pytestmark = [pytest.mark.slow, pytest.mark.mlx, pytest.mark.torch]
 
 ENGINES = tuple(BACKENDS)
 KTO = Kind(
