@@ -20,7 +20,7 @@ PROMPTS = [[7], [11, 200, 34, 5], np.random.default_rng(1).integers(5, 300, 40).
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3_text"])
-def model(request, tmp_path_factory) -> Path:
+def each_model(request, tmp_path_factory) -> Path:
     # a tied head on Gemma's scaled embeddings says the same token again and again
     return write_toy_model(tmp_path_factory.mktemp(request.param), request.param, tie_word_embeddings=False)
 
@@ -45,11 +45,11 @@ def transformers_generate(folder: Path, prompt: list[int], **keys) -> list[int]:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("engine", ENGINES)
-def test_greedy_tokens_equal_those_of_transformers(engine, model):
+def test_greedy_tokens_equal_those_of_transformers(engine, each_model):
     for prompt in PROMPTS:
-        expected = transformers_generate(model, prompt)
+        expected = transformers_generate(each_model, prompt)
         assert len(expected) == NEW and len(set(expected)) > 3, "a constant answer would prove nothing"
-        assert generate(engine, model, prompt) == expected
+        assert generate(engine, each_model, prompt) == expected
 
 
 @pytest.mark.torch

@@ -41,13 +41,13 @@ CHATML = build(TEMPLATES["chatml"])
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def eos_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"), eos="</s>")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Tokenizer:
-    return load_tokenizer(model)
+def tokenizer(eos_model: Path) -> Tokenizer:
+    return load_tokenizer(eos_model)
 
 
 @pytest.fixture
@@ -216,18 +216,18 @@ def test_the_entry_in_dataset_info_names_the_tokens(tmp_path, tokenizer):
     assert of({}, seed=1) == of({}) and of({"num_samples": 2}, seed=1) != of({"num_samples": 2})
 
 
-def test_the_template_and_the_tokenizer_name_the_tokens(tmp_path, model, tokenizer):
+def test_the_template_and_the_tokenizer_name_the_tokens(tmp_path, eos_model, tokenizer):
     path = write_rows(tmp_path / "rows.jsonl")
     before = key(request_of(path), tokenizer)
     assert key(request_of(path), tokenizer, build(CHATML.source + " ")) != before
     named = ChatTemplate(CHATML.source, name="another name", special_map=tokenizer.special_map)
     assert key(request_of(path), tokenizer, named) == before
     spoken = [
-        load_template(model, tokenizer.special_map, default_system=system, enable_thinking=thinking)
+        load_template(eos_model, tokenizer.special_map, default_system=system, enable_thinking=thinking)
         for system, thinking in ((None, True), ("be brief", True))
     ]
     assert len({key(request_of(path), tokenizer, template) for template in spoken}) == 2
-    other = Path(shutil.copytree(model, tmp_path / "model"))
+    other = Path(shutil.copytree(eos_model, tmp_path / "model"))
     assert key(request_of(path), load_tokenizer(other)) == before
     settings = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<|endoftext|>"}))
@@ -369,12 +369,14 @@ def test_invalid_data_leave_nothing(tmp_path, place, tokenizer):
     assert tables(place) == []
 
 
-def test_what_is_cached_serves_every_split_of_it(tmp_path, place, model):
+def test_what_is_cached_serves_every_split_of_it(tmp_path, place, eos_model):
     data = write_rows(tmp_path / "rows.jsonl", 30)
-    found = load_tokenizer(model)
-    whole = [row.tokens.tolist() for row in read_data(toy_settings(model, data, tmp_path, "mlx"), found, CHATML).train]
+    found = load_tokenizer(eos_model)
+    whole = [
+        row.tokens.tolist() for row in read_data(toy_settings(eos_model, data, tmp_path, "mlx"), found, CHATML).train
+    ]
     for seed in (1, 2):
-        split = read_data(toy_settings(model, data, tmp_path, "mlx", val_size=7, seed=seed), found, CHATML)
+        split = read_data(toy_settings(eos_model, data, tmp_path, "mlx", val_size=7, seed=seed), found, CHATML)
         parts = [row.tokens.tolist() for row in (*split.train, *split.valid)]
         assert (len(split.train), len(split.valid)) == (23, 7) and sorted(parts) == sorted(whole)
         assert split.report.kept == 23 and split.report.tokens == split.train.lengths.sum()  # type: ignore[union-attr]
@@ -433,13 +435,13 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_run_is_gone_on_with(tmp_path, place, model, tokenizer, caplog):
+def test_a_killed_run_is_gone_on_with(tmp_path, place, eos_model, tokenizer, caplog):
     count = 12 * CHUNK_ROWS
     path = write_rows(tmp_path / "rows.jsonl", 500)
     path.write_text(path.read_text() * (count // 500))
     (tmp_path / "build.py").write_text(BUILD)
     process = subprocess.Popen(
-        [sys.executable, tmp_path / "build.py", path, model],
+        [sys.executable, tmp_path / "build.py", path, eos_model],
         env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
         stderr=subprocess.PIPE,
     )
@@ -453,7 +455,7 @@ def test_a_killed_run_is_gone_on_with(tmp_path, place, model, tokenizer, caplog)
     parts = sorted(place.glob("*.parts/[0-9]*.npz"))
     assert 4 <= len(parts) < 12
     dates = {part: part.stat().st_mtime_ns for part in parts}
-    template = load_template(model, tokenizer.special_map, "chatml")
+    template = load_template(eos_model, tokenizer.special_map, "chatml")
     with caplog.at_level(logging.INFO, logger="macft"):
         table = tokenized(request_of(path), tokenizer, template, workers=1)
     kept = next(record for record in caplog.records if "parts kept from a run" in record.message)

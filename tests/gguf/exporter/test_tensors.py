@@ -30,8 +30,8 @@ FAMILIES = ("llama", "mixtral", "qwen2_moe", "qwen3_moe", "gemma3_text", "gpt_os
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
-    """model("llama") is (config, tensors) of that case, built once."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """source("llama") is (config, tensors) of that case, built once."""
     built: dict[str, Path] = {}
 
     def get(name: str) -> Model:
@@ -63,9 +63,9 @@ def assert_same(found: GgufModel, expected: GgufModel, rounding: float = 0.0) ->
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_rows_in_parts_are_the_rows_of_the_whole(model: Callable[[str], Model], name: str) -> None:
+def test_rows_in_parts_are_the_rows_of_the_whole(source: Callable[[str], Model], name: str) -> None:
     rng = np.random.default_rng(1)
-    for tensor in export(model(name)).tensors:
+    for tensor in export(source(name)).tensors:
         assert tensor.rows is not None, tensor.name
         inner = rng.integers(0, tensor.shape[0] + 1, 5)
         cuts = sorted({0, tensor.shape[0], *map(int, inner)})
@@ -74,9 +74,9 @@ def test_rows_in_parts_are_the_rows_of_the_whole(model: Callable[[str], Model], 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_mlx_layout_of_a_model_exports_alike(model: Callable[[str], Model], name: str) -> None:
+def test_the_mlx_layout_of_a_model_exports_alike(source: Callable[[str], Model], name: str) -> None:
     """mlx-lm holds some norms plus one: taken back and added again they are rounded once more."""
-    config, tensors = model(name)
+    config, tensors = source(name)
     in_mlx = to_mlx(config, tensors)
     changed = mlx_config(config, in_mlx)
     back = hf_config(changed, in_mlx), to_hf(changed, in_mlx)
@@ -85,9 +85,9 @@ def test_the_mlx_layout_of_a_model_exports_alike(model: Callable[[str], Model], 
 
 @pytest.mark.parametrize("name", ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next"))
 def test_experts_that_are_fused_as_transformers_has_them_in_memory_export_alike(
-    model: Callable[[str], Model], name: str
+    source: Callable[[str], Model], name: str
 ) -> None:
-    config, tensors = model(name)
+    config, tensors = source(name)
     block = "block_sparse_moe" if name == "mixtral" else "mlp"
     names = ("w1", "w3", "w2") if name == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     by_name = {tensor.name: tensor for tensor in tensors}
@@ -104,8 +104,8 @@ def test_experts_that_are_fused_as_transformers_has_them_in_memory_export_alike(
 
 
 @pytest.mark.parametrize("name", ("qwen3_5_text", "qwen3_5_moe_text"))
-def test_a_text_model_within_another_is_exported_alike(model: Callable[[str], Model], name: str) -> None:
-    config, tensors = model(name)
+def test_a_text_model_within_another_is_exported_alike(source: Callable[[str], Model], name: str) -> None:
+    config, tensors = source(name)
     inner = {key: value for key, value in config.items() if key != "architectures"}
     wrapped = {"model_type": name.removesuffix("_text"), "text_config": inner, "vision_config": {"depth": 1}}
     moved = [renamed(tensor, tensor.name.replace("model.", "model.language_model.", 1)) for tensor in tensors]
@@ -117,9 +117,9 @@ def test_a_text_model_within_another_is_exported_alike(model: Callable[[str], Mo
 @pytest.mark.parametrize("dtype", (ml_dtypes.bfloat16, np.float16))
 @pytest.mark.parametrize("name", ("llama", "gemma2", "qwen3_5_text"))
 def test_sixteen_bit_weights_stay_as_they_are_and_norms_are_not_rounded(
-    model: Callable[[str], Model], name: str, dtype: Any
+    source: Callable[[str], Model], name: str, dtype: Any
 ) -> None:
-    config, tensors = model(name)
+    config, tensors = source(name)
     short = [from_array(tensor.name, tensor.read().astype(dtype)) for tensor in tensors]
     long = [from_array(tensor.name, tensor.read().astype(np.float32)) for tensor in short]
     found, expected = export((config, short)), export((config, long))
@@ -129,14 +129,14 @@ def test_sixteen_bit_weights_stay_as_they_are_and_norms_are_not_rounded(
         np.testing.assert_array_equal(tensor.read().astype(np.float32), whole.read(), err_msg=tensor.name)
 
 
-def test_numbers_that_gguf_does_not_have_become_float32(model: Callable[[str], Model]) -> None:
-    config, tensors = model("llama")
+def test_numbers_that_gguf_does_not_have_become_float32(source: Callable[[str], Model]) -> None:
+    config, tensors = source("llama")
     double = [from_array(tensor.name, tensor.read().astype(np.float64)) for tensor in tensors]
     assert {tensor.read().dtype for tensor in export((config, double)).tensors} == {np.dtype(np.float32)}
 
 
-def test_old_and_new_spelling_of_rope_settings_export_alike(model: Callable[[str], Model]) -> None:
-    config, tensors = model("llama, llama3")
+def test_old_and_new_spelling_of_rope_settings_export_alike(source: Callable[[str], Model]) -> None:
+    config, tensors = source("llama, llama3")
     new = {key: value for key, value in config.items() if not key.startswith("rope_")}
     scaling = {key: value for key, value in LLAMA3.items() if key not in ("rope_theta", "rope_type")}
     old = {**new, "rope_theta": LLAMA3["rope_theta"], "rope_scaling": {**scaling, "type": "llama3"}}
@@ -146,9 +146,9 @@ def test_old_and_new_spelling_of_rope_settings_export_alike(model: Callable[[str
         assert_same(export((spelling, tensors)), export((config, tensors)))
 
 
-def test_only_gemma3_loses_rows_that_have_no_token(model: Callable[[str], Model]) -> None:
+def test_only_gemma3_loses_rows_that_have_no_token(source: Callable[[str], Model]) -> None:
     for name, is_cut in (("gemma3_text, untied, linear, capped", True), ("gemma2", False), ("llama", False)):
-        config, tensors = model(name)
+        config, tensors = source(name)
         rows = config["vocab_size"]
         found = {tensor.name: tensor for tensor in to_gguf(config, tensors, vocab_rows=rows - 5).tensors}
         whole = {tensor.name: tensor for tensor in tensors}["model.embed_tokens.weight"].read()
@@ -157,8 +157,8 @@ def test_only_gemma3_loses_rows_that_have_no_token(model: Callable[[str], Model]
         np.testing.assert_array_equal(found["token_embd.weight"].read(), whole[: rows - 5 * is_cut])
 
 
-def test_a_vocabulary_larger_than_the_embedding_is_refused(model: Callable[[str], Model]) -> None:
-    config, tensors = model("llama")
+def test_a_vocabulary_larger_than_the_embedding_is_refused(source: Callable[[str], Model]) -> None:
+    config, tensors = source("llama")
     with pytest.raises(ModelError, match=r"493 tokens, but model.embed_tokens.weight only 492 rows"):
         to_gguf(config, tensors, vocab_rows=config["vocab_size"] + 1)
 
@@ -168,8 +168,8 @@ def with_head(tensors: list[LazyTensor], change: float = 0.0) -> list[LazyTensor
     return [*tensors, from_array("lm_head.weight", embedding + np.float32(change))]
 
 
-def test_a_copy_of_a_tied_head_is_left_out_if_it_is_one(model: Callable[[str], Model]) -> None:
-    config, tensors = model("llama tied, biased")
+def test_a_copy_of_a_tied_head_is_left_out_if_it_is_one(source: Callable[[str], Model]) -> None:
+    config, tensors = source("llama tied, biased")
     copied = export((config, with_head(tensors)))
     assert_same(copied, export((config, tensors)))
     assert "output.weight" not in arrays(copied)
@@ -180,21 +180,21 @@ def test_a_copy_of_a_tied_head_is_left_out_if_it_is_one(model: Callable[[str], M
     assert "output.weight" in arrays(untied)
 
 
-def test_llama_cpp_gets_the_head_it_wants(model: Callable[[str], Model]) -> None:
+def test_llama_cpp_gets_the_head_it_wants(source: Callable[[str], Model]) -> None:
     """qwen2moe and gpt-oss do not load without one, gemma2 has no place for it."""
-    config, tensors = model("qwen2_moe")
+    config, tensors = source("qwen2_moe")
     headless = [tensor for tensor in tensors if tensor.name != "lm_head.weight"]
     found = arrays(export((config, headless), tie_word_embeddings=True))
     np.testing.assert_array_equal(found["output.weight"], found["token_embd.weight"])
     with pytest.raises(ModelError, match=r"lm_head.weight is missing"):
         export((config, headless), tie_word_embeddings=False)
-    config, tensors = model("gemma2")
+    config, tensors = source("gemma2")
     with pytest.raises(ModelError, match=r"llama.cpp always ties the head of gemma2"):
         export((config, with_head(tensors)), tie_word_embeddings=False)
 
 
-def test_all_tensors_that_do_not_fit_are_named_at_once(model: Callable[[str], Model]) -> None:
-    config, tensors = model("llama")
+def test_all_tensors_that_do_not_fit_are_named_at_once(source: Callable[[str], Model]) -> None:
+    config, tensors = source("llama")
     wrong = [from_array("model.layers.0.extra.weight", np.zeros(3, np.float32))]
     for tensor in tensors:
         if tensor.name == "model.layers.1.mlp.up_proj.weight":
@@ -251,27 +251,27 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_llama_cpp_would_compute_differently_is_refused(model: Callable[[str], Model], message: str) -> None:
+def test_what_llama_cpp_would_compute_differently_is_refused(source: Callable[[str], Model], message: str) -> None:
     name, changes = REFUSED[message]
-    config, tensors = model(name)
+    config, tensors = source(name)
     without = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling", PART)}
     with pytest.raises(ModelError, match=message):
         export((without if "rope_parameters" in changes else config, tensors), **changes)
 
 
-def test_what_has_no_exact_form_in_gguf_is_noted(model: Callable[[str], Model]) -> None:
-    config, _ = model("mistral")
+def test_what_has_no_exact_form_in_gguf_is_noted(source: Callable[[str], Model]) -> None:
+    config, _ = source("mistral")
     assert notes(config) == []
     assert notes({**config, "sliding_window": 4096}) == [
         "the model attends over 4096 tokens, llama.cpp over all: beyond 4096 tokens answers can differ"
     ]
-    config, _ = model("qwen2")
+    config, _ = source("qwen2")
     assert notes({**config, "sliding_window": 4096, "use_sliding_window": False}) == []
     assert len(notes({**config, "sliding_window": 4096, "use_sliding_window": True})) == 1
-    assert "more than 64 tokens" in notes(model("phi3, longrope")[0])[0]
-    oss = {**model("gpt_oss, yarn")[0], "rope_parameters": {**YARN, "truncate": False}}
+    assert "more than 64 tokens" in notes(source("phi3, longrope")[0])[0]
+    oss = {**source("gpt_oss, yarn")[0], "rope_parameters": {**YARN, "truncate": False}}
     assert "rounds the bounds" in notes(oss)[0]
-    assert all(not notes(model(name)[0]) for name in ("llama", "gemma2", "gemma3_text", "gpt_oss", "qwen3_5_text"))
+    assert all(not notes(source(name)[0]) for name in ("llama", "gemma2", "gemma3_text", "gpt_oss", "qwen3_5_text"))
 
 
 def test_an_unknown_model_type_is_refused_with_the_list() -> None:
@@ -283,8 +283,8 @@ def test_an_unknown_model_type_is_refused_with_the_list() -> None:
 
 
 @pytest.mark.parametrize("name", ("llama", "llama tied, biased", "qwen3", "phi3", "glm4", "smollm3"))
-def test_a_module_becomes_the_matrix_that_its_rule_names(model: Callable[[str], Model], name: str) -> None:
-    config, tensors = model(name)
+def test_a_module_becomes_the_matrix_that_its_rule_names(source: Callable[[str], Model], name: str) -> None:
+    config, tensors = source(name)
     found = arrays(export((config, tensors)))
     matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
     assert len(matrices) > 7
@@ -304,9 +304,11 @@ def test_a_module_becomes_the_matrix_that_its_rule_names(model: Callable[[str], 
         ("llama", "model.norm"),
     ),
 )
-def test_a_module_without_a_matrix_of_its_own_is_refused(model: Callable[[str], Model], name: str, module: str) -> None:
+def test_a_module_without_a_matrix_of_its_own_is_refused(
+    source: Callable[[str], Model], name: str, module: str
+) -> None:
     with pytest.raises(ModelError, match=f"{module} has no matrix of its own"):
-        module_rule(model(name)[0], module)
+        module_rule(source(name)[0], module)
 
 
 def test_the_same_tensors_stay_float32_as_in_llama_cpps_converter(tmp_path: Path) -> None:

@@ -36,14 +36,14 @@ pytestmark = pytest.mark.usefixtures("small_threads")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
+def qwen2_model(tmp_path_factory) -> Path:
     return write_toy_model(tmp_path_factory.mktemp("base"), "qwen2")
 
 
 @pytest.fixture
-def adapter(model, tmp_path) -> Path:
+def adapter(qwen2_model, tmp_path) -> Path:
     """An adapter of mlx-lm on two linear layers of the last block."""
-    save_mlx(model, tmp_path / "mlx", keys=["self_attn.q_proj", "mlp.up_proj"], num_layers=1)
+    save_mlx(qwen2_model, tmp_path / "mlx", keys=["self_attn.q_proj", "mlp.up_proj"], num_layers=1)
     return tmp_path / "mlx"
 
 
@@ -67,42 +67,42 @@ def logps_of(logits: np.ndarray) -> np.ndarray:
 @pytest.mark.torch
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_adapter_of_mlx_lm_computes_the_same_on_our_engines(engine, dora, model, tmp_path):
-    save_mlx(model, tmp_path / "mlx", keys=["self_attn.q_proj", "mlp.up_proj"], num_layers=1, dora=dora)
-    expected = logps_of(mlx_adapter_logits(model, tmp_path / "mlx"))
-    assert np.abs(our_logps(engine, model, tmp_path / "mlx") - expected).max() < 1e-5
+def test_an_adapter_of_mlx_lm_computes_the_same_on_our_engines(engine, dora, qwen2_model, tmp_path):
+    save_mlx(qwen2_model, tmp_path / "mlx", keys=["self_attn.q_proj", "mlp.up_proj"], num_layers=1, dora=dora)
+    expected = logps_of(mlx_adapter_logits(qwen2_model, tmp_path / "mlx"))
+    assert np.abs(our_logps(engine, qwen2_model, tmp_path / "mlx") - expected).max() < 1e-5
 
 
 @pytest.mark.mlx
 @pytest.mark.torch
-def test_what_our_mlx_engine_trains_computes_the_same_in_mlx_lm_and_peft(model, tmp_path):
+def test_what_our_mlx_engine_trains_computes_the_same_in_mlx_lm_and_peft(qwen2_model, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
-    train(toy_settings(model, rows, tmp_path / "run", "mlx", max_steps=4))
-    expected = logps_of(peft_logits(model, tmp_path / "run"))
-    assert convert_adapter(tmp_path / "run", tmp_path / "mlx", "mlx", ModelFolder("base", model)) == []
-    assert np.abs(logps_of(mlx_adapter_logits(model, tmp_path / "mlx")) - expected).max() < 1e-5
+    train(toy_settings(qwen2_model, rows, tmp_path / "run", "mlx", max_steps=4))
+    expected = logps_of(peft_logits(qwen2_model, tmp_path / "run"))
+    assert convert_adapter(tmp_path / "run", tmp_path / "mlx", "mlx", ModelFolder("base", qwen2_model)) == []
+    assert np.abs(logps_of(mlx_adapter_logits(qwen2_model, tmp_path / "mlx")) - expected).max() < 1e-5
     # the hash of the base and the template come along
     assert read_any_adapter(tmp_path / "mlx").base_hash == read_adapter(tmp_path / "run").base_hash
     assert (tmp_path / "mlx" / "chat_template.jinja").is_file()
     for engine in ("mlx", "torch"):
-        assert np.abs(our_logps(engine, model, tmp_path / "mlx") - expected).max() < 1e-5
+        assert np.abs(our_logps(engine, qwen2_model, tmp_path / "mlx") - expected).max() < 1e-5
 
 
 @pytest.mark.mlx
 @pytest.mark.torch
-def test_what_peft_saves_computes_the_same_on_our_mlx_engine_also_by_way_of_mlx_lm(model, tmp_path):
+def test_what_peft_saves_computes_the_same_on_our_mlx_engine_also_by_way_of_mlx_lm(qwen2_model, tmp_path):
     config = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "o_proj"], rank_pattern={"o_proj": 2})
-    expected = logps_of(save_peft(model, config, tmp_path / "peft"))
-    convert_adapter(tmp_path / "peft", tmp_path / "mlx", "mlx", ModelFolder("base", model))
+    expected = logps_of(save_peft(qwen2_model, config, tmp_path / "peft"))
+    convert_adapter(tmp_path / "peft", tmp_path / "mlx", "mlx", ModelFolder("base", qwen2_model))
     for folder in ("peft", "mlx"):
-        assert np.abs(our_logps("mlx", model, tmp_path / folder) - expected).max() < 1e-5
+        assert np.abs(our_logps("mlx", qwen2_model, tmp_path / folder) - expected).max() < 1e-5
 
 
 @pytest.mark.mlx
-def test_training_goes_on_from_an_adapter_of_mlx_lm(model, adapter, tmp_path):
+def test_training_goes_on_from_an_adapter_of_mlx_lm(qwen2_model, adapter, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
     keys = {"adapter_name_or_path": str(adapter), "learning_rate": 1e-9, "max_steps": 1}
-    run = toy_settings(model, rows, tmp_path / "out", "mlx", **keys)
+    run = toy_settings(qwen2_model, rows, tmp_path / "out", "mlx", **keys)
     run.model_fields_set.discard("lora_rank")
     train(run)
     before, after = read_any_adapter(adapter), read_adapter(tmp_path / "out")
@@ -112,10 +112,13 @@ def test_training_goes_on_from_an_adapter_of_mlx_lm(model, adapter, tmp_path):
 
 
 @pytest.mark.mlx
-def test_compare_answers_with_an_adapter_of_mlx_lm(model, adapter):
+def test_compare_answers_with_an_adapter_of_mlx_lm(qwen2_model, adapter):
     conversations = [[{"role": "user", "content": "hello"}]]
     keys = {"backend_name": "mlx", "template": None, "max_new_tokens": 3}
-    assert list(compare_answers(str(model), [str(adapter)], conversations, **keys)) == [str(model), f"+ {adapter}"]
+    assert list(compare_answers(str(qwen2_model), [str(adapter)], conversations, **keys)) == [
+        str(qwen2_model),
+        f"+ {adapter}",
+    ]
 
 
 @st.composite
@@ -246,10 +249,10 @@ SHAPE = {"rank": 3, "scale": 1.0, "dropout": 0.0}
         (lambda f: edit(f, lambda s: s.update({A.replace("1", "0"): s[A], B.replace("1", "0"): s[B]})), "num_layers"),
     ],
 )
-def test_a_damaged_adapter_of_mlx_lm_is_named(spoil, said, model, adapter):
+def test_a_damaged_adapter_of_mlx_lm_is_named(spoil, said, qwen2_model, adapter):
     spoil(adapter)
     with pytest.raises(ModelError, match=rf"(?s){said}") as error:
-        read_any_adapter(adapter, read_config(model))
+        read_any_adapter(adapter, read_config(qwen2_model))
     assert str(adapter) in str(error.value)
 
 
