@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
@@ -67,6 +67,7 @@ def load(spec: ModelSpec) -> LoadedTorchModel:
             f"{' '.join(str(error).split())[:160].rstrip('.')}; give a causal language model"
         ) from error
     model.config.use_cache = False
+    _train_every_row(model)
     is_placed = spec.quantization_bit is not None and device.type == "cuda"
     problem = rope_problem(read_config(spec.folder), spec.max_length)
     return LoadedTorchModel(model if is_placed else model.to(device), device, dtype, notes, problem)
@@ -95,10 +96,31 @@ def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, note
     return _from_tensors(spec.folder, *_roundtripped(spec.folder, spec.quantization_bit), dtype)
 
 
+def _train_every_row(model: torch.nn.Module) -> None:
+    """Give the padding token's row of an embedding its gradient: in texts it is a token like any other, often eos."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
+
+
+def _empty(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
+    """A model whose parameters have no values yet."""
+    with no_init_weights():
+        return AutoModelForCausalLM.from_config(_with_pad_inside(config), dtype=dtype)
+
+
+def _with_pad_inside(config: PretrainedConfig) -> PretrainedConfig:
+    """The config without a padding token that the embedding has no row for, on which PyTorch would fail."""
+    # phi3's default is 32000, whatever the vocabulary
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None and not 0 <= pad < config.vocab_size:
+        config.pad_token_id = None
+    return config
+
+
 def _started(config: dict[str, Any], seed: int, dtype: torch.dtype) -> torch.nn.Module:
     """A model that was never trained."""
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+    model = _empty(AutoConfig.for_model(**config), dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(initial_value(config, seed, name, parameter.shape)))
@@ -109,7 +131,12 @@ def _started(config: dict[str, Any], seed: int, dtype: torch.dtype) -> torch.nn.
 def _pretrained(spec: ModelSpec, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
     """Load a model as its files say; tensors that they lack, which transformers would draw at random, are an error."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        spec.folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        spec.folder,
+        config=_with_pad_inside(AutoConfig.from_pretrained(spec.folder)),
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
     )
     if invalid := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise ModelError(
@@ -152,8 +179,7 @@ def _from_tensors(
     folder: Path, config: dict[str, Any], tensors: list[LazyTensor], dtype: torch.dtype
 ) -> torch.nn.Module:
     """A model with these values; raises ModelError unless they are exactly those that it needs."""
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+    model = _empty(AutoConfig.for_model(**config), dtype)
     # a copy: arrays may be read-only views of the file
     state = {t.name: torch.from_numpy(np.array(t.read(), np.float32)).to(dtype) for t in tensors}
     tied = set(model.all_tied_weights_keys)
