@@ -57,7 +57,9 @@ class Settings(BaseModel):
         "variable `USE_MODELSCOPE_HUB=1` sets it too.",
     )
     train_from_scratch: bool = Field(
-        False, description="Start from random weights; only the configuration of `model_name_or_path` is used."
+        False,
+        description="Start from random weights; only the configuration of `model_name_or_path` is used. Without this "
+        "key a folder that holds no weights is an error.",
     )
     model_overrides: dict[str, Any] = Field(
         {}, description="Entries of `config.json` to replace (`{num_hidden_layers: 48}`), for `train_from_scratch`."

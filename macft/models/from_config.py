@@ -23,19 +23,20 @@ _KNOWN = (
     *_SIZES, *_OPTIONAL_SIZES, "tie_word_embeddings", "initializer_range", "rms_norm_eps", "rope_theta", "hidden_act",
     "rope_parameters", "rope_scaling", "attention_bias", "mlp_bias", "layer_types", "use_sliding_window", "dtype",
 )  # fmt: skip
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def has_weights(name: str) -> bool:
-    """Whether a model's name is anything but a folder with a config.json and no weights."""
+def is_only_shape(name: str) -> bool:
+    """Whether a model's name is a folder with a config.json and no file of weights, nor an index of them."""
     path = Path(name).expanduser()
-    return not (path / "config.json").is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    return (path / "config.json").is_file() and not any(any(path.glob(pattern)) for pattern in _WEIGHTS)
 
 
 def locate_shape(name: str, hub: str | None = None) -> ModelFolder:
-    """The folder whose config.json gives a new model its shape: one without weights, or any model's."""
+    """The folder whose config.json gives a new model its shape: any folder, whatever its weights, or a model's."""
     path = Path(name).expanduser()
-    return resolve_model(name, hub) if has_weights(name) else ModelFolder(name, path)
+    return ModelFolder(name, path) if (path / "config.json").is_file() else resolve_model(name, hub)
 
 
 def new_model(

@@ -9,14 +9,14 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from macft.errors import MissingPackageError, ModelError
 from macft.files import cache_dir, locked
 from macft.hub import models as hub_models
-from macft.weights.folder import ModelFolder, listing, pickle_problem, weight_files
+from macft.weights.folder import ModelFolder, damage, listing, pickle_problem, weight_files
 
 log = logging.getLogger("macft")
 
@@ -143,20 +143,28 @@ def _model_problem(folder: Path) -> str | None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return _shard_problem(folder, index)
-    if weight_files(folder):
-        return None
-    return pickle_problem(folder) or f"no *.safetensors weights; {listing(folder)}"
+    files = sorted(folder.glob("model*.safetensors")) or sorted(weight_files(folder))
+    if not files:
+        return pickle_problem(folder) or f"no *.safetensors weights; {listing(folder)}; download them"
+    return _damage(files)
 
 
 def _shard_problem(folder: Path, index: Path) -> str | None:
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError):
+        shards = set()
+    if not shards:
         return f'{index.name} holds no "weight_map"; download it again'
-    missing = sorted(shard for shard in shards if not (folder / str(shard)).is_file())
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         return f"{len(missing)} of {len(shards)} weight files are missing, {missing[0]} first; download it again"
-    return None
+    return _damage([folder / shard for shard in sorted(shards)])
+
+
+def _damage(files: Sequence[Path]) -> str | None:
+    """What is wrong with the first of these files that is not whole."""
+    return next((f"{file.name}: {problem}" for file in files if (problem := damage(file))), None)
 
 
 def _adapter_problem(folder: Path) -> str | None:

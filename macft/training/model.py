@@ -10,7 +10,7 @@ from macft.data.kinds import kind_of_stage
 from macft.data.templates.chat_template import ChatTemplate, load_template
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import ConfigError, ModelError
-from macft.models.from_config import has_weights, locate_shape, new_model
+from macft.models.from_config import is_only_shape, locate_shape, new_model
 from macft.models.locate import resolve_model
 from macft.weights.folder import ModelFolder
 from macft.weights.model_config import read_config
@@ -29,10 +29,10 @@ class StartingPoint:
 
 
 def resolve_start(settings: Settings) -> StartingPoint:
-    """Find model and tokenizer; raises ConfigError when they do not fit, or when a run cannot start from scratch."""
-    from_scratch = settings.train_from_scratch or not has_weights(settings.model_name_or_path)
-    if from_scratch:
-        _check_from_scratch(settings)
+    """Find model and tokenizer; raises ConfigError when they do not fit, or when there are no weights."""
+    from_scratch = settings.train_from_scratch
+    if not from_scratch:
+        _check_weights(settings)
     locate = locate_shape if from_scratch else resolve_model
     base = locate(settings.model_name_or_path, settings.hub)
     named = settings.tokenizer_name_or_path
@@ -51,13 +51,16 @@ def resolve_start(settings: Settings) -> StartingPoint:
     return StartingPoint(base, tokenizer, folder, from_scratch)
 
 
-def _check_from_scratch(settings: Settings) -> None:
-    """Check what only shows once a folder turns out to hold no weights."""
-    what = f"{settings.model_name_or_path} holds a config.json and no weights, so training starts from scratch"
+def _check_weights(settings: Settings) -> None:
+    """Raise ConfigError for a folder without weights: random ones are only taken where they are asked for."""
+    name = settings.model_name_or_path
+    if not is_only_shape(name):
+        return
     if settings.finetuning_type != "full":
-        raise ConfigError(f"{what}, and an adapter on random weights is useless: set finetuning_type to full")
+        raise ConfigError(f"{name}: no weights found, and an adapter needs those of a trained model: download them")
     if settings.has_reference:
-        raise ConfigError(f"{what}, and stage {settings.stage} needs a model as reference: start with stage pt")
+        raise ConfigError(f"{name}: no weights found, and stage {settings.stage} needs a trained model: download them")
+    raise ConfigError(f"{name}: no weights found; download them, or set train_from_scratch: true for random ones")
 
 
 def _tokenizer_folder(name: str, hub: str) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from macft.errors import ModelError
 from macft.weights.tensors.safetensors import MAX_HEADER
 
+_POINTER = b"version https://git-lfs"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -30,11 +32,11 @@ def weights_hash(folder: Path) -> str:
     if not paths:
         raise ModelError(f"{folder}: no *.safetensors files to hash; {listing(folder)}")
     for path in paths:
+        if problem := damage(path):
+            raise ModelError(f"{path}: {problem}")
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, MAX_HEADER):
-                raise ModelError(f"{path}: not a safetensors file, or cut short; download it again")
             digest.update(f"{path.name}\0{size}\0".encode())
             digest.update(file.read(length))
             # a fine-tuned copy has the same names and shapes as its base: only numbers tell them apart
@@ -42,6 +44,27 @@ def weights_hash(folder: Path) -> str:
                 file.seek(8 + length + (size - 8 - length) * index // 64)
                 digest.update(file.read(4096))
     return digest.hexdigest()
+
+
+def damage(path: Path) -> str | None:
+    """Why a weights file cannot be whole, by its size and header; None if nothing is wrong with these."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start + file.read(len(_POINTER) - 8) == _POINTER:
+            return "only a pointer of git-lfs, not the weights; run git lfs pull there"
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(size - 8, MAX_HEADER):
+            return f"not a safetensors file, or cut short ({size} bytes); download it again"
+        file.seek(8)
+        header = file.read(length)
+    try:
+        entries = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        missing = 8 + length + max(ends, default=0) - size
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None  # whoever reads the tensors says what is wrong
+    return f"cut short: the last {missing} bytes are missing; download it again" if missing > 0 else None
 
 
 def weight_files(folder: Path) -> list[Path]:

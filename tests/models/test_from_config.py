@@ -19,8 +19,8 @@ from macft.backends.base import ModelSpec, OptimizerSpec
 from macft.backends.shared import initial_value
 from macft.config.settings import Settings
 from macft.data.tokenization.tokenizer import load_tokenizer
-from macft.errors import ConfigError, ModelError
-from macft.models.from_config import has_weights, new_model, shape_problems
+from macft.errors import ConfigError, MacftError, ModelError
+from macft.models.from_config import new_model, shape_problems
 from macft.training.model import resolve_start
 from macft.training.run import train
 from macft.weights.folder import ModelFolder
@@ -152,15 +152,52 @@ def test_a_run_goes_on_to_the_bit(shapes, tmp_path):
     assert curve(tmp_path / "resumed") == curve(tmp_path / "whole")
 
 
-def test_a_folder_without_weights_starts_from_scratch_by_itself(shapes, tmp_path):
+@pytest.mark.parametrize("engine", ["mlx", "torch"])
+@pytest.mark.parametrize(
+    ("keys", "advice"),
+    [
+        ({"finetuning_type": "full"}, "; download them, or set train_from_scratch: true for random ones"),
+        ({"finetuning_type": "lora"}, ", and an adapter needs those of a trained model: download them"),
+        (
+            {"finetuning_type": "full", "stage": "dpo"},
+            ", and stage dpo needs a trained model: download them",
+        ),
+    ],
+)
+def test_random_weights_are_taken_only_where_they_are_asked_for(keys, advice, engine, shapes, tmp_path):
+    data, folder = write_texts(tmp_path / "t.jsonl"), shapes("llama")
+    with pytest.raises(ConfigError) as caught:
+        train(toy_settings(folder, data, tmp_path / "run", engine, **{"stage": "pt", **keys}))
+    assert str(caught.value) == f"{folder}: no weights found{advice}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_whole_are_no_shape_to_start_from(shapes, model, tmp_path):
+    """Files of weights, or an index of them, say that there was a trained model."""
+    whole = (model / "model.safetensors").read_bytes()
+    index = json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}).encode()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    cases = [
+        ("model.safetensors", b"", "model.safetensors: not a safetensors file, or cut short (0 bytes)"),
+        ("model.safetensors", whole[:-8], "model.safetensors: cut short: the last 8 bytes are missing"),
+        ("model.safetensors", pointer, "model.safetensors: only a pointer of git-lfs, not the weights"),
+        ("model.safetensors.index.json", index, "1 of 1 weight files are missing, model-00001-of-00001.safetensors"),
+        ("model.safetensors.index.json", b'{"weight_map": {}}', 'model.safetensors.index.json holds no "weight_map"'),
+        ("pytorch_model.bin.index.json", index, "no *.safetensors weights; found config.json"),
+        ("pytorch_model.bin", b"", "its weights are pickled (pytorch_model.bin)"),
+        ("adapter_model.safetensors", whole, "no *.safetensors weights; found adapter_model.safetensors, config.json"),
+    ]
     data = write_texts(tmp_path / "t.jsonl")
-    train(pt(shapes("llama"), data, tmp_path / "run", "torch", max_steps=1, train_from_scratch=False))
-    assert (tmp_path / "run" / "model.safetensors").exists()
-    with pytest.raises(ConfigError, match=r"holds a config.json and no weights.*set finetuning_type to full"):
-        train(toy_settings(shapes("llama"), data, tmp_path / "lora", "torch", stage="pt"))
-    with pytest.raises(ConfigError, match="stage dpo needs a model as reference"):
-        train(toy_settings(shapes("llama"), data, tmp_path / "dpo", "torch", stage="dpo", finetuning_type="full"))
-    assert not (tmp_path / "lora").exists()
+    for number, (name, content, problem) in enumerate(cases):
+        folder = shutil.copytree(shapes("llama"), tmp_path / str(number))
+        (folder / name).write_bytes(content)
+        for kind in ("full", "lora"):
+            with pytest.raises(MacftError) as caught:
+                train(toy_settings(folder, data, tmp_path / "run", "torch", stage="pt", finetuning_type=kind))
+            assert str(caught.value).startswith(f"{folder}: {problem}"), name
+        # asked for, random weights are taken whatever lies there
+        assert resolve_start(pt(folder, data, tmp_path / "run", "torch")).from_scratch
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_that_are_there_are_not_read(model, tmp_path):
@@ -250,13 +287,3 @@ def test_a_tokenizer_that_the_model_has_no_room_for_is_an_error(shapes, tiny_mod
     )
     with pytest.raises(ConfigError, match=r"tokens, the model .* knows 199; take the model's own tokenizer"):
         train(settings)
-
-
-def test_weights_are_looked_for_only_in_folders(shapes, model, tmp_path):
-    assert not has_weights(str(shapes("llama")))
-    assert has_weights(str(model)) and has_weights("org/name") and has_weights(str(tmp_path))
-    config = json.loads((model / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    # pickled weights are refused by name, not passed over
-    assert has_weights(str(tmp_path))
