@@ -22,6 +22,7 @@ from macft.verify.logits import EXACT, Subject, check_engine, tolerance_of
 from macft.verify.logits import verify as compare
 from macft.weights.adapters.formats import AdapterFormat, read_any_adapter
 from macft.weights.adapters.peft import CONFIG_NAME, Adapter
+from macft.weights.folder import weight_files
 from macft.weights.layouts.litgpt import is_litgpt
 from macft.weights.model_config import read_config
 from macft.weights.source import WeightLayout
@@ -44,10 +45,12 @@ def convert(
 ) -> Path:
     """Convert a model or an adapter and return `destination`, a new folder that is whole or not there.
 
-    The source is an adapter when `to` is peft, `base` is given or the folder holds an adapter_config.json: see
-    `convert_adapter`. Anything else is a model: see `convert_model`, which `bits` and `group_size` are for.
+    The source is an adapter when `to` is peft, `base` is given or the folder holds an adapter_config.json and no model:
+    see `convert_adapter`. Anything else is a model: see `convert_model`, which `bits` and `group_size` are for.
     """
-    is_adapter = to == "peft" or base is not None or (Path(source).expanduser() / CONFIG_NAME).is_file()
+    folder = Path(source).expanduser()
+    holds_adapter = (folder / CONFIG_NAME).is_file() and not weight_files(folder)
+    is_adapter = to == "peft" or base is not None or holds_adapter
     if not is_adapter:
         assert to != "peft"
         convert_model(source, destination, to=to, bits=bits, group_size=group_size, verify=verify)

