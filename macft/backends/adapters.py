@@ -1,4 +1,4 @@
-"""Say how an adapter on disk is attached to a base model, and warn when it was trained on another one."""
+"""Say how an adapter on disk is attached to a base model, and check that it was trained on this one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import logging
 
 from macft.backends.base import LoraSpec
 from macft.errors import ModelError
+from macft.weights.adapters.base_model import other_base_note
 from macft.weights.adapters.experts import is_expert
-from macft.weights.adapters.peft import Adapter, other_base_note
+from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
 
 logger = logging.getLogger("macft")
@@ -36,7 +37,7 @@ def _is_outside(target: str) -> bool:
     return target.rpartition(".")[2] in ("embed_tokens", "lm_head") or is_expert(target)
 
 
-def warn_of_other_base(adapter: Adapter, base: ModelFolder) -> None:
-    """One warning when an adapter was trained on weights other than these."""
+def check_base(adapter: Adapter, base: ModelFolder) -> None:
+    """Warn when an adapter seems made for a model other than this one; ModelError when their tokens contradict."""
     if note := other_base_note(adapter, base):
         logger.warning("%s", note)

@@ -12,11 +12,12 @@ import numpy as np
 
 from macft.errors import ModelError, UsageError, join_problems
 from macft.files import new_dir
+from macft.weights.adapters.base_model import other_base_note
 from macft.weights.adapters.experts import has_experts
 from macft.weights.adapters.formats import AdapterFormat, adapter_format, read_any_adapter
 from macft.weights.adapters.merge import merge_problems
 from macft.weights.adapters.mlx_lm import write_mlx_adapter
-from macft.weights.adapters.peft import Adapter, other_base_note, write_peft_adapter
+from macft.weights.adapters.peft import Adapter, write_peft_adapter
 from macft.weights.adapters.shapes import COPY, join_modules, split_modules
 from macft.weights.folder import ModelFolder
 from macft.weights.layouts.mlx import flat_config, to_hf, to_mlx

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from macft.errors import ModelError, UsageError
+from macft.weights.adapters.base_model import other_base_note
 from macft.weights.adapters.experts import is_expert
 from macft.weights.adapters.merge import adapted_modules, merge_adapters, untie
-from macft.weights.adapters.peft import Adapter, other_base_note
+from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.layouts.mlx import as_hf, mlx_config, to_mlx, with_experts_apart
 from macft.weights.quantization.adapter_loss import AdapterLoss, Form, Versions, planned_forms, quantize_merged

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from macft.backends import load_model
-from macft.backends.adapters import spec_of_adapter, warn_of_other_base
+from macft.backends.adapters import check_base, spec_of_adapter
 from macft.backends.base import Model, ModelSpec
 from macft.data.templates.chat_template import Message, load_template, template_end_ids, template_folder
 from macft.data.tokenization.tokenizer import load_tokenizer
@@ -32,23 +32,8 @@ def load_chat_model(
     The adapter's template comes before the model's own; `template` names another; `raw` uses none.
     """
     base = resolve_model(model)
-    trained = read_any_adapter(resolve_adapter(adapter), read_config(base.path)) if adapter is not None else None
-    tokenizer = load_tokenizer(base.path)
-    chat_template = None
-    if not raw:
-        source = template_folder(base.path, trained.folder if trained is not None else None)
-        chat_template = load_template(source, tokenizer.special_map, template)
-    stop_ids = tokenizer.eos_ids
-    if chat_template is not None:
-        stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)
-    length = read_config(base.path).get("max_position_embeddings")
-    return ChatModel(
-        model=_load_with_adapter(base, trained, backend_name),
-        tokenizer=tokenizer,
-        template=chat_template,
-        stop_ids=stop_ids,
-        context_length=length if isinstance(length, int) else None,
-    )
+    trained = _read_adapter(adapter, base) if adapter is not None else None
+    return _chat_model(base, trained, backend_name=backend_name, template=template, raw=raw)
 
 
 def compare_answers(
@@ -61,13 +46,13 @@ def compare_answers(
     max_new_tokens: int,
 ) -> dict[str, list[str]]:
     """Answer greedily with only the base and with each adapter; returns answers under the labels to show."""
-    base_config = read_config(resolve_model(model).path)
-    for folder in adapters:
-        # a problem shows before the base has answered, which takes a while
-        read_any_adapter(resolve_adapter(folder), base_config)
+    base = resolve_model(model)
+    # a problem of an adapter shows before the base has answered, which takes a while
+    read = {name: _read_adapter(name, base) for name in adapters}
     answers: dict[str, list[str]] = {}
     for adapter in (None, *adapters):
-        chat = load_chat_model(model, adapter, backend_name=backend_name, template=template)
+        trained = read[adapter] if adapter is not None else None
+        chat = _chat_model(base, trained, backend_name=backend_name, template=template, raw=False)
         chat = replace(chat, max_new_tokens=max_new_tokens)
         label = model if adapter is None else f"+ {adapter}"
         logger.info("answering with %s", model if adapter is None else f"{adapter} on {model}")
@@ -80,10 +65,36 @@ def _answer(chat: ChatModel, messages: list[Message]) -> str:
     return "".join(answer(chat, FittedPrompt(prompt, chat.max_new_tokens, dropped=0)))
 
 
+def _read_adapter(name: str, base: ModelFolder) -> Adapter:
+    adapter = read_any_adapter(resolve_adapter(name), read_config(base.path))
+    check_base(adapter, base)
+    return adapter
+
+
+def _chat_model(
+    base: ModelFolder, adapter: Adapter | None, *, backend_name: str, template: str | None, raw: bool
+) -> ChatModel:
+    tokenizer = load_tokenizer(base.path)
+    chat_template = None
+    if not raw:
+        source = template_folder(base.path, adapter.folder if adapter is not None else None)
+        chat_template = load_template(source, tokenizer.special_map, template)
+    stop_ids = tokenizer.eos_ids
+    if chat_template is not None:
+        stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)
+    length = read_config(base.path).get("max_position_embeddings")
+    return ChatModel(
+        model=_load_with_adapter(base, adapter, backend_name),
+        tokenizer=tokenizer,
+        template=chat_template,
+        stop_ids=stop_ids,
+        context_length=length if isinstance(length, int) else None,
+    )
+
+
 def _load_with_adapter(base: ModelFolder, adapter: Adapter | None, backend: str) -> Model:
     if adapter is None:
         return load_model(backend, ModelSpec(folder=base.path, lora=None), None, ONE_PROCESS)
-    warn_of_other_base(adapter, base)
     with naming_adapter(adapter, base.name, ConfigError):
         model = load_model(backend, ModelSpec(base.path, spec_of_adapter(adapter)), None, ONE_PROCESS)
     with naming_adapter(adapter, base.name, ModelError):

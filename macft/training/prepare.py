@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from macft.backends.adapters import spec_of_adapter, warn_of_other_base
+from macft.backends.adapters import check_base, spec_of_adapter
 from macft.backends.base import LoraSpec, MergedAdapter, ModelSpec
 from macft.config.settings import Settings
 from macft.data.batches import lengths_of
@@ -136,7 +136,7 @@ def _adapters(settings: Settings, base: ModelFolder) -> tuple[Adapter | None, Ad
             f"create_new_adapter: {adapter.folder} is a DoRA adapter, which cannot be stacked; remove the key to train "
             "it further"
         )
-    warn_of_other_base(adapter, base)
+    check_base(adapter, base)
     return None, adapter
 
 
@@ -152,7 +152,7 @@ def _named_reference(settings: Settings, base: ModelFolder, tokenizer: Tokenizer
     if settings.ref_model_adapters is None:
         return NamedReference(named, None)
     adapter = read_any_adapter(resolve_adapter(settings.ref_model_adapters), read_config(named.path))
-    warn_of_other_base(adapter, named)
+    check_base(adapter, named)
     return NamedReference(named, adapter)
 
 
@@ -175,7 +175,7 @@ def _check_start(settings: Settings, start: Adapter, base: ModelFolder) -> None:
         )
     if problems:
         raise ConfigError(f"{start.folder}: {'; '.join(problems)}; remove these keys")
-    warn_of_other_base(start, base)
+    check_base(start, base)
 
 
 def lora_spec(settings: Settings, start: Adapter | None) -> LoraSpec | None:

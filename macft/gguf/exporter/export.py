@@ -16,8 +16,9 @@ from macft.gguf.format import Field, GgufModel
 from macft.gguf.vocabulary.fields import required_name, sampling_fields, tokenizer_fields
 from macft.gguf.vocabulary.files import read_vocabulary
 from macft.gguf.writing.writer import Written, write_gguf
+from macft.weights.adapters.base_model import other_base_note
 from macft.weights.adapters.merge import merge_adapters, untie
-from macft.weights.adapters.peft import Adapter, other_base_note
+from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.layouts.mlx import as_hf
 from macft.weights.model_config import read_config
@@ -84,8 +85,9 @@ def export_lora(model: ModelFolder, adapter: Adapter, output: Path) -> GgufRepor
     gguf = adapter_to_gguf(read_config(model.path), adapter)
     # nothing is merged: this raises what does not fit
     merge_adapters(untie(*as_hf(open_model(model.path, exact=True)), [adapter])[1], [adapter])
+    notes = _notes(model, [adapter])
     broken = f"{adapter.folder} is broken; train it again"
-    return GgufReport(tuple(write_gguf(gguf, {"f32": output}, if_not_finite=broken)), tuple(_notes(model, [adapter])))
+    return GgufReport(tuple(write_gguf(gguf, {"f32": output}, if_not_finite=broken)), tuple(notes))
 
 
 def _embedding_rows(gguf: GgufModel, vocab_rows: int) -> int:

@@ -19,7 +19,6 @@ from macft.errors import MacftError, ModelError, raise_problems
 from macft.files import write_json
 from macft.weights.adapters import shapes
 from macft.weights.adapters.experts import fuse_experts, split_experts
-from macft.weights.folder import ModelFolder, weights_hash
 from macft.weights.layouts.mlx import LAYOUTS
 from macft.weights.model_config import Config
 from macft.weights.tensors.lazy import Array
@@ -65,13 +64,6 @@ def naming_adapter(adapter: Adapter, base: str, kind: type[MacftError]) -> Itera
         yield
     except kind as error:
         raise ModelError(f"{adapter.folder}: made for {adapter.config.base}, on {base}: {error}") from None
-
-
-def other_base_note(adapter: Adapter, base: ModelFolder) -> str | None:
-    """A sentence for the user when the adapter is known to have been trained on weights other than these."""
-    if adapter.base_hash is None or adapter.base_hash == weights_hash(base.path):
-        return None
-    return f"{adapter.folder} was trained on {adapter.config.base}, whose weights are not those of {base.name}"
 
 
 def write_adapter(folder: Path, config: AdapterConfig, state: State, base_hash: str | None) -> None:

@@ -1,0 +1,75 @@
+"""Find out whether the model that an adapter is put on is the one that it was trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+
+from macft.errors import ModelError
+from macft.weights.adapters.peft import Adapter
+from macft.weights.folder import ModelFolder, weight_files, weights_hash
+
+_TOKENIZER = "tokenizer.json"
+_HUB_CACHE = "models--"  # the hub cache's folder of org/name is models--org--name
+
+
+def other_base_note(adapter: Adapter, base: ModelFolder) -> str | None:
+    """A sentence for the user when an adapter seems to have been trained on weights other than these.
+
+    Adapters of other tools only name their base. Raises ModelError when the tokenizer in the adapter's folder, or
+    else that of the base it names, has other tokens under the same ids.
+    """
+    name = adapter.config.base
+    folder = Path(name).expanduser()
+    # a relative name is a hub's, or relative to a folder that is not known here
+    is_here = folder.is_absolute() and folder.is_dir() and bool(weight_files(folder))
+    trained_on = adapter.base_hash or (weights_hash(folder) if is_here else None)
+    if trained_on is not None and trained_on == weights_hash(base.path):
+        return None
+    _check_tokens(adapter, base, folder if is_here else None)
+    if trained_on is not None:
+        return f"{adapter.folder} was trained on {name}, whose weights are not those of {base.name}"
+    if not name or _last_part(name) in (_last_part(base.name), _last_part(str(base.path))):
+        return None
+    return (
+        f"{adapter.folder} names {name} as its base, not {base.name}: on any other weights than those it was trained "
+        "on its answers mean nothing"
+    )
+
+
+def _last_part(name: str) -> str:
+    """What a model is called, whichever hub, folder or cache it is in."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith(_HUB_CACHE)]
+    return (cached or list(parts) or [""])[-1].lower()
+
+
+def _check_tokens(adapter: Adapter, base: ModelFolder, trained_on: Path | None) -> None:
+    folders = [adapter.folder] if trained_on is None else [adapter.folder, trained_on]
+    source = next((path for folder in folders if (path := folder / _TOKENIZER).is_file()), None)
+    own = base.path / _TOKENIZER
+    if source is None or not own.is_file():
+        return
+    expected, found = _tokens(source), _tokens(own)
+    # what only one of them has does no harm: added tokens, names for rows that nothing uses
+    other = sorted(id_ for id_ in expected.keys() & found.keys() if expected[id_] != found[id_])
+    if other:
+        raise ModelError(
+            f"{adapter.folder}: made for a model with another vocabulary than {base.name}: {len(other)} tokens differ, "
+            f"the first is {other[0]}, {expected[other[0]]!r} there and {found[other[0]]!r} here; name the model that "
+            f"it was trained on{f' ({adapter.config.base})' if adapter.config.base else ''}"
+        )
+
+
+def _tokens(path: Path) -> dict[int, str]:
+    """The text of each token by its id, of a tokenizer.json; empty for a file that is not one."""
+    try:
+        content = json.loads(path.read_bytes())
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # a Unigram model's [text, score]
+            texts = dict(enumerate(text for text, _ in vocabulary))
+        else:
+            texts = {id_: text for text, id_ in vocabulary.items()}
+        return texts | {token["id"]: token["content"] for token in content.get("added_tokens") or []}
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return {}
