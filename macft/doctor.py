@@ -22,6 +22,7 @@ from macft import __version__
 from macft.engines import BACKENDS
 from macft.errors import ConfigError
 from macft.files import cache_dir
+from macft.hub.modelscope import OFFLINE_VARIABLES
 from macft.system import installed_version, is_on, usable_cores
 from macft.text import size
 
@@ -184,7 +185,7 @@ def _built_in_model() -> Finding:
 def _hub() -> Finding:
     endpoint = os.environ.get("HF_ENDPOINT") or "huggingface.co, HF_ENDPOINT is not set"
     try:
-        set_flags = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if is_on(name)]
+        set_flags = [name for name in OFFLINE_VARIABLES if is_on(name)]
     except ConfigError as error:
         return Finding("hub", "warning", str(error))
     if set_flags:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from macft.errors import ModelError
-from macft.hub.modelscope import ModelScopeError, fetch_file, folder_of, list_files
+from macft.hub.modelscope import ModelScopeError, fetch_file, folder_of, list_files, offline_variable
 from macft.system import is_on
 
 MODELSCOPE_VARIABLE = "USE_MODELSCOPE_HUB"  # LLaMA-Factory's name
@@ -36,15 +36,15 @@ def partial_snapshot(name: str, marker: str) -> Path | None:
 
 
 def download_snapshot(name: str) -> Path:
-    """Download safetensors, tokenizer and config files; $HF_ENDPOINT and $HF_HUB_OFFLINE are respected.
+    """Download safetensors, tokenizer and config files; $HF_ENDPOINT and `OFFLINE_VARIABLES` are respected.
 
     Raises ModelError, in one line, when the repository is missing, gated or out of reach.
     """
     from huggingface_hub import constants, errors, snapshot_download
 
-    if constants.HF_HUB_OFFLINE:
+    if variable := offline_variable():
         raise ModelError(
-            f"{name}: not in the hub cache, and HF_HUB_OFFLINE is set; unset it once to download, or give a folder"
+            f"{name}: not in the hub cache, and {variable} is set; unset it once to download, or give a folder"
         )
     here = f"and there is no folder {Path(name).absolute()}"
     try:

@@ -14,6 +14,8 @@ from macft.errors import MacftError
 from macft.files import cache_dir, new_file, write_json
 from macft.system import is_on
 
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
 RepositoryKind = Literal["datasets", "models"]
 
 _NOUNS = {"datasets": "data set", "models": "model"}
@@ -27,9 +29,10 @@ class ModelScopeError(MacftError):
     """ModelScope does not have what was asked for, or cannot be reached."""
 
 
-def is_offline() -> bool:
-    """Whether $HF_HUB_OFFLINE forbids the network."""
-    return is_on("HF_HUB_OFFLINE")
+def offline_variable() -> str | None:
+    """The environment variable that forbids the network, for every hub; None if none does."""
+    # huggingface_hub reads fewer spellings of yes, so it is not asked
+    return next((name for name in OFFLINE_VARIABLES if is_on(name)), None)
 
 
 def folder_of(kind: RepositoryKind, name: str) -> Path:
@@ -40,17 +43,18 @@ def folder_of(kind: RepositoryKind, name: str) -> Path:
 def list_files(kind: RepositoryKind, name: str) -> dict[str, int]:
     """The size in bytes of each file by name; offline, as last listed.
 
-    $MODELSCOPE_DOMAIN and $HF_HUB_OFFLINE are respected. Raises ModelScopeError, in one line.
+    $MODELSCOPE_DOMAIN and `OFFLINE_VARIABLES` are respected. Raises ModelScopeError, in one line.
     """
     index = folder_of(kind, name) / ".files.json"
-    if not is_offline():
+    variable = offline_variable()
+    if variable is None:
         sizes = _listing(kind, name)
         write_json(index, sizes)
         return sizes
     if not index.is_file():
         what = "data" if kind == "datasets" else "models"
         raise ModelScopeError(
-            f"{name}: not in the cache of ModelScope {what}, and HF_HUB_OFFLINE is set; "
+            f"{name}: not in the cache of ModelScope {what}, and {variable} is set; "
             "unset it once to download, or give a file"
         )
     known: dict[str, int] = json.loads(index.read_text(encoding="utf-8"))
@@ -62,9 +66,9 @@ def fetch_file(kind: RepositoryKind, name: str, file_name: str, size: int) -> Pa
     path = folder_of(kind, name) / file_name
     if path.is_file() and path.stat().st_size == size:
         return path
-    if is_offline():
+    if variable := offline_variable():
         raise ModelScopeError(
-            f"{name}: {file_name} is not in the cache, and HF_HUB_OFFLINE is set; unset it once to download"
+            f"{name}: {file_name} is not in the cache, and {variable} is set; unset it once to download"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     query = {"Source": "SDK", "Revision": "master", "FilePath": file_name}

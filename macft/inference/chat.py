@@ -254,7 +254,8 @@ def _warn_of_special_tokens(tokenizer: Tokenizer, messages: Sequence[Message], n
 
 
 def _note(notes: TextIO, text: str) -> None:
-    dim = notes.isatty() and "NO_COLOR" not in os.environ
+    # an empty NO_COLOR does not count: https://no-color.org
+    dim = notes.isatty() and not os.environ.get("NO_COLOR")
     notes.write(f"\x1b[2m{text}\x1b[0m\n" if dim else f"{text}\n")
     notes.flush()
 

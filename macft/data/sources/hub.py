@@ -16,7 +16,7 @@ from macft.data.sources.dataset_info import HubName
 from macft.data.sources.rows import SUFFIXES
 from macft.data.sources.text import kind
 from macft.errors import DataError
-from macft.hub.modelscope import ModelScopeError, fetch_file, list_files
+from macft.hub.modelscope import ModelScopeError, fetch_file, list_files, offline_variable
 
 CARD = "README.md"
 # subset to split to patterns of file names
@@ -49,12 +49,11 @@ def _hf_files(place: HubName, split: str, notes: list[Note]) -> list[Path]:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    if constants.HF_HUB_OFFLINE:
+    if variable := offline_variable():
         cached = _hf_snapshot(place)
         if cached is None:
             raise DataError(
-                f"{place.name}: not in the hub cache, and HF_HUB_OFFLINE is set; unset it once to download, "
-                "or give a file"
+                f"{place.name}: not in the hub cache, and {variable} is set; unset it once to download, or give a file"
             )
         return _hf_cached(place, cached, split)
     try:
