@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from macft.errors import ModelError
 from macft.weights.adapters.peft import Adapter
-from macft.weights.folder import ModelFolder, weight_files, weights_hash
+from macft.weights.folder import ModelFolder, damage, weight_files, weights_hash
 
 _TOKENIZER = "tokenizer.json"
 _HUB_CACHE = "models--"  # the hub cache's folder of org/name is models--org--name
@@ -22,7 +22,8 @@ def other_base_note(adapter: Adapter, base: ModelFolder) -> str | None:
     name = adapter.config.base
     folder = Path(name).expanduser()
     # a relative name is a hub's, or relative to a folder that is not known here
-    is_here = folder.is_absolute() and folder.is_dir() and bool(weight_files(folder))
+    files = weight_files(folder) if folder.is_absolute() else []
+    is_here = bool(files) and not any(map(damage, files))
     trained_on = adapter.base_hash or (weights_hash(folder) if is_here else None)
     if trained_on is not None and trained_on == weights_hash(base.path):
         return None

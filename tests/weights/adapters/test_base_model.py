@@ -142,6 +142,15 @@ def test_weights_that_are_here_say_more_than_names(model, other, adapter, tmp_pa
         assert note == f"{odd.folder} was trained on {model}, whose weights are not those of {twin}"
 
 
+def test_a_named_base_that_is_no_longer_whole_is_only_a_name(model, adapter, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "base")
+    odd = read_adapter(foreign(adapter, tmp_path / "adapter", str(broken)))
+    (broken / "model.safetensors").write_bytes(b"")
+    assert "names" in (other_base_note(odd, ModelFolder(str(model), model)) or "")
+    shutil.rmtree(broken)
+    assert "names" in (other_base_note(odd, ModelFolder(str(model), model)) or "")
+
+
 def test_the_tokens_of_the_named_base_count_where_the_adapter_has_none(model, adapter, tmp_path):
     odd = read_adapter(foreign(adapter, tmp_path / "adapter", str(model)))
     base = renamed_tokens(write_toy_model(tmp_path / "new", seed=3), tmp_path / "model")
