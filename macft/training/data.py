@@ -20,6 +20,7 @@ from macft.data.notes import Note, log_notes
 from macft.data.sources.resolve import ResolvedSources, resolve_sources
 from macft.data.stream import Stream
 from macft.data.templates.chat_template import ChatTemplate, marker_notes
+from macft.data.templates.ends import end_notes
 from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.feedback import in_blocks
 from macft.data.tokenization.packing import PackedRows
@@ -80,7 +81,8 @@ def template_notes(request: Request, encoding: Encoding) -> list[Note]:
     """What there is to say about the template, where the rows are rendered with it."""
     if encoding.template is None or not request.kind.has_template:
         return []
-    return marker_notes(encoding.template, encoding.tokenizer)
+    template, tokenizer = encoding.template, encoding.tokenizer
+    return marker_notes(template, tokenizer) or end_notes(template, tokenizer)
 
 
 def read_data(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None) -> Data:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import pytest
 from support.rows import write_lines
+from support.tiny_tokenizer import write_tiny_model
 
 from macft.commands.data import data
 from macft.errors import DataError
@@ -166,6 +167,40 @@ def test_rows_that_the_template_refuses_are_problems_one_by_one(
     refused = places(value, "refused")
     assert [place for place, _ in refused] == ["d.jsonl:2", "d.jsonl:4"]
     assert all("no system here" in detail for _, detail in refused)
+
+
+def test_answers_that_lose_their_thoughts_are_problems(
+    model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def thinking(*answers: str) -> dict[str, Any]:
+        return chat(
+            *(turn for text in answers for turn in (("user", "q"), ("assistant", f"<think>\nhm\n</think>\n\n{text}")))
+        )
+
+    write_lines(folder / "d.jsonl", thinking("a"), thinking("a", "b"))
+    code, value = found(model, capsys, "d.jsonl", "template=qwen3")
+    [(place, detail)] = places(value, "refused")
+    assert code == 1 and place == "d.jsonl:2" and "leaves out the thought of message 2 (assistant)" in detail
+    assert found(model, capsys, "d.jsonl", "template=qwen3", "mask_history=true")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("", "writes no end after an answer: </s> is added after the last one of a conversation"),
+        ("<|stop|>", "writes only '<|stop|>', no token of this tokenizer, after an answer"),
+        ("</s>", None),
+    ],
+)
+def test_a_template_whose_answers_do_not_end_is_said(
+    end: str, said: str | None, tmp_path_factory: pytest.TempPathFactory, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "\n{% endfor %}"
+    model = write_tiny_model(tmp_path_factory.mktemp("m"), source, eos="</s>")
+    write_lines(folder / "d.jsonl", alpaca("hello", "you"))
+    assert run("d.jsonl", "--model", model) == 0
+    warnings = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert len(warnings) == (said is not None) and (said or "") in "".join(warnings)
 
 
 def test_repetitions_and_empty_answers_are_notes(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 from macft.data.formats.columns import PLAIN, MessageKeys
 from macft.data.sources.rows import kind_of
 from macft.data.templates.chat_template import Message
+from macft.data.templates.thoughts import THOUGHT, THOUGHT_KEYS
 
 Tools = tuple[dict[str, Any], ...]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _THOUGHT = re.compile(r"\s*(<think>.*?</think>\s*)(?=[\[{])", re.DOTALL)
 _PLAIN_ROLES = ("user", "assistant", "system")
-_MESSAGE_KEYS = {"tool_calls", "tool_call_id", "name"}
+_MESSAGE_KEYS = {"tool_calls", "tool_call_id", "name", *THOUGHT_KEYS}
 # the tag for a role name that the user's tags leave out
 _TAGS = {
     **{"human": "user_tag", "user": "user_tag", "gpt": "assistant_tag", "assistant": "assistant_tag"},
@@ -90,6 +91,7 @@ def check_message(value: Any, place: str, errors: RowErrors, naming: MessageKeys
         content = _content(value, place, errors, naming, may_be_null=calls is not None)
     else:
         content = ""
+    thought = _thought(value, role, place, errors)
     unused = value.keys() - _MESSAGE_KEYS - {naming.role, naming.content}
     list_key = place.split('"')[1]
     errors.unused |= {f"{list_key}[].{key}" for key in unused}
@@ -102,6 +104,8 @@ def check_message(value: Any, place: str, errors: RowErrors, naming: MessageKeys
     if len(errors.problems) > before or role is None:
         return None
     message: Message = {"role": "assistant" if role == "function" else role, "content": content}
+    if thought:
+        message[THOUGHT] = thought
     if calls:
         message["tool_calls"] = calls
     if role == "tool":
@@ -135,6 +139,19 @@ def _content(value: dict[str, Any], place: str, errors: RowErrors, naming: Messa
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         return "".join(_part(part, f"{place}[{i}]", errors) for i, part in enumerate(content))
     return check_text(content, place, errors)
+
+
+def _thought(value: dict[str, Any], role: str | None, place: str, errors: RowErrors) -> str:
+    """The thought in a field of its own; empty if there is none."""
+    keys = [key for key in THOUGHT_KEYS if value.get(key)]
+    if not keys:
+        return ""
+    texts = [check_text(value[key], f'{place} "{key}"', errors) for key in keys]
+    if role not in ("assistant", "function", None) and any(text.strip() for text in texts):
+        errors.problems.append(f'{place} "{keys[0]}": found in a {role} message, expected an assistant message')
+    elif len(set(texts)) > 1:
+        errors.problems.append(f"{place}: {' and '.join(keys)} hold different thoughts; keep one of them")
+    return texts[0] if texts[0].strip() else ""
 
 
 def _part(part: dict[str, Any], place: str, errors: RowErrors) -> str:

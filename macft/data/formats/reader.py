@@ -15,6 +15,7 @@ from macft.data.sources.resolve import DataSource
 from macft.data.sources.rows import Row, Unread, place_of, scan
 from macft.data.sources.tables import is_table, table_columns
 from macft.data.templates.chat_template import Message
+from macft.data.templates.thoughts import THOUGHT
 from macft.errors import DataError, join_problems
 from macft.text import plural
 
@@ -53,7 +54,7 @@ class DataRow:
     @property
     def texts(self) -> tuple[str, ...]:
         """All texts in it."""
-        return tuple(message["content"] for message in self.messages)
+        return tuple(message[key] for message in self.messages for key in (THOUGHT, "content") if key in message)
 
     @property
     def answers(self) -> int:

@@ -20,7 +20,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from macft.data.notes import Note
 from macft.data.templates.llamafactory import NAMED, REFUSED
-from macft.data.templates.slots import literal, named_source, needs_eos, one_answer_reason, thinking_default
+from macft.data.templates.slots import (
+    drops_thoughts,
+    literal,
+    named_source,
+    needs_eos,
+    one_answer_reason,
+    slots_of,
+    thinking_default,
+)
+from macft.data.templates.thoughts import with_thought
 from macft.data.tokenization.tokenizer import Tokenizer, read_json
 from macft.errors import DataError, ModelError
 
@@ -50,6 +59,10 @@ class ChatTemplate:
         self.name = name
         # why earlier answers cannot be trained on; None if they can
         self.one_answer = one_answer_reason(source)
+        self.drops_thoughts = drops_thoughts(source)
+        # a named template reads a thought in the content
+        slots = slots_of(source)
+        self._thought_tags = None if slots is None else slots.thought
         self._special_map = special_map
         try:
             self._compiled = _environment().from_string(source)
@@ -75,7 +88,7 @@ class ChatTemplate:
         """The conversation as text; DataError when the template refuses it or fails on it."""
         try:
             return self._compiled.render(
-                messages=[dict(message) for message in messages],
+                messages=[with_thought(message, self._thought_tags) for message in messages],
                 tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,

@@ -12,8 +12,8 @@ _SECTION = re.compile(r"^ *\{#- begin (\w+) #\}\n(.*?)^ *\{#- end \1 #\}\n", re.
 _VARIABLE = re.compile(r"\{(content|eos|bos)\}")
 # a token that the model does not define is rendered as nothing
 _EXPRESSIONS = {"eos": "eos_token", "bos": "(bos_token or '')"}
-# the comment in a source that says why earlier answers are rendered differently from the last one
-_ONE_ANSWER = re.compile(r"\{#- One answer of a conversation is trained on: (.*?)\. #\}")
+# the comment that every source holds
+_NAME = re.compile(r"\{#- The texts of LLaMA-Factory's template (\S+)\. #\}")
 
 
 def named_source(name: str, default_system: str | None, enable_thinking: bool) -> str:
@@ -48,13 +48,27 @@ def needs_eos(name: str) -> bool:
     return slots.eos_once or "{eos}" in slots.user + slots.head + slots.answer + slots.system + slots.prefix
 
 
+def slots_of(source: str) -> Slots | None:
+    """The slots behind a source from `named_source`; None if it is another one."""
+    found = _NAME.search(source)
+    return NAMED.get(found[1]) if found else None
+
+
 def one_answer_reason(source: str) -> str | None:
     """Why earlier answers cannot be trained on with a source from `named_source`; None if they can."""
-    found = _ONE_ANSWER.search(source)
-    return found[1] if found else None
+    slots = slots_of(source)
+    if slots is None or not slots.eos_once or slots.answer.partition("{content}")[2].strip():
+        return None
+    return "the eos token follows the last one alone"
+
+
+def drops_thoughts(source: str) -> bool:
+    """Whether a source from `named_source` was made to leave out every thought."""
+    return slots_of(source) is not None and f"thinking = {thinking_default(False)} %}}" in source
 
 
 def _why_one_answer(slots: Slots) -> str:
+    # part of the texts that adapters and exports keep
     if slots.thought is not None:
         return "an earlier one loses its thoughts, which it had when it was given"
     return "the eos token follows the last one alone" if slots.eos_once else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.data.templates.fast_render import compile_template
-from macft.data.templates.llamafactory import NAMED
+from macft.data.templates.thoughts import check_thoughts
 from macft.data.templates.tools import Tools, check_tools, uses_tools, with_objects
 from macft.errors import DataError
 
@@ -33,23 +33,25 @@ def render_with_spans(
 
     With `mask_history` only the last assistant turn is trained, with `train_on_prompt` all text.
     Raises DataError when the template refuses the conversation, has no place for `tools`, or renders a turn so
-    differently once others follow that it cannot be found.
+    differently once others follow that it cannot be found, or without its thought.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if template.one_answer is not None and len(turns) > 1 and not mask_history:
-        plain = f"{template.name}_nothink"
-        other = f"write template: {plain}" if plain in NAMED else "give another template"
         raise DataError(
             f"the chat template ({template.name}) can be trained on only one answer per conversation, found "
-            f"{len(turns)}: {template.one_answer}; use mask_history, split the conversation, or {other}"
+            f"{len(turns)}: {template.one_answer}; use mask_history, split the conversation, or give another "
+            "template"
         )
     if mask_history:
         turns = turns[-1:]
+    check_thoughts(template, with_objects(messages), turns, list(tools) if tools else None)
     return _render(template, messages, tools, None if train_on_prompt else turns)
 
 
 def render_turn(template: ChatTemplate, messages: Sequence[Message], turn: int) -> Rendered:
     """Render once, with the span of only the assistant message `turn`; errors as `render_with_spans`."""
+    later = range(turn, len(messages))
+    check_thoughts(template, messages, [i for i in later if messages[i]["role"] == "assistant"])
     return _render(template, messages, None, [turn])
 
 

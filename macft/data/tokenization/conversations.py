@@ -13,6 +13,7 @@ import numpy as np
 from macft.data.formats.conversations import Example
 from macft.data.formats.reader import DataRow
 from macft.data.templates.chat_template import Message
+from macft.data.templates.ends import close_answers
 from macft.data.templates.spans import Rendered, render_with_spans
 from macft.data.tokenization.encoding import CHUNK, Encoding
 from macft.data.tokenization.packing import PackedRows, pack
@@ -60,13 +61,14 @@ class FittedRow:
 
 
 def _render(example: Example, messages: Sequence[Message], encoding: Encoding) -> Rendered:
-    return render_with_spans(
+    rendered = render_with_spans(
         encoding.chat,
         messages,
         tools=example.tools,
         train_on_prompt=encoding.train_on_prompt,
         mask_history=encoding.mask_history,
     )
+    return close_answers(rendered, messages, encoding.ends)
 
 
 def encode_examples(examples: Sequence[Example], encoding: Encoding, files: Mapping[str, int] | None = None) -> Table:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from macft.data.templates.chat_template import ChatTemplate
+from macft.data.templates.ends import AnswerEnds, find_ends
 from macft.data.tokenization.tokenizer import Tokenizer
 
 # rows that are encoded at once: keeps all cores busy, and the memory of the encodings small
@@ -26,3 +28,8 @@ class Encoding:
         """The template, for rows that need one."""
         assert self.template is not None, "conversations need a chat template"
         return self.template
+
+    @cached_property
+    def ends(self) -> AnswerEnds:
+        """What closes the answers of the template."""
+        return find_ends(self.chat, self.tokenizer)

@@ -9,6 +9,7 @@ import numpy as np
 
 from macft.data.formats.pairs import PairExample
 from macft.data.templates.chat_template import Message
+from macft.data.templates.ends import close_answers
 from macft.data.templates.spans import Rendered, common_length, render_turn
 from macft.data.tokenization.conversations import FittedRow, cut, is_emptied, naming_shortened, render_all, shorten
 from macft.data.tokenization.encoding import CHUNK, Encoding
@@ -144,9 +145,11 @@ def fit_pairs(examples: Sequence[PairExample], encoding: Encoding) -> Iterator[F
 
 def _render(example: PairExample, prompt: tuple[Message, ...], encoding: Encoding) -> tuple[Rendered, Rendered]:
     """Both rows of `example` after `prompt`, which may be shortened."""
-    turn = len(prompt)
-    chosen = render_turn(encoding.chat, (*prompt, *example.chosen), turn)
-    return chosen, render_turn(encoding.chat, (*prompt, *example.rejected), turn)
+    chosen, rejected = (
+        close_answers(render_turn(encoding.chat, messages, len(prompt)), messages, encoding.ends)
+        for messages in ((*prompt, *example.chosen), (*prompt, *example.rejected))
+    )
+    return chosen, rejected
 
 
 def _fit(
@@ -157,8 +160,7 @@ def _fit(
     if length > cutoff_len:
 
         def longer_row(prompt: tuple[Message, ...]) -> int:
-            rows = [encoding.chat.render((*prompt, *answer)) for answer in (example.chosen, example.rejected)]
-            return max(len(tokenizer.encode(row).ids) for row in rows)
+            return max(len(tokenizer.encode(row.text).ids) for row in _render(example, prompt, encoding))
 
         with naming_shortened(example, encoding):
             prompt = shorten(prompt, length, longer_row, encoding)

@@ -186,6 +186,55 @@ def test_openai_tool_rows_keep_their_ids() -> None:
     assert found.messages[2] == answer and found.tools == ({"function": TOOL},)
 
 
+# --- thoughts in a field of their own
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_is_read_under_every_name_in_every_form(key: str, caplog: pytest.LogCaptureFixture) -> None:
+    thought = {"role": "assistant", "reasoning_content": "hm", "content": "a"}
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", key: "hm", "content": "a"}
+    value = {"from": "gpt", "value": "a", key: "hm"}
+    for row in (
+        {"messages": [question, answer]},
+        {"messages": [{**question, key: None}, answer | {"tool_calls": None}]},
+        {"conversations": [{"from": "human", "value": "q", key: ""}, value]},
+        {"prompt": [question], "completion": [answer]},
+    ):
+        found = example(**row)
+        assert found.messages == (question, thought) and found.texts == ("q", "hm", "a")
+    [pair] = read_pairs(str(write({"prompt": [question], "chosen": [answer], "rejected": [answer]})), "", None)
+    assert pair.chosen == pair.rejected == (thought,)
+    called = example(
+        conversations=[*sharegpt(("human", "q")), {**value, "from": "function_call", "value": json.dumps(CALL)}]
+    )
+    assert called.messages[1] == {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [CALL]}
+    assert not [one for one in caplog.messages if "unused keys" in one]
+
+
+def test_an_empty_thought_is_none_and_two_equal_ones_are_one() -> None:
+    def answered(**keys: Any) -> dict[str, Any]:
+        return example(
+            messages=[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **keys}]
+        ).messages[1]
+
+    assert answered(reasoning_content=" \n", thinking=None) == {"role": "assistant", "content": "a"}
+    assert answered(reasoning_content="hm", thinking="hm")["reasoning_content"] == "hm"
+
+
+def test_thoughts_of_a_user_of_two_kinds_and_of_no_text_are_refused() -> None:
+    question = {"role": "user", "content": "q"}
+    answer = {"role": "assistant", "content": "a"}
+    assert problems(
+        {"messages": [{**question, "thinking": "hm"}, answer]},
+        {"messages": [question, {**answer, "reasoning_content": "x", "thinking": "y"}]},
+        {"messages": [question, {**answer, "reasoning": {"effort": "low"}}]},
+    ) == [
+        'line 1: "messages"[0] "thinking": found in a user message, expected an assistant message',
+        'line 2: "messages"[1]: reasoning_content and thinking hold different thoughts; keep one of them',
+        'line 3: "messages"[1] "reasoning": found an object, expected a string',
+    ]
+
+
 def test_problems_of_tool_rows_are_all_named() -> None:
     def called(text: Any) -> dict[str, Any]:
         return {"conversations": sharegpt(("human", "q"), ("function_call", text))}

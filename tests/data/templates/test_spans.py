@@ -54,7 +54,7 @@ def test_a_system_prompt_moved_into_the_last_question_keeps_earlier_answers_whol
 
 
 def test_thinking_dropped_from_earlier_answers_is_not_in_their_spans() -> None:
-    messages = chat("a", "<think>\nx\n</think>\n\nb", "c", "<think>\ny\n</think>\n\nd")
+    messages = chat("a", "<think>\n\n</think>\n\nb", "c", "<think>\ny\n</think>\n\nd")
     assert trained("qwen3", messages) == ["b<|im_end|>\n", "<think>\ny\n</think>\n\nd<|im_end|>\n"]
 
 

@@ -71,7 +71,8 @@ def test_token_0_is_never_trained(tokenizer: Tokenizer) -> None:
     plain = build("{% for m in messages %}{{ m.content }}{% endfor %}")
     given = Example(({"role": "assistant", "content": "abc"},), "x:1")
     [tokenized], _ = tokenize_examples([given], tokenizer, plain, cutoff_len=9)
-    assert tokenized.loss_mask.tolist() == [False, True, True]
+    # "a", "b", "c", and the end token, which the template leaves out
+    assert tokenized.loss_mask.tolist() == [False, True, True, True]
 
 
 def test_straddling_tokens_are_counted_and_belong_to_where_they_end(tokenizer: Tokenizer) -> None:
