@@ -27,9 +27,9 @@ def with_thought(message: Message, tags: tuple[str, str] | None) -> Message:
 
     Templates read one of the keys, or the first that holds something.
     """
-    if THOUGHT not in message:
+    thought = message.get(THOUGHT)
+    if not thought:
         return dict(message)
-    thought = message[THOUGHT]
     if tags is None:
         return {**message, **dict.fromkeys(THOUGHT_KEYS, thought)}
     rest = {key: value for key, value in message.items() if key != THOUGHT}
@@ -45,8 +45,7 @@ def check_thoughts(
     marks: dict[int, str] = {}
     marked = list(messages)
     for turn in turns:
-        mark = f"\ue000thought {turn}\ue001"
-        if (message := _marked(messages[turn], mark)) is not None:
+        if (message := _marked(messages[turn], mark := f"\ue000thought {turn}\ue001")) is not None:
             marks[turn], marked[turn] = mark, message
     if not marks:
         return
@@ -62,6 +61,9 @@ def _marked(message: Message, mark: str) -> Message | None:
     if THOUGHT in message:
         return {**message, THOUGHT: mark}
     content = message["content"]
+    # each tag holds one, and most contents do not
+    if ">" not in content:
+        return None
     for opening, closing in _TAGS:
         before, found, after = content.partition(closing)
         # some data leaves out the opening tag, which the prompt holds
