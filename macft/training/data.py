@@ -82,7 +82,7 @@ def template_notes(request: Request, encoding: Encoding) -> list[Note]:
     if encoding.template is None or not request.kind.has_template:
         return []
     template, tokenizer = encoding.template, encoding.tokenizer
-    return marker_notes(template, tokenizer) or end_notes(template, tokenizer)
+    return [*marker_notes(template, tokenizer), *end_notes(template, tokenizer)]
 
 
 def read_data(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None) -> Data:

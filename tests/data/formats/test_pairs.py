@@ -304,4 +304,4 @@ def test_every_pair_in_the_documents_says_the_same() -> None:
     for found in pairs:
         assert [m["content"] for m in found.messages] == ["Who are you?", "I am Mica.", "Nobody."]
     examples = [next(to_examples(write(row))) for row in rows if "chosen" not in row and "text" not in row]
-    assert [len(example.messages) for example in examples] == [2, 2, 2, 2, 3, 4, 2, 2, 2]
+    assert [len(example.messages) for example in examples] == [2, 2, 2, 2, 3, 4, 2, 2, 2, 2]

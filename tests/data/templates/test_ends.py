@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.chat_templates import build, chat
+from support.configs import load
 from support.data_rows import encode, fit_examples, tokenize_pairs
 from support.original_templates import original, original_names
 from support.tiny_tokenizer import CHATML, write_tiny_model
@@ -23,6 +24,7 @@ from macft.data.templates.llamafactory import NAMED
 from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import DataError
+from macft.training.data import read_data
 
 GLM = ("<|user|>", "<|assistant|>", "<|observation|>", "<|system|>", "<sop>")
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -186,6 +188,22 @@ def test_a_template_without_an_end_on_a_tokenizer_without_one_raises_an_alarm(tm
     template = ChatTemplate(original("glm4moe"), name="glm4moe", special_map=tokenizer.special_map)
     [note] = end_notes(template, tokenizer)
     assert note.is_warning and "(glm4moe) writes no end after an answer, and generation stops at nothing" in note.text
+
+
+def test_training_says_it_before_it_reads_the_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("d.jsonl").write_text(json.dumps({"messages": chat("Q0", "A1")}))
+    for ends, level in (((), "WARNING"), (("<|user|>",), "INFO")):
+        tokenizer, template = glm(tmp_path / level, *ends)
+        caplog.clear()
+        with caplog.at_level("INFO", "macft"):
+            data = read_data(load(), tokenizer, template)
+        [said] = [one for one in caplog.records if "writes no end after an answer" in one.getMessage()]
+        assert said.levelname == level
+        [end] = tokenizer.encode(ends[0] if ends else "<|endoftext|>").ids
+        assert data.train[0].tokens[-1] == end
 
 
 def test_a_template_that_refuses_the_probe_is_left_to_the_rows_own_error(tokenizer: Tokenizer) -> None:
