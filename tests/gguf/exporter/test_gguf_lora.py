@@ -181,7 +181,7 @@ def test_what_llama_cpp_cannot_apply_is_refused_by_name(tmp_path: Path) -> None:
     saved(base, tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
     assert "use_dora" in refusal(base, tmp_path / "dora")
     saved(base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["o_proj"])
-    assert "model.layers.1.self_attn.o_proj.weight was trained in full" in refusal(base, tmp_path / "whole")
+    assert "model.layers.1.self_attn.o_proj.weight is of the model itself" in refusal(base, tmp_path / "whole")
     saved(base, tmp_path / "embedding", target_modules=["q_proj", "embed_tokens"])
     assert "model.embed_tokens is an embedding" in refusal(base, tmp_path / "embedding")
     saved(base, tmp_path / "head", target_modules=["q_proj", "lm_head"])

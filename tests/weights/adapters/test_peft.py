@@ -180,14 +180,15 @@ def test_an_adapter_in_16_bits_is_read_exactly(dtype, model, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("bias", "all"),
         ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", "lm_head"),
         ("rank_pattern", {"q_proj": 0}),
         ("alpha_pattern", {"q_proj": "x"}),
         ("layers_to_transform", [-1]),
         ("layers_to_transform", [0]),
         ("layer_replication", [[0, 1], [0, 2]]),
         ("trainable_token_indices", [3]),
+        ("trainable_token_indices", {"embed_tokens": 3}),
         ("target_parameters", ["experts.weight"]),
         ("init_lora_weights", "pissa"),
         ("use_qalora", True),
@@ -217,7 +218,7 @@ def test_a_rank_that_the_tensors_do_not_have_is_refused_for_every_module(trained
 
 
 def test_all_problems_of_an_adapter_come_in_one_error(trained, tmp_path):
-    wrong = {"bias": "all", "r": 0, "lora_bias": True, "lora_alpha": "x", "modules_to_save": ["lm_head"]}
+    wrong = {"arrow_config": {}, "r": 0, "lora_bias": True, "lora_alpha": "x", "modules_to_save": "lm_head"}
     config = json.loads((trained / "adapter_config.json").read_text()) | wrong
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError) as error:
