@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from macft.backends import load_model
-from macft.backends.adapters import spec_of_adapter, warn_of_other_base
+from macft.backends.adapters import can_be_attached, spec_of_adapter, warn_of_other_base
 from macft.backends.base import Model, ModelSpec
+from macft.conversion.merged import export_merged
 from macft.data.templates.chat_template import Message, load_template, template_end_ids, template_folder
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
+from macft.files import cache_dir
 from macft.inference.answer import encode_prompt
 from macft.inference.chat import ChatModel, FittedPrompt, answer
 from macft.models.locate import resolve_adapter, resolve_model
 from macft.process_group import ONE_PROCESS
-from macft.weights.adapters.formats import read_any_adapter
+from macft.weights.adapters.fitting import read_on
 from macft.weights.adapters.peft import Adapter, naming_adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.model_config import read_config
@@ -32,7 +37,28 @@ def load_chat_model(
     The adapter's template comes before the model's own; `template` names another; `raw` uses none.
     """
     base = resolve_model(model)
-    trained = read_any_adapter(resolve_adapter(adapter), read_config(base.path)) if adapter is not None else None
+    trained = read_on(resolve_adapter(adapter), base.path) if adapter is not None else None
+    with _mergeable(base, trained) as (merged, attached):
+        return _chat_model(merged, attached, backend_name, template, raw=raw)
+
+
+@contextmanager
+def _mergeable(base: ModelFolder, adapter: Adapter | None) -> Iterator[tuple[ModelFolder, Adapter | None]]:
+    """The model and adapter to load: those given, or for an adapter that no engine can attach a merged model."""
+    if adapter is None or can_be_attached(adapter):
+        yield base, adapter
+        return
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="merged-", dir=cache_dir(), ignore_cleanup_errors=True) as folder:
+        logger.info("%s changes more than layers: merging it into %s for this session", adapter.folder, base.name)
+        for note in export_merged(base, [adapter], Path(folder) / "model").notes:
+            logger.warning("%s", note)
+        yield replace(base, path=Path(folder) / "model"), None
+
+
+def _chat_model(
+    base: ModelFolder, trained: Adapter | None, backend_name: str, template: str | None, *, raw: bool
+) -> ChatModel:
     tokenizer = load_tokenizer(base.path)
     chat_template = None
     if not raw:
@@ -61,10 +87,10 @@ def compare_answers(
     max_new_tokens: int,
 ) -> dict[str, list[str]]:
     """Answer greedily with only the base and with each adapter; returns answers under the labels to show."""
-    base_config = read_config(resolve_model(model).path)
+    base = resolve_model(model).path
     for folder in adapters:
         # a problem shows before the base has answered, which takes a while
-        read_any_adapter(resolve_adapter(folder), base_config)
+        read_on(resolve_adapter(folder), base)
     answers: dict[str, list[str]] = {}
     for adapter in (None, *adapters):
         chat = load_chat_model(model, adapter, backend_name=backend_name, template=template)

@@ -148,13 +148,19 @@ NOT_IN_MLX = {
     "ties its head to its embedding": ("tied", LoraConfig(r=2, target_modules=["embed_tokens"])),
     "head and embedding are one": (None, LoraConfig(r=2, target_modules=["lm_head"])),
     "name the base model": (None, LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS)),
-    "lm_head.weight is of the model itself": ("dense", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    "lm_head.weight is of the model itself": (
+        "dense",
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    ),
     "init_lora_weights is 'pissa'.*base's own weights": (
         "dense",
         LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"),
     ),
     "lora_bias is True": ("dense", LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)),
-    "embed_tokens.weight is of the model itself": ("dense", LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3])),
+    "embed_tokens.weight is of the model itself": (
+        "dense",
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3]),
+    ),
 }
 
 

@@ -11,14 +11,16 @@ import numpy as np
 
 from macft.errors import ModelError, raise_problems
 from macft.weights.adapters import shapes
+from macft.weights.adapters.formats import read_any_adapter
 from macft.weights.adapters.own import OwnTensors
 from macft.weights.adapters.peft import Adapter
 from macft.weights.adapters.shapes import COPY, EMBEDDING, LINEAR, PREFIX
 from macft.weights.folder import token_ids
-from macft.weights.layouts.mlx import flat_config
+from macft.weights.layouts.mlx import as_hf, flat_config
 from macft.weights.layouts.mlx_rules import EMBEDDING as EMBEDDING_WEIGHT
 from macft.weights.layouts.mlx_rules import HEAD as HEAD_WEIGHT
 from macft.weights.model_config import read_config
+from macft.weights.source import open_model
 from macft.weights.tensors.lazy import Array, LazyTensor, derived, read_rows, renamed
 
 _HEAD = HEAD_WEIGHT.removesuffix(".weight")
@@ -33,6 +35,12 @@ class Fitted:
     tensors: list[LazyTensor]
     adapters: tuple[Adapter, ...]
     notes: tuple[str, ...]
+
+
+def read_on(folder: Path, base: Path) -> Adapter:
+    """`read_any_adapter` for use on the model in the folder `base`: copies of its own matrices are left out."""
+    adapter = read_any_adapter(folder, read_config(base), with_saved=True)
+    return without_copies(adapter, as_hf(open_model(base))[1]) if adapter.own.whole else adapter
 
 
 def tokenizer_folder(base: Path, adapters: Sequence[Adapter]) -> Path:
