@@ -50,7 +50,7 @@ def _mergeable(base: ModelFolder, adapter: Adapter | None) -> Iterator[tuple[Mod
         return
     cache_dir().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="merged-", dir=cache_dir(), ignore_cleanup_errors=True) as folder:
-        logger.info("%s changes more than layers: merging it into %s for this session", adapter.folder, base.name)
+        logger.info("no engine can attach all of %s: it is merged into %s for this session", adapter.folder, base.name)
         for note in export_merged(base, [adapter], Path(folder) / "model").notes:
             logger.warning("%s", note)
         yield replace(base, path=Path(folder) / "model"), None

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, PeftModel
 from safetensors.numpy import load_file, save_file
+from support.peft_shapes import SHAPES, write_bases
+from support.peft_shapes import save as save_shape
 from support.tiny_adapters import mlx_adapter_logits, peft_logits, save_mlx, save_peft
-from support.tiny_layouts import mlx_logits, torch_logits, write_case
+from support.tiny_layouts import PROMPT, mlx_logits, torch_logits, write_case
+from transformers import AutoModelForCausalLM
 
 from macft.conversion.adapter import convert_adapter
 from macft.conversion.merged import export_merged
@@ -38,6 +42,12 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 def folder_of(base: Path) -> ModelFolder:
     return ModelFolder(base.name, base)
+
+
+def torch_prompt(model: torch.nn.Module) -> np.ndarray:
+    """[tokens, vocabulary] of the prompt."""
+    with torch.no_grad():
+        return model.eval()(torch.tensor([PROMPT])).logits[0].numpy()
 
 
 def check_same(found: np.ndarray, expected: np.ndarray, plain: np.ndarray) -> None:
@@ -87,6 +97,15 @@ def test_an_adapter_of_peft_computes_the_same_in_mlx_lm(case, bases, tmp_path):
     # and back again
     convert_adapter(tmp_path / "mlx", tmp_path / "again", "peft", folder_of(base))
     check_same(peft_logits(base, tmp_path / "again"), expected, torch_logits(base))
+
+
+@pytest.mark.parametrize("name", ["copies", "tying, nothing to tie", "tying, lora on the embedding", "eva", "mica"])
+def test_what_peft_saves_beside_lora_is_left_out_where_mlx_lm_computes_the_same(name, tmp_path):
+    base = write_bases(tmp_path)["tied"]
+    save_shape(base, SHAPES[name], tmp_path / "peft")
+    expected = torch_prompt(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft"))
+    convert_adapter(tmp_path / "peft", tmp_path / "mlx", "mlx", folder_of(base))
+    check_same(mlx_adapter_logits(base, tmp_path / "mlx"), expected, torch_logits(base))
 
 
 TO_PEFT = {

@@ -262,11 +262,13 @@ def test_numbers_that_are_not_finite_are_all_named(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head", "model.layers.0.mlp.experts.3.up_proj"])
-def test_what_no_engine_can_attach_to_is_sent_to_merging(module, model, tmp_path):
+def test_what_no_engine_can_attach_to_is_sent_to_merging(module, model, data, tmp_path):
     shape = AdapterConfig("other", rank=2, alpha=4.0, dropout=0.0, target_modules=(module,))
-    write_adapter(tmp_path, shape, {"a": np.zeros((2, 3), np.float32)}, "hash")
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", shape, {"a": np.zeros((2, 3), np.float32)}, "hash")
+    keys = {"adapter_name_or_path": str(tmp_path / "adapter")}
     with pytest.raises(ModelError, match="macft export merged") as error:
-        load_for_chat(model, tmp_path, "mlx")
+        train(toy_settings(model, data, tmp_path / "out", "mlx", **keys))
     assert str(tmp_path) in str(error.value) and module in str(error.value)
 
 
@@ -321,6 +323,27 @@ def test_training_goes_on_from_an_adapter_with_its_shape(engine, model, data, tr
     assert max(float(np.abs(before.state[name] - after.state[name]).max()) for name in before.state) < 1e-7
     # the last loss of the first run, rows and all, is where the second starts
     assert curve(tmp_path / "out")[0][1] < 0.9 * curve(trained)[0][1]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("engine", ENGINES)
+def test_training_goes_on_from_an_adapter_with_copies_of_the_base(engine, model, data, trained, tmp_path):
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), trained)
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    name = "base_model.model.model.embed_tokens.weight"
+    assert name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    keys = {"learning_rate": 1e-9, "num_train_epochs": 1, "lora_alpha": 5.5}
+    for adapter, out in ((trained, "plain"), (tmp_path / "adapter", "copies")):
+        train(toy_settings(model, data, tmp_path / out, engine, adapter_name_or_path=str(adapter), **keys))
+    assert curve(tmp_path / "copies") == curve(tmp_path / "plain")
+    # a copy that differs was trained
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    state[name][0, 0] += 1
+    save_file(state, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight of the model itself.*macft export merged"):
+        train(
+            toy_settings(model, data, tmp_path / "new", engine, adapter_name_or_path=str(tmp_path / "adapter"), **keys)
+        )
 
 
 def test_a_key_that_contradicts_the_adapter_is_an_error(model, data, trained, tmp_path):
