@@ -37,6 +37,7 @@ def logits(folder: Path, adapters: Sequence[MergedAdapter | Path], tokens: Seque
         else:
             model = _with_adapter(model, adapter)
             if index < len(adapters) - 1:
+                _unshare(model)
                 model = model.merge_and_unload()
     return whole_logits(model.eval(), loaded.device, tokens)
 
@@ -54,6 +55,16 @@ def _litgpt_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
     state = {t.name: torch.from_numpy(t.read().astype(np.float32)) for t in open_torch_file(folder / "lit_model.pth")}
     model.load_state_dict(state)
     return whole_logits(model.float().eval(), torch.device("cpu"), tokens)
+
+
+def _unshare(model: torch.nn.Module) -> None:
+    """Give every module parameters of its own: PEFT would merge into a shared one what is for one of its uses."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                module.register_parameter(name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(id(parameter))
 
 
 def _vocabulary_rows(folder: Path) -> int | None:
