@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,17 +49,15 @@ def tokenizer_folder(base: Path, adapters: Sequence[Adapter]) -> Path:
     That is where it brings a whole embedding or head, or where the base has rows to spare for its new tokens.
     """
     known = token_ids(base) or {}
+    spare = flat_config(read_config(base)).get("vocab_size")
     for adapter in reversed(adapters):
         own = token_ids(adapter.folder) or {}
-        brings = any(name.endswith((EMBEDDING_WEIGHT, HEAD_WEIGHT)) for name in _whole(adapter))
-        if own and own != known and (brings or (known and own.items() > known.items() and _has_room(base, own))):
+        brought = [len(a) for name, a in _whole(adapter).items() if name.endswith((EMBEDDING_WEIGHT, HEAD_WEIGHT))]
+        rows = brought[0] if brought else spare
+        adds = bool(known) and own.items() > known.items()
+        if own and own != known and (brought or adds) and isinstance(rows, int) and max(own.values()) < rows:
             return adapter.folder
     return base
-
-
-def _has_room(base: Path, ids: Mapping[str, int]) -> bool:
-    rows = flat_config(read_config(base)).get("vocab_size")
-    return isinstance(rows, int) and max(ids.values()) < rows
 
 
 def without_copies(adapter: Adapter, tensors: Sequence[LazyTensor]) -> Adapter:
@@ -114,12 +112,12 @@ def fit(config: dict[str, Any], tensors: list[LazyTensor], adapters: Sequence[Ad
         else:
             adapters = [_without_head(adapter) for adapter in adapters]
             tensors = [tensor for tensor in tensors if tensor.name != HEAD_WEIGHT]
-    rows = _resized_rows(adapters, embedding, module)
-    if rows is not None:
-        config, tensors = _resize(config, tensors, adapters, (module, _HEAD), rows)
-        notes.append(
-            f"the vocabulary has {rows} rows, as the adapter was trained with; the base has {embedding.shape[0]}"
-        )
+    uses, before = (module, _HEAD), embedding.shape[0]
+    others = [(a, rows) for a in adapters for use in uses for rows in _rows(a, use) if rows != before]
+    if others:
+        adapter, rows = others[-1]
+        config, tensors = _resize(config, tensors, adapter, uses, rows)
+        notes.append(f"the vocabulary has {rows} rows, as {adapter.folder} was trained with; the base has {before}")
     return Fitted(config, tensors, tuple(adapters), tuple(notes))
 
 
@@ -216,18 +214,6 @@ def _without_head(adapter: Adapter) -> Adapter:
 # --- the number of rows
 
 
-def _resized_rows(adapters: Sequence[Adapter], embedding: LazyTensor, module: str) -> int | None:
-    """The rows that the last adapter with others than the model was trained with."""
-    found = [
-        rows
-        for adapter in adapters
-        for use in (module, _HEAD)
-        for rows in _rows(adapter, use)
-        if rows != embedding.shape[0]
-    ]
-    return found[-1] if found else None
-
-
 def _rows(adapter: Adapter, module: str) -> list[int]:
     whole = _whole(adapter).get(f"{module}.weight")
     parts = shapes.by_module(adapter.state, []).get(module, {})
@@ -237,20 +223,20 @@ def _rows(adapter: Adapter, module: str) -> list[int]:
 
 
 def _resize(
-    config: dict[str, Any], tensors: list[LazyTensor], adapters: Sequence[Adapter], modules: Sequence[str], rows: int
+    config: dict[str, Any], tensors: list[LazyTensor], adapter: Adapter, modules: Sequence[str], rows: int
 ) -> tuple[dict[str, Any], list[LazyTensor]]:
-    """The model with so many rows; those that it lacks are 0, since the adapters bring whole matrices."""
-    names = {f"{module}.weight" for module in modules}
-    present = [tensor.name for tensor in tensors if tensor.name in names]
-    bring = {
-        name: [a for a in adapters if name in (found := _whole(a)) and len(found[name]) == rows] for name in present
-    }
+    """The model with so many rows; those that it lacks are 0, since the adapter brings whole matrices."""
+    names, folder = {f"{module}.weight" for module in modules}, adapter.folder
+    brought = {name for name, array in _whole(adapter).items() if len(array) == rows}
     raise_problems(
-        f"{adapters[-1].folder}: was trained with {rows} rows of vocabulary, which it does not all hold; name as the "
-        "base the model as it was when training began, its vocabulary resized:",
-        [f"{name} has other rows in the model and is not in the adapter" for name, found in bring.items() if not found],
+        f"{folder}: was trained with {rows} rows of vocabulary, which it does not all hold; name as the base the model "
+        "as it was when training began, its vocabulary resized:",
+        [
+            f"{tensor.name} has {tensor.shape[0]} rows in the model and is not in the adapter"
+            for tensor in tensors
+            if tensor.name in names - brought
+        ],
     )
-    folder = bring[present[0]][-1].folder
     ids = token_ids(folder)
     if not ids or max(ids.values()) >= rows:
         held = f"a tokenizer with token {max(ids.values())}" if ids else "no tokenizer.json"

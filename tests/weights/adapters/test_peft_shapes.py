@@ -76,9 +76,9 @@ def test_rows_that_the_adapter_lacks_are_named_and_the_resized_base_has_them(nam
     lacks = "lm_head.weight" if "embedding" in name else "model.embed_tokens.weight"
     with pytest.raises(ModelError, match=f"with {VOCABULARY + MORE} rows") as error:
         merge(bases["untied"], tmp_path / "adapter", tmp_path / "merged")
-    assert f"  {lacks} has other rows" in str(error.value) and "name as the base the model as it was" in str(
+    assert f"  {lacks} has {VOCABULARY} rows in the model and is not in the adapter" in str(
         error.value
-    )
+    ) and "name as the base the model as it was" in str(error.value)
     assert not (tmp_path / "merged").exists()
     merge(tmp_path / "resized", tmp_path / "adapter", tmp_path / "merged")
     assert np.abs(merged_logits(tmp_path / "merged", 0) - expected).max() < CLOSE
