@@ -20,6 +20,7 @@ from macft.models.locate import resolve_adapter, resolve_model
 from macft.progress import watching
 from macft.verify.logits import EXACT, Subject, check_engine, tolerance_of
 from macft.verify.logits import verify as compare
+from macft.weights.adapters.fitting import read_on
 from macft.weights.adapters.formats import AdapterFormat, read_any_adapter
 from macft.weights.adapters.peft import CONFIG_NAME, Adapter
 from macft.weights.folder import weight_files
@@ -81,8 +82,7 @@ def convert_adapter(
     for note in convert_adapter_folder(folder, new, to, model):
         logger.warning(note)
     if verify and model is not None:
-        config = read_config(model.path)
-        before, after = (read_any_adapter(path, config) for path in (folder, new))
+        before, after = (read_on(path, model.path) for path in (folder, new))
         prefers = next(name for name, engine in BACKENDS.items() if engine.adapter_format == to)
         logger.info(compare(Subject(model.path, (before,)), Subject(model.path, (after,)), EXACT, prefers=prefers))
     return new

@@ -25,6 +25,7 @@ from macft.progress import counting_bytes
 from macft.verify.llama_cpp import is_installed
 from macft.verify.llama_cpp_compare import GgufCheck, verify_gguf
 from macft.verify.logits import Subject
+from macft.weights.adapters.fitting import tokenizer_folder
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.layouts.litgpt import is_litgpt
@@ -171,7 +172,7 @@ def _checks(verify: bool | None) -> bool:
 def _prompted(model: StrPath, adapters: Sequence[StrPath], template: StrPath | None) -> _Prompted:
     base = _resolved(os.fspath(model))
     read = read_adapters(adapters, base.path)
-    tokenizer = load_tokenizer(base.path)
+    tokenizer = load_tokenizer(tokenizer_folder(base.path, read))
     folder = base.path
     for adapter in read:
         folder = template_folder(folder, adapter.folder)

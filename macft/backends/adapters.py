@@ -8,7 +8,7 @@ from macft.backends.base import LoraSpec
 from macft.errors import ModelError
 from macft.weights.adapters.base_model import other_base_note
 from macft.weights.adapters.experts import is_expert
-from macft.weights.adapters.peft import Adapter
+from macft.weights.adapters.peft import Adapter, needs_merging
 from macft.weights.folder import ModelFolder
 
 logger = logging.getLogger("macft")
@@ -17,6 +17,8 @@ logger = logging.getLogger("macft")
 def spec_of_adapter(adapter: Adapter, dropout: float = 0.0) -> LoraSpec:
     """The spec that a saved adapter fits; ModelError names what no engine can attach an adapter to."""
     config = adapter.config
+    if adapter.own.names:
+        raise ModelError(needs_merging(adapter.folder, adapter.own))
     outside = [name for name in config.target_modules if _is_outside(name)]
     if outside:
         raise ModelError(
@@ -31,6 +33,11 @@ def spec_of_adapter(adapter: Adapter, dropout: float = 0.0) -> LoraSpec:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
+
+
+def can_be_attached(adapter: Adapter) -> bool:
+    """Whether an engine can put this adapter on the layers of a model, and need not merge it."""
+    return not adapter.own.names and not any(_is_outside(target) for target in adapter.config.target_modules)
 
 
 def _is_outside(target: str) -> bool:

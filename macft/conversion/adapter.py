@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from macft.errors import ModelError, UsageError, join_problems
 from macft.files import new_dir
 from macft.weights.adapters.base_model import other_base_note
 from macft.weights.adapters.experts import has_experts
+from macft.weights.adapters.fitting import without_copies
 from macft.weights.adapters.formats import AdapterFormat, adapter_format, read_any_adapter
 from macft.weights.adapters.merge import merge_problems
 from macft.weights.adapters.mlx_lm import write_mlx_adapter
 from macft.weights.adapters.peft import Adapter, write_peft_adapter
-from macft.weights.adapters.shapes import COPY, join_modules, split_modules
 from macft.weights.folder import ModelFolder
 from macft.weights.layouts.mlx import flat_config, to_hf, to_mlx
 from macft.weights.layouts.mlx_rules import EMBEDDING, HEAD
@@ -41,10 +38,10 @@ def convert_adapter(src: Path, dst: Path, to: AdapterFormat, base: ModelFolder |
     base_config, notes = None, []
     if base is None:
         notes.append("no base was named: whether the adapter fits its base was not checked")
-        adapter = read_any_adapter(src)
+        adapter = read_any_adapter(src, with_saved=True)
     else:
         tensors, base_config = _hf_tensors(open_model(base.path))
-        adapter = _fitted(read_any_adapter(src, base_config), base, tensors)
+        adapter = _fitted(read_any_adapter(src, base_config, with_saved=True), base, tensors)
         if note := other_base_note(adapter, base):
             notes.append(note)
     with new_dir(dst) as folder:
@@ -75,12 +72,8 @@ def _hf_tensors(source: Source) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
 
 def _fitted(adapter: Adapter, base: ModelFolder, tensors: Mapping[str, LazyTensor]) -> Adapter:
     """The adapter without copies of the base's own matrices; ModelError lists everything that does not fit the base."""
+    adapter = without_copies(adapter, list(tensors.values()))
     if problems := merge_problems(tensors, adapter):
         trained_on = adapter.config.base or "another base"
         raise ModelError(join_problems(f"{adapter.folder}: made for {trained_on}, does not fit {base.name}:", problems))
-    modules = split_modules(adapter.state, adapter.config.use_dora, [])
-    for name, parts in modules.items():
-        copy = parts.get(COPY)
-        if copy is not None and np.array_equal(copy, tensors[f"{name}.weight"].read().astype(np.float32)):
-            del parts[COPY]
-    return replace(adapter, state=join_modules(modules))
+    return adapter

@@ -10,7 +10,8 @@ from typing import Any
 from macft.errors import ModelError, UsageError
 from macft.weights.adapters.base_model import other_base_note
 from macft.weights.adapters.experts import is_expert
-from macft.weights.adapters.merge import adapted_modules, merge_adapters, untie
+from macft.weights.adapters.fitting import adapted_modules, fit, tokenizer_folder, without_copies
+from macft.weights.adapters.merge import merge_adapters
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.layouts.mlx import as_hf, mlx_config, to_mlx, with_experts_apart
@@ -52,13 +53,13 @@ def export_merged(
     """
     source = open_model(model.path, exact=True)
     _check_options(model, source, layout, bits, group_size, requantize)
-    tied_config, tensors = _as_trained(source, adapters)
-    config, base = untie(tied_config, tensors, adapters)
-    rounded = untie(*_as_trained(open_model(model.path), adapters), adapters)[1]
-    versions = Versions(base, merge_adapters(base, adapters), rounded)
-    notes = [note for adapter in adapters if (note := other_base_note(adapter, model))]
-    if config is not tied_config:
-        notes.append("an adapter changes the head or the embedding, which were one matrix: the merged model has two")
+    as_trained = _as_trained(source, adapters)
+    adapters = [without_copies(adapter, as_trained[1]) for adapter in adapters]
+    fitted = fit(*as_trained, adapters)
+    rounded = fit(*_as_trained(open_model(model.path), adapters), adapters).tensors
+    config, base = fitted.config, fitted.tensors
+    versions = Versions(base, merge_adapters(base, fitted.adapters), rounded)
+    notes = [*(note for adapter in adapters if (note := other_base_note(adapter, model))), *fitted.notes]
     if source.quantization is not None and bits is None and not requantize:
         notes.append(
             f"{model.name} is quantized, the merged model is not: quantizing it again (--requantize --to mlx) would "
@@ -80,13 +81,14 @@ def export_merged(
         config,
         result,
         source_folder=model.path,
+        tokenizer_folder=tokenizer_folder(model.path, adapters),
         layout=layout,
         template=templates[-1] if templates else None,
         if_not_finite="the model is broken, or with the adapters its numbers are too large for their type",
     )
     if loss is not None:
         notes.append(f"quantizing erased {loss.share:.0%} of what the adapters add")
-    return MergeReport(len(adapted_modules(adapters)), None if loss is None else loss.share, tuple(notes))
+    return MergeReport(len(adapted_modules(fitted.adapters)), None if loss is None else loss.share, tuple(notes))
 
 
 def _check_options(

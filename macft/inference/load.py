@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from macft.backends import load_model
-from macft.backends.adapters import check_base, spec_of_adapter
+from macft.backends.adapters import can_be_attached, check_base, spec_of_adapter
 from macft.backends.base import Model, ModelSpec
+from macft.conversion.merged import export_merged
 from macft.data.templates.chat_template import Message, load_template, template_end_ids, template_folder
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
+from macft.files import cache_dir
 from macft.inference.answer import encode_prompt
 from macft.inference.chat import ChatModel, FittedPrompt, answer
 from macft.models.locate import resolve_adapter, resolve_model
 from macft.process_group import ONE_PROCESS
-from macft.weights.adapters.formats import read_any_adapter
+from macft.weights.adapters.base_model import other_base_note
+from macft.weights.adapters.fitting import read_on
 from macft.weights.adapters.peft import Adapter, naming_adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.model_config import read_config
@@ -66,7 +72,7 @@ def _answer(chat: ChatModel, messages: list[Message]) -> str:
 
 
 def _read_adapter(name: str, base: ModelFolder) -> Adapter:
-    adapter = read_any_adapter(resolve_adapter(name), read_config(base.path))
+    adapter = read_on(resolve_adapter(name), base.path)
     check_base(adapter, base)
     return adapter
 
@@ -74,22 +80,39 @@ def _read_adapter(name: str, base: ModelFolder) -> Adapter:
 def _chat_model(
     base: ModelFolder, adapter: Adapter | None, *, backend_name: str, template: str | None, raw: bool
 ) -> ChatModel:
-    tokenizer = load_tokenizer(base.path)
-    chat_template = None
-    if not raw:
-        source = template_folder(base.path, adapter.folder if adapter is not None else None)
-        chat_template = load_template(source, tokenizer.special_map, template)
-    stop_ids = tokenizer.eos_ids
-    if chat_template is not None:
-        stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)
-    length = read_config(base.path).get("max_position_embeddings")
-    return ChatModel(
-        model=_load_with_adapter(base, adapter, backend_name),
-        tokenizer=tokenizer,
-        template=chat_template,
-        stop_ids=stop_ids,
-        context_length=length if isinstance(length, int) else None,
-    )
+    with _mergeable(base, adapter) as (merged, attached):
+        tokenizer = load_tokenizer(merged.path)
+        chat_template = None
+        if not raw:
+            source = template_folder(merged.path, attached.folder if attached is not None else None)
+            chat_template = load_template(source, tokenizer.special_map, template)
+        stop_ids = tokenizer.eos_ids
+        if chat_template is not None:
+            stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)
+        length = read_config(merged.path).get("max_position_embeddings")
+        return ChatModel(
+            model=_load_with_adapter(merged, attached, backend_name),
+            tokenizer=tokenizer,
+            template=chat_template,
+            stop_ids=stop_ids,
+            context_length=length if isinstance(length, int) else None,
+        )
+
+
+@contextmanager
+def _mergeable(base: ModelFolder, adapter: Adapter | None) -> Iterator[tuple[ModelFolder, Adapter | None]]:
+    """The model and adapter to load: those given, or for an adapter that no engine can attach a merged model."""
+    if adapter is None or can_be_attached(adapter):
+        yield base, adapter
+        return
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="merged-", dir=cache_dir(), ignore_cleanup_errors=True) as folder:
+        logger.info("no engine can attach all of %s: it is merged into %s for this session", adapter.folder, base.name)
+        said = other_base_note(adapter, base)  # by check_base, when the adapter was read
+        for note in export_merged(base, [adapter], Path(folder) / "model").notes:
+            if note != said:
+                logger.warning("%s", note)
+        yield replace(base, path=Path(folder) / "model"), None
 
 
 def _load_with_adapter(base: ModelFolder, adapter: Adapter | None, backend: str) -> Model:

@@ -24,10 +24,9 @@ from macft.process_group import ONE_PROCESS, ProcessGroup
 from macft.training.data import read_data, read_stream, seed
 from macft.training.model import resolve_start, resolve_template
 from macft.training.model_files import shape_keys
-from macft.weights.adapters.formats import read_any_adapter
+from macft.weights.adapters.fitting import read_on
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
-from macft.weights.model_config import read_config
 
 logger = logging.getLogger("macft")
 
@@ -127,7 +126,7 @@ def _adapters(settings: Settings, base: ModelFolder) -> tuple[Adapter | None, Ad
     """(the adapter to train further, the adapter that becomes part of the base); at most one of them."""
     if settings.adapter_name_or_path is None:
         return None, None
-    adapter = read_any_adapter(resolve_adapter(settings.adapter_name_or_path), read_config(base.path))
+    adapter = _attachable(settings.adapter_name_or_path, base)
     if not settings.create_new_adapter:
         _check_start(settings, adapter, base)
         return adapter, None
@@ -138,6 +137,12 @@ def _adapters(settings: Settings, base: ModelFolder) -> tuple[Adapter | None, Ad
         )
     check_base(adapter, base)
     return None, adapter
+
+
+def _attachable(name: str, base: ModelFolder) -> Adapter:
+    adapter = read_on(resolve_adapter(name), base.path)
+    spec_of_adapter(adapter)  # before the data is read, which takes a while
+    return adapter
 
 
 def _named_reference(settings: Settings, base: ModelFolder, tokenizer: Tokenizer) -> NamedReference | None:
@@ -151,7 +156,7 @@ def _named_reference(settings: Settings, base: ModelFolder, tokenizer: Tokenizer
         )
     if settings.ref_model_adapters is None:
         return NamedReference(named, None)
-    adapter = read_any_adapter(resolve_adapter(settings.ref_model_adapters), read_config(named.path))
+    adapter = _attachable(settings.ref_model_adapters, named)
     check_base(adapter, named)
     return NamedReference(named, adapter)
 

@@ -196,8 +196,8 @@ def _adapters(subject: Subject, native_format: str) -> list[MergedAdapter | Path
         is_native = adapter_format(adapter.folder) == native_format
         if is_native and (native_format == "peft" or len(subject.adapters) == 1):
             found.append(adapter.folder)
-        elif adapter.saved:
-            raise ModelError(f"{adapter.folder}: only PEFT loads modules_to_save: pip install 'macft[torch]'")
+        elif adapter.own.names:
+            raise ModelError(f"{adapter.folder}: only PEFT loads tensors beside LoRA: pip install 'macft[torch]'")
         else:
             found.append(MergedAdapter(spec_of_adapter(adapter), adapter.state))
     return found

@@ -88,3 +88,15 @@ def listing(folder: Path) -> str:
     names = sorted(file.name for file in folder.iterdir())
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"found {shown}" if names else "the folder is empty"
+
+
+def token_ids(folder: Path) -> dict[str, int] | None:
+    """The id of each token in a folder's tokenizer.json, added ones included; None without a readable one."""
+    try:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        # Unigram has a list of [token, score]
+        known = vocabulary if isinstance(vocabulary, dict) else {entry[0]: i for i, entry in enumerate(vocabulary)}
+        return {**known, **{token["content"]: token["id"] for token in content.get("added_tokens") or ()}}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return None

@@ -28,7 +28,7 @@ TEMPLATE = "chat_template.jinja"
 
 _FORMAT = {"hf": "pt", "mlx": "mlx"}
 # copied along with a model; its weights, its config and foreign code are not
-_COPIED = (
+_TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -36,6 +36,8 @@ _COPIED = (
     "merges.txt",
     "*.tiktoken",
     "spiece.model",
+)
+_COPIED = (
     "chat_template.*",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
@@ -52,13 +54,15 @@ def write_model(
     source_folder: Path,
     layout: WeightLayout,
     template: Path | None = None,
+    tokenizer_folder: Path | None = None,
     beside: Mapping[str, Sequence[LazyTensor]] | None = None,
     if_not_finite: str = "the model is broken; download it again",
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write the model folder `destination`, reading the tensors chunk by chunk on all cores.
 
-    Tokenizer, chat template (or the file `template`), generation config and license come from `source_folder`;
+    Tokenizer (unless `tokenizer_folder` names another), chat template (or the file `template`), generation config and
+    license come from `source_folder`;
     `beside` maps names to small files of tensors that do not belong to the model; SHA256SUMS has a line for each
     file. Raises ModelError, with nothing left behind, when the destination exists, when the disk is too full, and
     naming each tensor with numbers that are not finite; `if_not_finite` says what that means.
@@ -75,7 +79,10 @@ def write_model(
             for name, more in (beside or {}).items():
                 write_safetensors(folder / name, more)
             write_json(folder / "config.json", normalize_config(config))
-            _copy_files(source_folder, folder, template)
+            _copy_files(tokenizer_folder or source_folder, folder, _TOKENIZER)
+            _copy_files(source_folder, folder, _COPIED)
+            if template is not None:
+                shutil.copyfile(template, folder / TEMPLATE)
             _write_sums(folder, sums)
 
 
@@ -146,15 +153,13 @@ def _bytes_of(chunk: Chunk) -> tuple[Array, int]:
     return flat.view(np.uint8), count_broken(flat)
 
 
-def _copy_files(source: Path, folder: Path, template: Path | None) -> None:
-    for pattern in _COPIED:
+def _copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
         for path in source.glob(pattern):
             if path.is_file() and path.suffix != ".safetensors":
                 target = folder / path.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
-    if template is not None:
-        shutil.copyfile(template, folder / TEMPLATE)
 
 
 def _write_sums(folder: Path, sums: dict[str, str]) -> None:

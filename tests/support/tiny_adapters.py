@@ -102,3 +102,13 @@ def write_peft(
     config = AdapterConfig(str(base), rank, alpha, 0.0, ("q_proj", "down_proj"))
     write_adapter(folder, config, state, weights_hash(base))
     return folder
+
+
+def write_word_tokenizer(folder: Path, count: int) -> None:
+    """A tokenizer of `count` words, w0 and so on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(count)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))

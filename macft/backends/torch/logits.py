@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +17,12 @@ from macft.backends.torch import lora
 from macft.backends.torch.model import load
 from macft.backends.torch.step import whole_logits
 from macft.errors import MissingPackageError, ModelError
+from macft.weights.adapters.peft import WEIGHTS_NAME
 from macft.weights.layouts.litgpt import is_litgpt
+from macft.weights.tensors.safetensors import open_safetensors
 from macft.weights.tensors.torch_pickle import open_torch_file
+
+_WHOLE = re.compile(r"\.(embed_tokens|lm_head)\.(token_adapter\.)?(base_layer\.)?weight$")
 
 
 def logits(folder: Path, adapters: Sequence[MergedAdapter | Path], tokens: Sequence[int]) -> np.ndarray:
@@ -32,6 +37,7 @@ def logits(folder: Path, adapters: Sequence[MergedAdapter | Path], tokens: Seque
         else:
             model = _with_adapter(model, adapter)
             if index < len(adapters) - 1:
+                _unshare(model)
                 model = model.merge_and_unload()
     return whole_logits(model.eval(), loaded.device, tokens)
 
@@ -51,8 +57,26 @@ def _litgpt_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
     return whole_logits(model.float().eval(), torch.device("cpu"), tokens)
 
 
+def _unshare(model: torch.nn.Module) -> None:
+    """Give every module parameters of its own: PEFT would merge into a shared one what is for one of its uses."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                module.register_parameter(name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(id(parameter))
+
+
+def _vocabulary_rows(folder: Path) -> int | None:
+    """The rows of an embedding or head that an adapter's file holds as a whole."""
+    found = (tensor for tensor in open_safetensors(folder / WEIGHTS_NAME).tensors if _WHOLE.search(tensor.name))
+    return next((tensor.shape[0] for tensor in found), None)
+
+
 def _with_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     try:
+        if (rows := _vocabulary_rows(folder)) is not None and rows != model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(rows, mean_resizing=False)
         return PeftModel.from_pretrained(model, str(folder))
     except Exception as error:  # any problem of a foreign loader
         raise ModelError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())[:160]}") from error

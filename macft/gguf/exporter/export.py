@@ -17,7 +17,8 @@ from macft.gguf.vocabulary.fields import required_name, sampling_fields, tokeniz
 from macft.gguf.vocabulary.files import read_vocabulary
 from macft.gguf.writing.writer import Written, write_gguf
 from macft.weights.adapters.base_model import other_base_note
-from macft.weights.adapters.merge import merge_adapters, untie
+from macft.weights.adapters.fitting import fit, tokenizer_folder, without_copies
+from macft.weights.adapters.merge import merge_adapters
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.layouts.mlx import as_hf
@@ -61,12 +62,12 @@ def read_gguf_model(
     model: ModelFolder, adapters: Sequence[Adapter], *, template: str | None
 ) -> tuple[GgufModel, list[str]]:
     """(The model in GGUF form, none of its weights read yet, notes for the user.)"""
-    source = open_model(model.path, exact=True)
-    tied_config, tensors = as_hf(source)
-    architecture_of(tied_config)
-    config, tensors = untie(tied_config, tensors, adapters)
-    merged = merge_adapters(tensors, adapters)
-    vocabulary = read_vocabulary(model.path, config)
+    given_config, tensors = as_hf(open_model(model.path, exact=True))
+    architecture_of(given_config)
+    adapters = [without_copies(adapter, tensors) for adapter in adapters]
+    fitted = fit(given_config, tensors, adapters)
+    config, merged = fitted.config, merge_adapters(fitted.tensors, fitted.adapters)
+    vocabulary = read_vocabulary(tokenizer_folder(model.path, adapters), config)
     vocab_rows = len(vocabulary.tokens.texts)
     gguf = to_gguf(config, merged, vocab_rows=vocab_rows)
     rows = _embedding_rows(gguf, vocab_rows)
@@ -76,15 +77,18 @@ def read_gguf_model(
     fields["general.size_label"] = _size_label(gguf.tensors)
     fields |= gguf.fields
     fields |= tokenizer_fields(vocabulary, config, template=template, vocab_rows=rows)
-    notes = [*architecture_notes(config), *_notes(model, adapters, config is not tied_config)]
+    notes = [*architecture_notes(config), *_notes(model, adapters), *fitted.notes]
     return GgufModel(gguf.architecture, fields, gguf.tensors), notes
 
 
 def export_lora(model: ModelFolder, adapter: Adapter, output: Path) -> GgufReport:
     """Write an adapter as the LoRA file that llama.cpp takes with `--lora`; in float32, as its base is at run time."""
+    config, tensors = as_hf(open_model(model.path, exact=True))
+    adapter = without_copies(adapter, tensors)
     gguf = adapter_to_gguf(read_config(model.path), adapter)
     # nothing is merged: this raises what does not fit
-    merge_adapters(untie(*as_hf(open_model(model.path, exact=True)), [adapter])[1], [adapter])
+    fitted = fit(config, tensors, [adapter])
+    merge_adapters(fitted.tensors, fitted.adapters)
     notes = _notes(model, [adapter])
     broken = f"{adapter.folder} is broken; train it again"
     return GgufReport(tuple(write_gguf(gguf, {"f32": output}, if_not_finite=broken)), tuple(notes))
@@ -119,8 +123,5 @@ def _size_label(tensors: Sequence[LazyTensor]) -> str:
     return f"{value:.0f}{letter}" if value >= 10 or value == round(value) else f"{value:.1f}{letter}"
 
 
-def _notes(model: ModelFolder, adapters: Sequence[Adapter], is_untied: bool = False) -> list[str]:
-    notes = [note for adapter in adapters if (note := other_base_note(adapter, model))]
-    if is_untied:
-        notes.append("an adapter changes the output head or the embedding, which shared one matrix: the file has two")
-    return notes
+def _notes(model: ModelFolder, adapters: Sequence[Adapter]) -> list[str]:
+    return [note for adapter in adapters if (note := other_base_note(adapter, model))]

@@ -30,7 +30,7 @@ def adapter_to_gguf(config: Config, adapter: Adapter) -> GgufModel:
     problems: list[str] = []
     if adapter.config.use_dora:
         problems.append("use_dora: DoRA scales the rows of the sum, which llama.cpp cannot express")
-    problems += [f"{name} was trained in full (modules_to_save)" for name in adapter.saved]
+    problems += [f"{name} is of the model itself (modules_to_save, bias, trained tokens)" for name in adapter.own.names]
     modules = split_modules(adapter.state, adapter.config.use_dora, problems)
     if not modules:
         problems.append("holds no LoRA tensors")

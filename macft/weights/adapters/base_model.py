@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from macft.errors import ModelError
 from macft.weights.adapters.peft import Adapter
-from macft.weights.folder import ModelFolder, damage, weight_files, weights_hash
+from macft.weights.folder import ModelFolder, damage, token_ids, weight_files, weights_hash
 
-_TOKENIZER = "tokenizer.json"
 _HUB_CACHE = "models--"  # the hub cache's folder of org/name is models--org--name
 
 
@@ -47,11 +46,8 @@ def _last_part(name: str) -> str:
 
 def _check_tokens(adapter: Adapter, base: ModelFolder, trained_on: Path | None) -> None:
     folders = [adapter.folder] if trained_on is None else [adapter.folder, trained_on]
-    source = next((path for folder in folders if (path := folder / _TOKENIZER).is_file()), None)
-    own = base.path / _TOKENIZER
-    if source is None or not own.is_file():
-        return
-    expected, found = _tokens(source), _tokens(own)
+    known = next((ids for folder in folders if (ids := token_ids(folder)) is not None), {})
+    expected, found = _by_id(known), _by_id(token_ids(base.path) or {})
     # what only one of them has does no harm: added tokens, names for rows that nothing uses
     other = sorted(id_ for id_ in expected.keys() & found.keys() if expected[id_] != found[id_])
     if other:
@@ -62,15 +58,5 @@ def _check_tokens(adapter: Adapter, base: ModelFolder, trained_on: Path | None) 
         )
 
 
-def _tokens(path: Path) -> dict[int, str]:
-    """The text of each token by its id, of a tokenizer.json; empty for a file that is not one."""
-    try:
-        content = json.loads(path.read_bytes())
-        vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, list):  # a Unigram model's [text, score]
-            texts = dict(enumerate(text for text, _ in vocabulary))
-        else:
-            texts = {id_: text for text, id_ in vocabulary.items()}
-        return texts | {token["id"]: token["content"] for token in content.get("added_tokens") or []}
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        return {}
+def _by_id(ids: Mapping[str, int]) -> dict[int, str]:
+    return {id_: text for text, id_ in ids.items()}

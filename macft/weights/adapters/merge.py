@@ -6,16 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from threading import Lock
-from typing import Any
 
 import numpy as np
 
-from macft.errors import ModelError, raise_problems
+from macft.errors import raise_problems
 from macft.weights.adapters import shapes
+from macft.weights.adapters.own import OwnTensors, Rows
 from macft.weights.adapters.peft import Adapter
 from macft.weights.adapters.shapes import COPY, EMBEDDING, MAGNITUDE, PREFIX
-from macft.weights.layouts.mlx_rules import HEAD
-from macft.weights.tensors.lazy import Array, LazyTensor, cast, derived, read_rows, renamed
+from macft.weights.tensors.lazy import Array, LazyTensor, cast, derived, read_rows
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _TILE_ROWS = 8
@@ -38,7 +37,7 @@ class _Update:
     copy: Array | None
 
 
-_Change = _Update | Array  # an array replaces the base's tensor: it was trained as a whole
+_Change = _Update | Rows | Array  # an array replaces the base's tensor
 
 
 def merge_adapters(tensors: Sequence[LazyTensor], adapters: Sequence[Adapter]) -> list[LazyTensor]:
@@ -52,7 +51,7 @@ def merge_adapters(tensors: Sequence[LazyTensor], adapters: Sequence[Adapter]) -
     problems: list[str] = []
     for adapter in adapters:
         own: list[str] = []
-        for name, change in _changes(adapter, by_name, own).items():
+        for name, change in _changes(adapter, by_name, own):
             changes.setdefault(name, []).append(change)
         problems += [f"{adapter.folder}: {problem}" for problem in own]
     raise_problems("the adapter does not fit this model; nothing was merged:", problems)
@@ -66,40 +65,10 @@ def merge_problems(tensors: Mapping[str, LazyTensor], adapter: Adapter) -> list[
     return problems
 
 
-def adapted_modules(adapters: Sequence[Adapter]) -> set[str]:
-    """The modules that the adapters change, such as model.layers.0.self_attn.q_proj."""
-    whole = {name.rpartition(".")[0] for adapter in adapters for name in adapter.saved}
-    return whole.union(*(shapes.by_module(adapter.state, []) for adapter in adapters))
-
-
-def untie(
-    config: dict[str, Any], tensors: list[LazyTensor], adapters: Sequence[Adapter]
-) -> tuple[dict[str, Any], list[LazyTensor]]:
-    """Give a model whose head is its embedding a separate head, if an adapter changes either of the two.
-
-    An adapter is trained on one of them: merged into the shared matrix it would change the other too. PEFT warns
-    of this and does the same. Config and tensors are returned unchanged if there is nothing to do.
-    """
-    head = HEAD.removesuffix(".weight")
-    if not any(name == head or name.rpartition(".")[2] == "embed_tokens" for name in adapted_modules(adapters)):
-        return config, tensors
-    has_head = any(tensor.name == HEAD for tensor in tensors)
-    if not config.get("tie_word_embeddings", not has_head):
-        return config, tensors
-    embeddings = [tensor for tensor in tensors if tensor.name.endswith("embed_tokens.weight")]
-    if len(embeddings) != 1:
-        raise ModelError(
-            "an adapter changes the head or the embedding, which this model shares, and the shared matrix was not "
-            f"found ({len(embeddings)} tensors are named embed_tokens.weight); untie them before training"
-        )
-    rest = [tensor for tensor in tensors if tensor.name != HEAD]
-    return {**config, "tie_word_embeddings": False}, [*rest, renamed(embeddings[0], HEAD)]
-
-
-def _changes(adapter: Adapter, by_name: Mapping[str, LazyTensor], problems: list[str]) -> dict[str, _Change]:
-    """What an adapter does to each tensor of the model; what does not fit is added to `problems`."""
-    found: dict[str, _Change] = {}
-    named = {**adapter.state, **{f"{PREFIX}{name}": array for name, array in adapter.saved.items()}}
+def _changes(adapter: Adapter, by_name: Mapping[str, LazyTensor], problems: list[str]) -> list[tuple[str, _Change]]:
+    """What an adapter does to tensors of the model, in order; what does not fit is added to `problems`."""
+    found = _own_changes(adapter.own, by_name, problems)
+    named = {**adapter.state, **{f"{PREFIX}{name}": array for name, array in adapter.own.whole.items()}}
     problems += [
         f"{name} holds NaN or infinite numbers" for name, array in named.items() if not np.isfinite(array).all()
     ]
@@ -113,15 +82,29 @@ def _changes(adapter: Adapter, by_name: Mapping[str, LazyTensor], problems: list
         if problem is not None:
             problems.append(f"{module}: {problem}")
         else:
-            found[name] = _update(adapter, parts)
-    for name, array in adapter.saved.items():
+            found.append((name, _update(adapter, parts)))
+    return found
+
+
+def _own_changes(own: OwnTensors, by_name: Mapping[str, LazyTensor], problems: list[str]) -> list[tuple[str, _Change]]:
+    found: list[tuple[str, _Change]] = []
+    for name in own.names:
         base = by_name.get(name)
         if base is None:
-            problems.append(f"{name}, trained whole: the model has no such tensor")
-        elif base.shape != array.shape or not base.shape:
-            problems.append(f"{name}, trained whole, is {list(array.shape)}, in the model {list(base.shape)}")
-        else:
-            found[name] = array
+            problems.append(f"{name}, which the adapter holds beside LoRA: the model has no such tensor")
+            continue
+        array, rows = own.whole.get(name), own.rows.get(name)
+        if array is not None:
+            if base.shape != array.shape or not base.shape:
+                problems.append(f"{name}, trained whole, is {list(array.shape)}, in the model {list(base.shape)}")
+            found.append((name, array))
+        if rows is not None:
+            if rows.values.shape[1:] != base.shape[1:] or not all(0 <= id_ < base.shape[0] for id_ in rows.ids):
+                problems.append(
+                    f"{name}: {list(rows.values.shape)} are the trained rows of tokens {list(rows.ids)[:8]}, the model "
+                    f"has {list(base.shape)}"
+                )
+            found.append((name, rows))
     return found
 
 
@@ -165,7 +148,10 @@ def _update(adapter: Adapter, parts: dict[str, Array]) -> _Update:
 def _merged(tensor: LazyTensor, changes: list[_Change]) -> LazyTensor:
     """The tensor with all changes; rows are summed in cache-sized blocks and rounded once."""
     wide = np.promote_types(tensor.dtype, np.float32)
-    steps = [_step(tensor, changes[:index], change) for index, change in enumerate(changes)]
+    steps = [
+        _adding(tensor, changes[:index], change) if isinstance(change, _Update) else _replacing(change)
+        for index, change in enumerate(changes)
+    ]
 
     def rows(start: int, stop: int) -> Array:
         base = read_rows(tensor, start, stop)
@@ -183,14 +169,26 @@ def _merged(tensor: LazyTensor, changes: list[_Change]) -> LazyTensor:
     return derived(tensor.name, tensor.dtype, tensor.shape, rows, tensor)
 
 
-def _step(tensor: LazyTensor, earlier: list[_Change], update: _Change) -> Callable[[Array, int], None]:
+def _replacing(change: Rows | Array) -> Callable[[Array, int], None]:
+    """A function that puts trained values into a block of rows, the first of which is given."""
+
+    def replace_all(block: Array, start: int) -> None:
+        block[:] = values[start : start + len(block)]
+
+    def replace_rows(block: Array, start: int) -> None:
+        for id_, row in zip(ids, values, strict=True):
+            if start <= id_ < start + len(block):
+                block[id_ - start] = row
+
+    if isinstance(change, Rows):
+        ids, values = change.ids, change.values
+        return replace_rows
+    values = change
+    return replace_all
+
+
+def _adding(tensor: LazyTensor, earlier: list[_Change], update: _Update) -> Callable[[Array, int], None]:
     """A function that changes a block of rows, the first of which is given, in place."""
-    if isinstance(update, np.ndarray):
-
-        def replace(block: Array, start: int) -> None:
-            block[:] = update[start : start + len(block)]
-
-        return replace
 
     def add(block: Array, start: int) -> None:
         if update.copy is not None and not earlier:

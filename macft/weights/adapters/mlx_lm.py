@@ -195,7 +195,8 @@ def write_mlx_adapter(folder: Path, adapter: Adapter, base_config: Config | None
     Raises ModelError naming everything that mlx-lm cannot represent. `base_config` is needed for embeddings, heads
     and experts.
     """
-    problems: list[str] = []
+    hint = "" if base_config is not None else "; a copy of the base's is left out where the base is named"
+    problems = [f"{name} is of the model itself, for which mlx-lm has no place{hint}" for name in adapter.own.names]
     modules = shapes.split_modules(adapter.state, adapter.config.use_dora, problems)
     if not problems:
         modules = _tied_once(modules, adapter, base_config, problems)

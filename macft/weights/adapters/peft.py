@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from macft.errors import MacftError, ModelError, raise_problems
 from macft.files import write_json
 from macft.weights.adapters import shapes
 from macft.weights.adapters.experts import fuse_experts, split_experts
+from macft.weights.adapters.own import OwnTensors, split_own
 from macft.weights.layouts.mlx import LAYOUTS
 from macft.weights.model_config import Config
 from macft.weights.tensors.lazy import Array
@@ -47,14 +48,14 @@ class AdapterConfig:
 class Adapter:
     """An adapter read from disk; `base_hash` is None for adapters of other tools.
 
-    `saved` are tensors of the model that were trained as a whole (PEFT's modules_to_save), by the model's names.
+    `own` are tensors of the model itself that were saved with it.
     """
 
     folder: Path
     config: AdapterConfig
     state: State
     base_hash: str | None
-    saved: State = field(default_factory=dict)
+    own: OwnTensors = field(default_factory=OwnTensors)
 
 
 @contextmanager
@@ -133,23 +134,24 @@ def peft_config(config: AdapterConfig) -> dict[str, Any]:
     }
 
 
-_WAY_OUT = "; merge the adapter with PEFT"
-_CHANGES_BASE = f"this start changes the base's own weights as well{_WAY_OUT}"
-_NO_PLACE = f"it is not supported{_WAY_OUT}"
-_SAVED = "modules_to_save"
-# Settings that change what an adapter computes: the values that change nothing, and why others are refused.
+_MERGE_THERE = "it is not supported; merge the adapter with PEFT"
+_STAY_THERE = "it is not supported, and not even PEFT can merge it; use the adapter with PEFT"
+_REPEATED = "this start changes the base's own weights as well; merge the adapter with PEFT, which repeats the change"
+_LOST = (
+    "this start changes the base's own weights as well, in a way that cannot be repeated; save the adapter with PEFT's "
+    "save_pretrained(path_initial_model_for_weight_conversion=FIRST), FIRST being the adapter as it was before "
+    "training, or take the changed base, if it was saved, and set init_lora_weights to true"
+)
+# What the settings mean here: the values that change nothing, and why others are refused. Not listed, because the
+# weights file says it all: modules_to_save, bias, trainable_token_indices, ensure_weight_tying.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "bias": (("none", None), f"biases of the base were trained, which is not supported{_WAY_OUT}"),
-    "lora_bias": ((False, None), f"B has a bias, which is not supported{_WAY_OUT}"),
-    _SAVED: ((None, []), "whole modules were trained; merge it: macft export merged BASE --adapter DIR --output NEW"),
-    "ensure_weight_tying": ((False, None), f"head and embedding were trained as one, which is not supported{_WAY_OUT}"),
-    "layer_replication": ((None,), f"layers of the base are repeated, which is not supported{_WAY_OUT}"),
-    **dict.fromkeys(("use_qalora", "use_bdlora"), ((False, None), _NO_PLACE)),
-    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config", "velora_config"), ((None,), _NO_PLACE)),
-    "trainable_token_indices": ((None,), f"rows of the embedding were trained, which is not supported{_WAY_OUT}"),
-    "alora_invocation_tokens": ((None,), _NO_PLACE),
-    "init_lora_weights": ((True, False, None, "gaussian", "orthogonal"), _CHANGES_BASE),
+    "lora_bias": ((False, None), f"{_MERGE_THERE}, which can where the base's layers have biases"),
+    **dict.fromkeys(("use_qalora", "use_bdlora"), ((False, None), _MERGE_THERE)),
+    **dict.fromkeys(("kasa_config", "monteclora_config", "velora_config"), ((None,), _MERGE_THERE)),
+    **dict.fromkeys(("layer_replication", "arrow_config", "alora_invocation_tokens"), ((None,), _STAY_THERE)),
+    "init_lora_weights": ((True, False, None, "gaussian", "orthogonal", "eva", "mica"), _LOST),
 }
+_REPEATABLE = ("pissa", "olora", "loftq")  # starts that PEFT computes again from the base alone
 # Settings with which only the tensors say which modules have an adapter, or its shape.
 _SHAPING = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "target_parameters")
 
@@ -159,20 +161,33 @@ def read_adapter(folder: Path, base_config: Config | None = None, *, with_saved:
 
     Modules of different ranks and scales are given the same; targets that are not plain names become the full
     names of the modules. `base_config`, the base's config.json, is needed for experts and for fan_in_fan_out.
-    Modules trained as a whole are refused unless `with_saved` says that the caller handles `Adapter.saved`.
+    Tensors of the model itself are refused unless `with_saved` says that the caller handles `Adapter.own`.
     """
     raw = read_json_config(folder)
-    config = _checked(folder, raw, base_config, with_saved=with_saved)
+    config = _checked(folder, raw, base_config)
     if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS_NAME).exists():
         raise ModelError(
             f"{folder}: adapter_model.bin is pickled, and unpickling runs code from the file: load the adapter with "
             "PEFT in an environment you trust and save_pretrained() it again"
         )
     state, base_hash = read_tensors(folder, WEIGHTS_NAME)
-    state, saved = shapes.split_saved(state, raw.get(_SAVED) or [])
+    problems: list[str] = []
+    state, own = split_own(state, raw, problems)
+    raise_problems(f"{folder / WEIGHTS_NAME}: does not fit its {CONFIG_NAME}", problems)
+    if own.names and not with_saved:
+        raise ModelError(needs_merging(folder, own))
     if any(raw.get(key) for key in _SHAPING) or raw.get("layers_to_transform") == 0 or not config.target_modules:
         config, state = _shaped(folder, raw, config, state, base_config)
-    return Adapter(folder, config, state, base_hash, saved)
+    return Adapter(folder, config, state, base_hash, own)
+
+
+def needs_merging(folder: Path, own: OwnTensors) -> str:
+    """Why an adapter with tensors of the model itself cannot be attached, and the way out."""
+    shown = ", ".join(own.names[:3]) + (f" and {len(own.names) - 3} more" if len(own.names) > 3 else "")
+    return (
+        f"{folder}: holds more than LoRA: {shown} of the model itself (modules_to_save, bias, trainable tokens or a "
+        "resized vocabulary); merge it: macft export merged BASE --adapter DIR --output NEW, and use NEW"
+    )
 
 
 def read_tensors(folder: Path, name: str) -> tuple[State, str | None]:
@@ -207,20 +222,13 @@ def read_json_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _checked(folder: Path, raw: dict[str, Any], base_config: Config | None, *, with_saved: bool) -> AdapterConfig:
+def _checked(folder: Path, raw: dict[str, Any], base_config: Config | None) -> AdapterConfig:
     path = folder / CONFIG_NAME
     if "peft_type" not in raw:
         raise ModelError(f"{path}: no peft_type; expected the configuration of a PEFT adapter")
-    problems = []
+    problems = _refusals(raw)
     if raw["peft_type"] != "LORA":
         problems.append(f"peft_type is {raw['peft_type']}, expected LORA")
-    problems += [
-        f"{key} is {raw[key]!r}: {reason}"
-        for key, (harmless, reason) in _REFUSED.items()
-        if key in raw and raw[key] not in harmless and not (key == _SAVED and with_saved)
-    ]
-    if not isinstance(raw.get(_SAVED) or [], list) or not all(isinstance(name, str) for name in raw.get(_SAVED) or []):
-        problems.append(f"{_SAVED} is {raw[_SAVED]!r}, expected a list of module names")
     # PEFT resets it to false on linear layers, and the known models have no others
     if raw.get("fan_in_fan_out") and (base_config is None or base_config.get("model_type") not in LAYOUTS):
         kind = "no base was named" if base_config is None else f"{base_config.get('model_type')} is not known here"
@@ -249,6 +257,27 @@ def _checked(folder: Path, raw: dict[str, Any], base_config: Config | None, *, w
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
     )
+
+
+def _refusals(raw: Mapping[str, Any]) -> list[str]:
+    """The settings of `_REFUSED` that this adapter has, and those for the weights file that are not of their kind."""
+    if isinstance(start := raw.get("init_lora_weights"), str):
+        raw = {**raw, "init_lora_weights": start.lower()}
+    problems = [
+        f"{key} is {raw[key]!r}: {_REPEATED if raw[key] in _REPEATABLE else reason}"
+        for key, (harmless, reason) in _REFUSED.items()
+        if key in raw and raw[key] not in harmless
+    ]
+    if not _is_list(raw.get("modules_to_save"), str):
+        problems.append(f"modules_to_save is {raw['modules_to_save']!r}, expected a list of module names")
+    tokens = raw.get("trainable_token_indices")
+    if not all(_is_list(ids, int) for ids in (tokens.values() if isinstance(tokens, dict) else [tokens])):
+        problems.append(f"trainable_token_indices is {tokens!r}, expected token ids, or an object of them")
+    return problems
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return value is None or (isinstance(value, list) and all(type(item) is kind for item in value))
 
 
 def _shaped(

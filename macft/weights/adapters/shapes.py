@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def by_module(state: Mapping[str, Array], problems: list[str]) -> Modules:
     """The tensors by module, complete or not, in PEFT's names; unknown ones are added to `problems`."""
     found: Modules = {}
     for name, array in state.items():
-        suffix = _suffix_of(name)
+        suffix = suffix_of(name)
         if suffix is None or not name.startswith(PREFIX):
             problems.append(f"{name} is not a tensor of a LoRA adapter")
             continue
@@ -64,7 +64,8 @@ def by_module(state: Mapping[str, Array], problems: list[str]) -> Modules:
     return found
 
 
-def _suffix_of(name: str) -> str | None:
+def suffix_of(name: str) -> str | None:
+    """The part of a tensor's name after its module, or None for one that is not of LoRA."""
     return next((suffix for suffix in _SUFFIXES if name.endswith(f".{suffix}")), None)
 
 
@@ -78,24 +79,6 @@ def module_problem(parts: Mapping[str, Array], use_dora: bool) -> str | None:
         first, second = (list(parts[name].shape) for name in names)
         return f"{names[0]} {first} and {names[1]} {second} have no rank in common"
     return None
-
-
-def split_saved(state: Mapping[str, Array], trained_whole: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """(LoRA tensors in PEFT's names, tensors of the modules `trained_whole` in the model's), of PEFT's modules_to_save.
-
-    PEFT takes a module whose name ends in one of them, with all that is in it.
-    """
-    lora: dict[str, Array] = {}
-    saved: dict[str, Array] = {}
-    for name, array in state.items():
-        path = name.removeprefix(PREFIX)
-        parents = path.split(".")[:-1]
-        modules = [".".join(parents[: count + 1]) for count in range(len(parents))]
-        if _suffix_of(name) is None and any(module.endswith(tuple(trained_whole)) for module in modules):
-            saved[path] = array
-        else:
-            lora[name] = array
-    return lora, saved
 
 
 def join_modules(modules: Modules) -> dict[str, Array]:

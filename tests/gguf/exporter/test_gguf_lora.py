@@ -20,6 +20,7 @@ from support.tiny_models import write_model
 from support.tiny_tokenizer import CHATML, write_tiny_model
 
 from macft.errors import ModelError
+from macft.gguf.exporter.export import export_lora
 from macft.gguf.exporter.lora import adapter_to_gguf
 from macft.gguf.exporter.tensors import to_gguf
 from macft.gguf.format import GgufModel
@@ -28,6 +29,7 @@ from macft.gguf.vocabulary.files import read_vocabulary
 from macft.gguf.writing.writer import write_gguf
 from macft.weights.adapters.formats import read_any_adapter
 from macft.weights.adapters.peft import read_adapter
+from macft.weights.folder import ModelFolder
 from macft.weights.layouts.mlx import as_hf
 from macft.weights.model_config import read_config
 from macft.weights.source import open_model
@@ -181,11 +183,28 @@ def test_what_llama_cpp_cannot_apply_is_refused_by_name(tmp_path: Path) -> None:
     saved(base, tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
     assert "use_dora" in refusal(base, tmp_path / "dora")
     saved(base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["o_proj"])
-    assert "model.layers.1.self_attn.o_proj.weight was trained in full" in refusal(base, tmp_path / "whole")
+    assert "model.layers.1.self_attn.o_proj.weight is of the model itself" in refusal(base, tmp_path / "whole")
     saved(base, tmp_path / "embedding", target_modules=["q_proj", "embed_tokens"])
     assert "model.embed_tokens is an embedding" in refusal(base, tmp_path / "embedding")
     saved(base, tmp_path / "head", target_modules=["q_proj", "lm_head"])
     assert "lm_head is" in refusal(base, tmp_path / "head")
+
+
+@pytest.mark.torch
+def test_copies_of_the_base_are_left_out_and_change_no_byte(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = write_base(tmp_path / "base", "llama")
+    saved(base, tmp_path / "plain", target_modules=["q_proj"])
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "plain")
+    theirs.save_pretrained(tmp_path / "copies" / "plain", save_embedding_layers=True)
+    for folder in (tmp_path / "plain", tmp_path / "copies" / "plain"):
+        adapter = read_adapter(folder, with_saved=True)
+        assert bool(adapter.own.names) == (folder.parent != tmp_path)
+        export_lora(ModelFolder("base", base), adapter, folder / "adapter.gguf")
+    first, second = (folder / "plain" / "adapter.gguf" for folder in (tmp_path, tmp_path / "copies"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.torch

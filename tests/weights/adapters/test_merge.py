@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from macft.conversion.merged import MergeReport, export_merged
 from macft.errors import MacftError, ModelError
-from macft.weights.adapters.merge import merge_adapters, untie
+from macft.weights.adapters.fitting import fit
+from macft.weights.adapters.merge import merge_adapters
 from macft.weights.adapters.peft import Adapter, AdapterConfig, read_adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.quantization.affine import dequantize_affine, quantize_affine
@@ -140,7 +141,7 @@ def test_an_adapter_on_a_shared_embedding_unties_it_and_changes_what_it_was_trai
     expected = logits_of(PeftModel.from_pretrained(model_of(llama), adapter))
     assert np.abs(logits_of(model_of(tmp_path / "merged")) - expected).max() < CLOSE
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
-    assert any("the merged model has two" in note for note in report.notes)
+    assert any("the result has two" in note for note in report.notes)
 
 
 def test_a_shared_embedding_that_no_adapter_changes_stays_shared(llama, tmp_path):
@@ -411,7 +412,7 @@ def test_options_that_cannot_be_together_are_refused(options, words, qwen, plain
 def test_a_shared_matrix_that_cannot_be_found_is_refused():
     adapter = adapter_with({"lm_head.lora_A.weight": [[1]], "lm_head.lora_B.weight": [[1]]})
     with pytest.raises(ModelError, match="the shared matrix was not found"):
-        untie({"tie_word_embeddings": True}, [from_array("wte.weight", np.ones((1, 1)))], [adapter])
+        fit({"tie_word_embeddings": True}, [from_array("wte.weight", np.ones((1, 1)))], [adapter])
 
 
 # --- memory

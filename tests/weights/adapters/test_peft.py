@@ -180,14 +180,15 @@ def test_an_adapter_in_16_bits_is_read_exactly(dtype, model, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("bias", "all"),
         ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", "lm_head"),
         ("rank_pattern", {"q_proj": 0}),
         ("alpha_pattern", {"q_proj": "x"}),
         ("layers_to_transform", [-1]),
         ("layers_to_transform", [0]),
         ("layer_replication", [[0, 1], [0, 2]]),
         ("trainable_token_indices", [3]),
+        ("trainable_token_indices", {"embed_tokens": 3}),
         ("target_parameters", ["experts.weight"]),
         ("init_lora_weights", "pissa"),
         ("use_qalora", True),
@@ -217,7 +218,7 @@ def test_a_rank_that_the_tensors_do_not_have_is_refused_for_every_module(trained
 
 
 def test_all_problems_of_an_adapter_come_in_one_error(trained, tmp_path):
-    wrong = {"bias": "all", "r": 0, "lora_bias": True, "lora_alpha": "x", "modules_to_save": ["lm_head"]}
+    wrong = {"arrow_config": {}, "r": 0, "lora_bias": True, "lora_alpha": "x", "modules_to_save": "lm_head"}
     config = json.loads((trained / "adapter_config.json").read_text()) | wrong
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError) as error:
@@ -261,11 +262,13 @@ def test_numbers_that_are_not_finite_are_all_named(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head", "model.layers.0.mlp.experts.3.up_proj"])
-def test_what_no_engine_can_attach_to_is_sent_to_merging(module, model, tmp_path):
+def test_what_no_engine_can_attach_to_is_sent_to_merging(module, model, data, tmp_path):
     shape = AdapterConfig("other", rank=2, alpha=4.0, dropout=0.0, target_modules=(module,))
-    write_adapter(tmp_path, shape, {"a": np.zeros((2, 3), np.float32)}, "hash")
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", shape, {"a": np.zeros((2, 3), np.float32)}, "hash")
+    keys = {"adapter_name_or_path": str(tmp_path / "adapter")}
     with pytest.raises(ModelError, match="macft export merged") as error:
-        load_for_chat(model, tmp_path, "mlx")
+        train(toy_settings(model, data, tmp_path / "out", "mlx", **keys))
     assert str(tmp_path) in str(error.value) and module in str(error.value)
 
 
@@ -320,6 +323,27 @@ def test_training_goes_on_from_an_adapter_with_its_shape(engine, model, data, tr
     assert max(float(np.abs(before.state[name] - after.state[name]).max()) for name in before.state) < 1e-7
     # the last loss of the first run, rows and all, is where the second starts
     assert curve(tmp_path / "out")[0][1] < 0.9 * curve(trained)[0][1]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("engine", ENGINES)
+def test_training_goes_on_from_an_adapter_with_copies_of_the_base(engine, model, data, trained, tmp_path):
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), trained)
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    name = "base_model.model.model.embed_tokens.weight"
+    assert name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    keys = {"learning_rate": 1e-9, "num_train_epochs": 1, "lora_alpha": 5.5}
+    for adapter, out in ((trained, "plain"), (tmp_path / "adapter", "copies")):
+        train(toy_settings(model, data, tmp_path / out, engine, adapter_name_or_path=str(adapter), **keys))
+    assert curve(tmp_path / "copies") == curve(tmp_path / "plain")
+    # a copy that differs was trained
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    state[name][0, 0] += 1
+    save_file(state, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight of the model itself.*macft export merged"):
+        train(
+            toy_settings(model, data, tmp_path / "new", engine, adapter_name_or_path=str(tmp_path / "adapter"), **keys)
+        )
 
 
 def test_a_key_that_contradicts_the_adapter_is_an_error(model, data, trained, tmp_path):
