@@ -195,7 +195,7 @@ class TorchModel:
     def generate(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
     ) -> Iterator[int]:
-        with autocast(self._device, self._dtype):
+        with self._explaining(f"answering a prompt of {len(prompt)} tokens"), autocast(self._device, self._dtype):
             yield from generation.generate(
                 self._model,
                 prompt,
