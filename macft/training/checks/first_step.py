@@ -21,6 +21,7 @@ _REWARD_ROOM = 10
 # other kernels compute it. What four deviations do not explain is told, what forty do not is an error.
 _NOISE_16_BITS = 0.07
 _TOLD, _REFUSED = 4, 40
+_LEAST_16_BITS = 2e-2
 
 
 def check_start(
@@ -42,20 +43,21 @@ def check_start(
     found = result.loss - objective.ftx * sft
     # rounding of log-probabilities comes out multiplied by beta
     tolerance = _TOLERANCE * max(1.0, expected, objective.beta / _USUAL_BETA)
-    told, refused = tolerance, tolerance
+    told, refused, reward_room = tolerance, tolerance, float(_REWARD_ROOM)
     if precision != "float32":
-        # the loss of a pair changes by half of its margin's noise, that of both answers
-        noise = objective.beta / 2 * _NOISE_16_BITS * math.sqrt(2 * _tokens_per_pair(micro_batches))
-        told, refused = max(tolerance, _TOLD * noise), max(tolerance, _REFUSED * noise)
+        # of a margin, which no loss multiplies by more than this
+        noise = objective.beta * _NOISE_16_BITS * math.sqrt(2 * _tokens_per_pair(micro_batches))
+        told = max(_TOLD * noise, _LEAST_16_BITS / _TOLERANCE * tolerance)
+        refused, reward_room = told * _REFUSED / _TOLD, 1.0
     rewards = [metrics[key] for key in ("rewards/chosen", "rewards/rejected") if key in metrics]
     # the KL term is a reward too, of answers to other prompts
     rewards += [objective.beta * metrics["kl"]] if "kl" in metrics else []
     shown = " and ".join(f"{reward:+.4f}" for reward in rewards)
-    off_by = max(abs(found - expected), max(map(abs, rewards)) / _REWARD_ROOM)
+    off_by = max(abs(found - expected), max(map(abs, rewards)) / reward_room)
     if off_by <= told:
         return None
     text = (
-        f"step 1: the {name} loss is {found:.6f} with rewards {shown}, and should be {expected:.6f} with rewards 0 "
+        f"step 1: the {name} loss is {found:.6f} with rewards {shown}, and must be {expected:.6f} with rewards 0 "
         "while the policy is its own reference"
     )
     if off_by <= refused:
