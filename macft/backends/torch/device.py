@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from macft.errors import ModelError
-
-# Before the first use of CUDA: rows of ever other lengths would leave much of the memory in pieces too small to use.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

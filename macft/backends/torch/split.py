@@ -17,6 +17,7 @@ from macft.backends.batch_layout import BatchLayout
 from macft.backends.probes import agree, probe_packed, probe_pairs, probe_rows
 from macft.backends.shared import GPU_LOGITS_AT_ONCE, LOGITS_AT_ONCE
 from macft.backends.torch.out_of_memory import explaining_out_of_memory
+from macft.backends.torch.packed import has_varlen, install, segment_bounds
 
 Columns = dict[str, torch.Tensor]
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -69,20 +70,30 @@ class SplitModel:
         self.lm_head_is_frozen = lm_head_is_frozen
         self.shares_prompts = False
         self.packs = False
+        self.uses_varlen = False
         self._rows_at_once = _head_rows(int(model.config.vocab_size), device)
         # a logit in the compute type, in float32, as log-softmax and as both gradients
         self.head_bytes = 16 * self._rows_at_once * int(model.config.vocab_size)
 
     def columns(self, layout: BatchLayout) -> Columns:
-        """A layout on this device."""
-        return {name: torch.from_numpy(value).to(self.device) for name, value in layout.columns.items()}
+        """A layout on this device; of packed rows also where their examples begin, for kernels that ask."""
+        columns = {name: torch.from_numpy(value).to(self.device) for name, value in layout.columns.items()}
+        if self.uses_varlen and layout.positions is not None:
+            bounds, longest = segment_bounds(layout.positions)
+            columns |= {"bounds": torch.from_numpy(bounds).to(self.device), "longest": torch.tensor(longest)}
+        return columns
 
     def hidden(self, layout: Columns) -> torch.Tensor:
         """[K, D] (or [K, V] logits): the outputs at `rows` of a layout's columns."""
         inputs, rows = layout["inputs"], layout["rows"]
         # Padding is on the right and attention is causal, so no mask is needed. Where positions start
         # again, transformers takes another example to begin, and makes the masks, windows included.
-        packed = {"position_ids": layout["positions"].long()} if "positions" in layout else {}
+        packed: dict[str, Any] = {"position_ids": layout["positions"].long()} if "positions" in layout else {}
+        if "bounds" in layout:
+            # a mask of four dimensions is taken as it is, and these kernels need none
+            packed["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device)
+            packed["cu_seq_lens_q"] = packed["cu_seq_lens_k"] = layout["bounds"]
+            packed["max_length_q"] = packed["max_length_k"] = int(layout["longest"])
         if not self.splits:
             logits = self.model(input_ids=inputs, **packed).logits
             return logits.reshape(-1, logits.shape[-1])[rows]
@@ -194,7 +205,21 @@ def split(
     found = halves if is_same else whole
     found.shares_prompts = is_same and may_share and _can_share(halves, whole, precision)
     found.packs = may_pack and _can_pack(found, precision)
+    if found.packs and has_varlen(device, torch.float32 if precision == "float32" else torch.bfloat16):
+        _try_varlen(found, precision)
     return found
+
+
+def _try_varlen(model: SplitModel, precision: str) -> None:
+    """Attend to packed rows without a mask if that gives the logits of rows of their own."""
+    before = model.model.config._attn_implementation
+    if before != "sdpa":
+        return
+    install(model.model)
+    model.uses_varlen = True
+    if not _can_pack(model, precision):
+        model.uses_varlen = False
+        model.model.config._attn_implementation = before
 
 
 def _can_share(halves: SplitModel, whole: SplitModel, precision: str) -> bool:

@@ -49,7 +49,7 @@ def test_what_rounding_hardly_explains_is_told_and_does_not_stop_the_run():
     alarm = check(8.0, "bfloat16")
     assert alarm is not None
     assert alarm.startswith(
-        "step 1: the sigmoid loss is 0.183902 with rewards +0.8000 and -0.8000, and must be 0.693147"
+        "step 1: the sigmoid loss is 0.183901 with rewards +0.8000 and -0.8000, and must be 0.693147"
     )
     assert alarm.endswith("more than rounding to bfloat16 explains; bf16=false computes in float32")
 
