@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -76,6 +78,18 @@ def test_a_layer_of_half_a_billion_parameters_keeps_54_kilobytes_a_token(tmp_pat
 
 def test_dropout_keeps_its_masks_and_its_results(tmp_path):
     assert kept_by_a_layer(tmp_path, dropout=0.05) == pytest.approx(81_584, rel=1e-3)
+
+
+def test_measuring_leaves_nothing_behind(tiny_model):
+    """Also not through the cycle that a saved output makes with the graph that saved it."""
+    spec = ModelSpec(tiny_model("qwen3"), LoraSpec(4, 8), precision="bfloat16")
+    loaded = load_model("torch", spec, OptimizerSpec())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert memory.kept_bytes(loaded._split, 32) > 0
+    weight = weakref.ref(loaded._split.model.lm_head.weight)
+    del loaded
+    gc.collect()
+    assert weight() is None
 
 
 def run_out(*_args, **_options):

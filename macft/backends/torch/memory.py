@@ -69,7 +69,8 @@ def kept_bytes(split: SplitModel, tokens: int) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # an output that holds itself through its own graph would never be freed, nor the model with it
+        return tensor.detach()
 
     row = np.ones((1, tokens + 1), dtype=np.int32)
     batch = Batch(row, row.astype(bool), np.array([tokens + 1], dtype=np.int32))

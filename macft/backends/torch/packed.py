@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ except ImportError:  # a build without it
     varlen_attn = None
 
 NAME = "macft_packed"
+
+# before torch 2.12 there must be as many key heads as query heads
+_TAKES_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
@@ -51,17 +55,17 @@ def attend(
         raise ValueError("variable-length attention has no soft cap")
     rows, heads, length, width = query.shape
     dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
+    groups = heads // key.shape[1]
+    if groups > 1 and not _TAKES_GROUPS:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     flat = [x.transpose(1, 2).reshape(rows * length, x.shape[1], x.shape[-1]).to(dtype) for x in (query, key, value)]
-    window = kwargs.get("sliding_window")
+    longest, window = kwargs["max_length_q"], kwargs.get("sliding_window")
     output = varlen_attn(
         *flat,
-        bounds,
-        bounds,
-        kwargs["max_length_q"],
-        kwargs["max_length_q"],
+        *(bounds, bounds, longest, longest),
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=key.shape[1] != heads,
+        **({"enable_gqa": groups > 1} if _TAKES_GROUPS else {}),
     )
     return output.reshape(rows, length, heads, width), None
 
