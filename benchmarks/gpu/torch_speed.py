@@ -91,29 +91,37 @@ def attention() -> Iterator[Row]:
 
 
 def shapes() -> Iterator[Row]:
-    """Steps of shapes not seen before, beside the same shapes again."""
+    """Steps of shapes not seen before beside the same shapes again, without and with cuDNN's attention."""
     torch = torch_or_skip()
     from macft.objectives.losses import Sft
 
-    model = load(folder_of("0.5B"))
     rng = np.random.default_rng(0)
-    drawn = [(int(rng.integers(1, 9)), int(rng.integers(32, 700))) for _ in range(60)]
+    drawn = [(int(rng.integers(1, 9)), int(rng.integers(32, 700))) for _ in range(40)]
     batches = [whole_rows(*shape) for shape in drawn]
-    steps(model, Sft(), batches[:2])
-    seconds = []
-    for _ in range(2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        steps(model, Sft(), batches)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    reserved = torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated()
-    yield outcome(
-        "bf16, 60 shapes for the first time and again",
-        "first below 1.3 x again, reserved below 1.3 x allocated",
-        f"{seconds[0] / 60 * 1e3:.0f} and {seconds[1] / 60 * 1e3:.0f} ms a step, reserved {reserved:.2f} x",
-        seconds[0] < 1.3 * seconds[1] and reserved < 1.3,
-    )
+    for uses_cudnn in (False, True):
+        model = load(folder_of("0.5B"), max_length=1024)
+        torch.backends.cuda.enable_cudnn_sdp(uses_cudnn)
+        steps(model, Sft(), batches[:2])
+        seconds = []
+        for _ in range(2):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            steps(model, Sft(), batches)
+            torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - start) / len(batches))
+        reserved = torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated()
+        large = whole_rows(8, 1024)
+        found = (
+            f"{seconds[0] * 1e3:.0f} and {seconds[1] * 1e3:.0f} ms a step, reserved {reserved:.2f} x, "
+            f"8 x 1024 {8192 / timed(model, large):,.0f} tokens/s"
+        )
+        check = "bf16, 0.5B, 40 shapes for the first time and again"
+        if uses_cudnn:
+            yield measured(f"{check}, with cuDNN's attention", "", found)
+        else:
+            passes = seconds[0] < 1.3 * seconds[1] and reserved < 1.3
+            yield outcome(check, "first below 1.3 x again, reserved below 1.3 x allocated", found, passes)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def memory() -> Iterator[Row]:

@@ -13,6 +13,8 @@ def pick_device() -> torch.device:
     """CUDA, then MPS, then the CPU; raises ModelError for a GPU that this build of PyTorch has no code for."""
     if torch.cuda.is_available():
         _check_capability()
+        # cuDNN builds a plan for every new shape of a batch, which takes longer than its kernels save
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")
@@ -70,3 +72,11 @@ def compute_dtype(precision: str, device: torch.device, notes: list[str]) -> tor
         notes.append("float16 is not trainable on the CPU: computing in float32")
         return torch.float32
     return DTYPES[precision]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on a GPU."""
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

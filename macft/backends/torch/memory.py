@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from macft.backends.base import ModelSpec
 from macft.backends.batch_layout import plain_layout
 from macft.backends.memory import BYTES_PER_TRAINED, PassPlan, plan_passes
-from macft.backends.torch.device import pick_device
+from macft.backends.torch.device import free_memory, pick_device
 from macft.backends.torch.out_of_memory import is_out_of_memory
 from macft.backends.torch.split import SplitModel
 from macft.objectives.batch import Batch
@@ -49,14 +49,6 @@ def plan_device_passes(split: SplitModel, spec: ModelSpec, trained: int) -> Pass
         config.num_hidden_layers * layer_input + kept / config.num_hidden_layers,
         checkpoints=spec.gradient_checkpointing,
     )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on a GPU."""
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def kept_bytes(split: SplitModel, tokens: int) -> int:

@@ -16,11 +16,15 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from macft.backends.batch_layout import BatchLayout
 from macft.backends.probes import agree, probe_packed, probe_pairs, probe_rows
 from macft.backends.shared import GPU_LOGITS_AT_ONCE, LOGITS_AT_ONCE
+from macft.backends.torch.device import free_memory
 from macft.backends.torch.out_of_memory import explaining_out_of_memory
 from macft.backends.torch.packed import has_varlen, install, segment_bounds
 
 Columns = dict[str, torch.Tensor]
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+
+# a logit in the compute type, in float32, its log-softmax, and the gradients of these
+_BYTES_PER_LOGIT = 16
 
 
 class _Record(DynamicCache):
@@ -72,8 +76,7 @@ class SplitModel:
         self.packs = False
         self.uses_varlen = False
         self._rows_at_once = _head_rows(int(model.config.vocab_size), device)
-        # a logit in the compute type, in float32, as log-softmax and as both gradients
-        self.head_bytes = 16 * self._rows_at_once * int(model.config.vocab_size)
+        self.head_bytes = _BYTES_PER_LOGIT * self._rows_at_once * int(model.config.vocab_size)
 
     def columns(self, layout: BatchLayout) -> Columns:
         """A layout on this device; of packed rows also where their examples begin, for kernels that ask."""
@@ -164,10 +167,15 @@ class SplitModel:
 
 
 def _head_rows(vocabulary: int, device: torch.device) -> int:
-    """How many rows of logits are computed at once: each chunk reads the whole head twice, which a GPU waits for."""
+    """How many rows of logits are computed at once.
+
+    Each chunk reads the whole head twice, which a GPU waits for: there a chunk takes a sixteenth of the free memory,
+    at most a gigabyte.
+    """
     if device.type == "cpu":
         return max(1, LOGITS_AT_ONCE // vocabulary)
-    return max(512, GPU_LOGITS_AT_ONCE // vocabulary // 128 * 128)
+    logits = min(GPU_LOGITS_AT_ONCE, free_memory(device) // (16 * _BYTES_PER_LOGIT))
+    return max(128, logits // vocabulary // 128 * 128)
 
 
 @contextmanager
