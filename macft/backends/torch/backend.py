@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from macft.backends.base import ModelInfo, ModelSpec, OptimizerSpec, Sampling, StepResult
-from macft.backends.batch_layout import lay_out
+from macft.backends.batch_layout import GPU_MIN_SAVING, MIN_SAVING, lay_out
 from macft.backends.loss_scale import LossScale
 from macft.backends.memory import PassPlan
 from macft.backends.shared import CPU_TOKENS_AT_ONCE, dropout_seed, load_notes, step_parts
@@ -43,21 +43,11 @@ def load(spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) 
     inner, device, dtype = loaded.model, loaded.device, loaded.dtype
     if spec.merged_adapter is not None:
         inner = lora.merge(inner, spec.merged_adapter)
-    model = inner
-    targets: list[str] = []
-    if spec.lora is None:
-        inner.requires_grad_(spec.full)
-    else:
-        model, targets = lora.attach(inner, spec.lora, spec.seed)
+    model, targets = _with_adapter(inner, spec)
     # What is trained stays in float32, and so do DoRA's norms; all else is in the compute type already.
     keeps_float32 = optimizer is not None or spec.full or (spec.lora is not None and spec.lora.use_dora)
     autocast_dtype = dtype if keeps_float32 else torch.float32
-    if autocast_dtype != torch.float32:
-        lora.compute_under_autocast(model)
-    else:
-        for parameter in lora.trainable_parameters(model).values():
-            parameter.data = parameter.data.to(dtype)
-    model.eval()
+    lora.compute_in(model, dtype, under_autocast=keeps_float32)
     precision = str(dtype).removeprefix("torch.")
     with autocast(device, autocast_dtype):
         halves = split(
@@ -96,6 +86,14 @@ def load(spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) 
     return TorchModel(info, model, halves, autocast_dtype, optimizer, seed, group, passes.tokens_at_once)
 
 
+def _with_adapter(model: torch.nn.Module, spec: ModelSpec) -> tuple[torch.nn.Module, list[str]]:
+    """The model to run, in evaluation mode, and the modules that carry an adapter."""
+    if spec.lora is None:
+        return model.requires_grad_(spec.full).eval(), []
+    adapted, targets = lora.attach(model, spec.lora, spec.seed)
+    return adapted.eval(), targets
+
+
 class TorchModel:
     """A model on CUDA, MPS or the CPU: `macft.backends.base.Model`, whose docstrings hold for its methods."""
 
@@ -118,7 +116,9 @@ class TorchModel:
         self._dropout_seed = dropout_seed
         self._group = group
         self._tokens_at_once = tokens_at_once
-        self._multiple = 1 if self._device.type == "cpu" else GPU_LENGTH_MULTIPLE
+        on_cpu = self._device.type == "cpu"
+        self._multiple = 1 if on_cpu else GPU_LENGTH_MULTIPLE
+        self._min_saving = MIN_SAVING if on_cpu else GPU_MIN_SAVING
         self._loss_scale = LossScale() if dtype == torch.float16 else None
         self._steps_taken = 0
         self._peak = 0
@@ -175,7 +175,13 @@ class TorchModel:
         return explaining_out_of_memory(self._device, doing + of)
 
     def _logps(self, batch: NumpyBatch, positions: np.ndarray) -> torch.Tensor:
-        layout = lay_out(batch, positions, share=self._split.shares_prompts, multiple=self._multiple)
+        layout = lay_out(
+            batch,
+            positions,
+            share=self._split.shares_prompts,
+            multiple=self._multiple,
+            min_saving=self._min_saving,
+        )
         return token_logps(self._split, layout, positions.shape)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:

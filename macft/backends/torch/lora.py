@@ -47,12 +47,18 @@ def attach(model: torch.nn.Module, spec: LoraSpec, seed: int) -> tuple[torch.nn.
     return model, targets
 
 
-def compute_under_autocast(model: torch.nn.Module) -> None:
-    """Leave casts to autocast, and take DoRA's magnitudes from float32 norms, as its forward pass does.
+def compute_in(model: torch.nn.Module, dtype: torch.dtype, *, under_autocast: bool) -> None:
+    """Let adapters compute in a type; `under_autocast` they stay in float32, and each product casts its operands.
 
-    Autocast casts the operands of each product itself: the float32 copies of them that PEFT makes would be kept
-    beside its own.
+    The float32 copies of the operands that PEFT makes would be kept beside autocast's own. DoRA's magnitudes become
+    float32 norms, as its forward pass computes them.
     """
+    if dtype == torch.float32:
+        return
+    if not under_autocast:
+        for parameter in trainable_parameters(model).values():
+            parameter.data = parameter.data.to(dtype)
+        return
     for module in model.modules():
         if not isinstance(module, LoraLayer):
             continue
