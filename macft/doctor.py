@@ -23,7 +23,7 @@ from macft.engines import BACKENDS
 from macft.errors import ConfigError
 from macft.files import cache_dir
 from macft.hub.modelscope import OFFLINE_VARIABLES
-from macft.system import installed_version, is_on, usable_cores
+from macft.system import installed_version, is_on, total_memory, usable_cores
 from macft.text import size
 
 Status = Literal["ok", "optional", "missing", "warning"]
@@ -108,8 +108,7 @@ def _machine() -> Iterator[Finding]:
     if sys.platform == "darwin":
         system = f"macOS {platform.mac_ver()[0]}"
     yield Finding("Python", "ok", f"{platform.python_version()} on {system}, {platform.machine()}")
-    if sys.platform != "win32":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if memory := total_memory():
         yield Finding("memory", "ok", size(memory))
     yield Finding("cores", "ok", str(usable_cores()))
     cache = cache_dir()

@@ -42,6 +42,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def total_memory() -> int:
+    """The memory of this machine in bytes; 0 on Windows, where Python cannot tell."""
+    return 0 if sys.platform == "win32" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 @contextmanager
 def keep_awake() -> Iterator[None]:
     """On macOS, keep the machine awake with `caffeinate` for as long as this block, or process, lives."""

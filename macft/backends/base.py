@@ -52,6 +52,7 @@ class ModelSpec:
     quantization_bit: int | None = None  # 4 or 8
     gradient_checkpointing: bool = False
     max_length: int = 0  # of the longest example to come; 0: unknown
+    rows_per_example: int = 1  # 2 for the two answers of a pair, which are computed together
     packing: bool = False  # whether rows will hold several examples
     from_scratch: bool = False  # `folder` holds only a config.json; weights are drawn with `seed`
     seed: int = 0
@@ -87,6 +88,7 @@ class StepResult:
     loss: float
     grad_norm: float
     metrics: dict[str, float] = field(default_factory=dict)
+    is_skipped: bool = False  # float16 gradients overflowed: nothing was updated, and the loss scale was halved
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Trainable(Protocol):
         """Replace the trained parameters; raises ModelError listing names and shapes that do not fit."""
 
     def optimizer_state(self) -> State:
-        """Moments as `NAME.exp_avg` and `NAME.exp_avg_sq`; empty before the first step."""
+        """Moments as `NAME.exp_avg` and `NAME.exp_avg_sq`, empty before the first step; in float16 `loss_scale` too."""
 
     def set_optimizer_state(self, state: State, step: int) -> None:
         """Replace the moments by those after `step` optimizer steps."""

@@ -8,7 +8,11 @@ import numpy as np
 
 from macft.backends.batch_layout import BatchLayout, plain_layout, shared_layout
 from macft.data.batches import unpack
+from macft.errors import MacftError
 from macft.objectives.batch import Batch
+
+# Rounding to 16 bits in other kernels gave 0.01 to 0.06 on real models, examples that see each other 0.7 to 1.5.
+_LIMITS = {"float32": 1e-4, "bfloat16": 0.2, "float16": 0.2}
 
 
 class ComputesLogits(Protocol):
@@ -19,14 +23,23 @@ class ComputesLogits(Protocol):
 
 
 def agree(
-    fast: ComputesLogits, layout: BatchLayout, plain: ComputesLogits, plain_layout: BatchLayout, tolerance: float
+    fast: ComputesLogits, layout: BatchLayout, plain: ComputesLogits, plain_layout: BatchLayout, precision: str
 ) -> bool:
-    """Whether a faster way gives the logits of the plain one, at layouts of the same positions."""
+    """Whether a faster way gives the logits of the plain one, at layouts of the same positions.
+
+    Judged by the root mean square of the difference as a share of the logits' spread. Raises MacftError when the
+    device itself fails, which says nothing about the model.
+    """
     try:
         found, expected = fast.logits(layout), plain.logits(plain_layout)
+    except MacftError:
+        raise
     except Exception:  # whatever a foreign model file does not expect
         return False
-    return found.shape == expected.shape and bool(np.allclose(found, expected, rtol=tolerance, atol=tolerance))
+    if found.shape != expected.shape:
+        return False
+    difference = np.sqrt(np.mean(np.square(found - expected), dtype=np.float64))
+    return bool(difference <= _LIMITS[precision] * expected.std(dtype=np.float64))
 
 
 def probe_rows() -> BatchLayout:

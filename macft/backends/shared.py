@@ -16,6 +16,8 @@ from macft.weights.adapters.peft import State
 
 # The head computes so many logits at a time: 32 MB in float32.
 LOGITS_AT_ONCE = 1 << 23
+# On a GPU, whose memory each chunk reads the head from, it is so many at most: 1 GB with what is kept beside them.
+GPU_LOGITS_AT_ONCE = 1 << 26
 # On a CPU the activations of a step are bounded by passes of so many tokens.
 CPU_TOKENS_AT_ONCE = 1024
 

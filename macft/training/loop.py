@@ -120,8 +120,14 @@ class TrainingLoop:
         seconds = time.perf_counter() - start
         step = before.step + 1
         if before.step == 0 and not self.settings.names_reference:
-            check_start(self.objective, result, self.model.info.precision)
-        if _has_diverged(result, micro_batches):
+            alarm = check_start(self.objective, result, micro_batches, self.model.info.precision)
+            self._warn([alarm] if alarm is not None else [])
+        if result.is_skipped:
+            self.report.message(
+                f"step {step}: float16 gradients overflowed; nothing is updated, the loss scale is halved"
+            )
+            result = replace(result, grad_norm=0.0)
+        elif _has_diverged(result, micro_batches):
             raise MacftError(
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; training has diverged: "
                 "lower learning_rate, or compute in float32 (bf16=false)"

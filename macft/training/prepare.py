@@ -213,6 +213,7 @@ def model_spec(settings: Settings, prepared: Prepared) -> ModelSpec:
         quantization_bit=settings.quantization_bit,
         gradient_checkpointing=settings.gradient_checkpointing,
         max_length=prepared.max_length,
+        rows_per_example=2 if settings.is_preference else 1,
         packing=settings.is_packed,
         from_scratch=prepared.from_scratch,
         seed=settings.seed,

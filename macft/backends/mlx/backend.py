@@ -40,12 +40,13 @@ def load(spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) 
         targets, dropout = lora.attach(model, spec.lora, spec.seed)
     elif not spec.full:
         model.freeze()
+    precision = str(loaded.dtype).rsplit(".", 1)[-1]
     halves = split(
         model,
         lm_head_is_frozen=not spec.full,
         may_share=not spec.gradient_checkpointing,
         may_pack=spec.packing and loaded.rope_problem is None,
-        tolerance=1e-4 if loaded.dtype == mx.float32 and not models.on_gpu() else 2e-2,
+        precision=precision,
     )
     has_lm_head = halves.backbone is not None
     notes = load_notes(spec, has_lm_head=has_lm_head, packs=halves.packs, rope_problem=loaded.rope_problem)
@@ -56,7 +57,7 @@ def load(spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) 
     trainable, total = models.count_parameters(model)
     info = ModelInfo(
         device="Metal" if models.on_gpu() else "CPU",
-        precision=str(loaded.dtype).rsplit(".", 1)[-1],
+        precision=precision,
         trainable_parameters=trainable,
         total_parameters=total,
         target_modules=tuple(targets),

@@ -148,16 +148,14 @@ class SplitModel:
         return logps * layout["valid"]
 
 
-def split(
-    model: nn.Module, *, lm_head_is_frozen: bool, may_share: bool, may_pack: bool, tolerance: float
-) -> SplitModel:
+def split(model: nn.Module, *, lm_head_is_frozen: bool, may_share: bool, may_pack: bool, precision: str) -> SplitModel:
     """Split a model; the halves, shared prompts and packing are each used only if they change no logit."""
-    found = _split(model, lm_head_is_frozen=lm_head_is_frozen, may_share=may_share, tolerance=tolerance)
-    found.packs = may_pack and _can_pack(found, tolerance)
+    found = _split(model, lm_head_is_frozen=lm_head_is_frozen, may_share=may_share, precision=precision)
+    found.packs = may_pack and _can_pack(found, precision)
     return found
 
 
-def _split(model: nn.Module, *, lm_head_is_frozen: bool, may_share: bool, tolerance: float) -> SplitModel:
+def _split(model: nn.Module, *, lm_head_is_frozen: bool, may_share: bool, precision: str) -> SplitModel:
     whole = SplitModel(model, None, lm_head_is_frozen)
     owner = getattr(model, "language_model", model)
     name = next((name for name in BACKBONES if isinstance(owner.get(name), nn.Module)), None)
@@ -168,26 +166,26 @@ def _split(model: nn.Module, *, lm_head_is_frozen: bool, may_share: bool, tolera
     object.__setattr__(owner, name, backbone)
     halves = SplitModel(model, backbone, lm_head_is_frozen)
     rows = probe_rows()
-    if not agree(halves, rows, whole, rows, tolerance):
+    if not agree(halves, rows, whole, rows, precision):
         object.__delattr__(owner, name)
         return whole
-    halves.shares_prompts = may_share and _can_share(halves, whole, tolerance)
+    halves.shares_prompts = may_share and _can_share(halves, whole, precision)
     return halves
 
 
-def _can_share(halves: SplitModel, whole: SplitModel, tolerance: float) -> bool:
+def _can_share(halves: SplitModel, whole: SplitModel, precision: str) -> bool:
     """Whether attention has no window or state of its own, and shared prompts give the same logits."""
     if any(type(cache) is not KVCache for cache in make_prompt_cache(halves.model)):
         return False
     shared, plain = probe_pairs()
-    return agree(halves, shared, whole, plain, tolerance)
+    return agree(halves, shared, whole, plain, precision)
 
 
-def _can_pack(model: SplitModel, tolerance: float) -> bool:
+def _can_pack(model: SplitModel, precision: str) -> bool:
     """Whether examples in one row get the logits of rows of their own; the rotary modules then stay able to restart."""
     packed, plain = probe_packed()
     restore = restarting_rope(model.model)
-    is_same = agree(model, packed, model, plain, tolerance)
+    is_same = agree(model, packed, model, plain, precision)
     if not is_same:
         restore()
     return is_same

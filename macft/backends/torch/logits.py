@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from macft.backends.base import MergedAdapter, ModelSpec
 from macft.backends.torch import lora
+from macft.backends.torch.memory import device_for_float32
 from macft.backends.torch.model import load
 from macft.backends.torch.step import whole_logits
 from macft.errors import MissingPackageError, ModelError
@@ -29,7 +30,8 @@ def logits(folder: Path, adapters: Sequence[MergedAdapter | Path], tokens: Seque
     """See `LogitsModule.logits`; of adapters given as folders PEFT merges all but the last."""
     if is_litgpt(folder):
         return _litgpt_logits(folder, tokens)
-    loaded = load(ModelSpec(folder, lora=None, precision="float32"))
+    spec = ModelSpec(folder, lora=None, precision="float32")
+    loaded = load(spec, device_for_float32(folder))
     model = loaded.model
     for index, adapter in enumerate(adapters):
         if isinstance(adapter, MergedAdapter):

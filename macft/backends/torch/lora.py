@@ -7,6 +7,8 @@ import warnings
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 
 from macft.backends.base import LoraSpec, MergedAdapter
 from macft.backends.shared import check_state_fits, initial_lora_a, select_targets
@@ -45,6 +47,28 @@ def attach(model: torch.nn.Module, spec: LoraSpec, seed: int) -> tuple[torch.nn.
     return model, targets
 
 
+def compute_in(model: torch.nn.Module, dtype: torch.dtype, *, under_autocast: bool) -> None:
+    """Let adapters compute in a type; `under_autocast` they stay in float32, and each product casts its operands.
+
+    The float32 copies of the operands that PEFT makes would be kept beside autocast's own. DoRA's magnitudes become
+    float32 norms, as its forward pass computes them.
+    """
+    if dtype == torch.float32:
+        return
+    if not under_autocast:
+        for parameter in trainable_parameters(model).values():
+            parameter.data = parameter.data.to(dtype)
+        return
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if not module.lora_magnitude_vector:
+            module.cast_input_dtype_enabled = False
+        for magnitude in module.lora_magnitude_vector.values():
+            weight = dequantize_module_weight(module.get_base_layer()).float()
+            magnitude.weight.data.copy_(torch.linalg.norm(weight, dim=1))
+
+
 def merge(model: torch.nn.Module, adapter: MergedAdapter) -> torch.nn.Module:
     """Add an adapter to the weights of its targets; raises ConfigError or ModelError if it does not fit."""
     wrapped, _ = attach(model, adapter.lora, seed=0)
@@ -67,7 +91,9 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """A float32 copy on the host."""
-    return tensor.detach().float().cpu().numpy().copy()
+    found = tensor.detach().float().cpu()
+    # a device's values are copied already
+    return (found.clone() if found.data_ptr() == tensor.data_ptr() else found).numpy()
 
 
 def set_trainable_state(model: torch.nn.Module, state: State) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +19,14 @@ from transformers.utils import logging as transformers_logging
 from macft.backends.base import ModelSpec
 from macft.backends.batch_layout import rope_problem
 from macft.backends.shared import initial_value
+from macft.backends.torch.device import compute_dtype, pick_device
+from macft.backends.torch.out_of_memory import explaining_out_of_memory
 from macft.errors import MacftError, MissingPackageError, ModelError
 from macft.weights.layouts.mlx import LAYOUTS, as_hf
 from macft.weights.model_config import check_text_model, read_config
 from macft.weights.quantization.affine import LOAD_GROUP_SIZE, quantization_of, roundtrip_affine
 from macft.weights.source import open_model
 from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -38,26 +40,20 @@ class LoadedTorchModel:
     rope_problem: str | None  # why rows cannot hold several examples
 
 
-def pick_device() -> torch.device:
-    """CUDA, then MPS, then the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def load(spec: ModelSpec) -> LoadedTorchModel:
-    """Load a folder in HF or MLX layout, quantized or not, in the precision of this device."""
+def load(spec: ModelSpec, device: torch.device | None = None) -> LoadedTorchModel:
+    """Load a folder in HF or MLX layout, quantized or not, in the precision of the device."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    device = pick_device()
+    # some containers switch float32 products to TF32, which has 10 bits
+    torch.set_float32_matmul_precision("highest")
+    device = device or pick_device()
     notes: list[str] = []
-    dtype = _compute_dtype(spec.precision, device, notes)
+    dtype = compute_dtype(spec.precision, device, notes)
     # A fully trained model keeps float32 weights and computes in `dtype` under autocast.
     weight_dtype = torch.float32 if spec.full else dtype
     try:
-        model = _from_folder(spec, device, weight_dtype, notes)
+        with explaining_out_of_memory(device, f"loading {spec.folder.name}"):
+            model = _from_folder(spec, device, weight_dtype, notes).to(device)
     except MacftError:
         raise
     except Exception as error:  # any problem of a foreign loader
@@ -68,9 +64,8 @@ def load(spec: ModelSpec) -> LoadedTorchModel:
         ) from error
     model.config.use_cache = False
     _train_every_row(model)
-    is_placed = spec.quantization_bit is not None and device.type == "cuda"
     problem = rope_problem(read_config(spec.folder), spec.max_length)
-    return LoadedTorchModel(model if is_placed else model.to(device), device, dtype, notes, problem)
+    return LoadedTorchModel(model, device, dtype, notes, problem)
 
 
 def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, notes: list[str]) -> torch.nn.Module:
@@ -82,14 +77,9 @@ def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, note
         notes.append("the MLX-quantized base is dequantized: PyTorch has no kernels for it")
         return _from_tensors(spec.folder, *_dequantized(spec.folder), dtype)
     if spec.quantization_bit is None:
-        return _pretrained(spec, dtype)
+        return _pretrained(spec, dtype, device)
     if device.type == "cuda":
-        return _pretrained(
-            spec,
-            dtype,
-            quantization_config=_bitsandbytes(spec.quantization_bit, dtype),
-            device_map={"": device},
-        )
+        return _pretrained(spec, dtype, device, _bitsandbytes(spec.quantization_bit, dtype))
     notes.append(
         f"quantization_bit {spec.quantization_bit}: values are rounded to MLX's affine groups, then computed dense"
     )
@@ -128,17 +118,24 @@ def _started(config: dict[str, Any], seed: int, dtype: torch.dtype) -> torch.nn.
     return model.eval()
 
 
-def _pretrained(spec: ModelSpec, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
-    """Load a model as its files say; tensors that they lack, which transformers would draw at random, are an error."""
+def _pretrained(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, quantization: BitsAndBytesConfig | None = None
+) -> torch.nn.Module:
+    """Load a model as its files say, straight to its device.
+
+    Tensors that the files lack, which transformers would draw at random, are an error.
+    """
     model, info = AutoModelForCausalLM.from_pretrained(
         spec.folder,
         config=_with_pad_inside(AutoConfig.from_pretrained(spec.folder)),
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
+        quantization_config=quantization,
         # else transformers would apply an adapter that lies in the folder: this is where it looks for one instead
         adapter_kwargs={"subfolder": "no-adapter"},
-        **options,
+        # through the host's memory a model of 8 billion parameters would pass whole
+        device_map=None if device.type == "cpu" else {"": device},
     )
     if invalid := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise ModelError(
@@ -195,24 +192,11 @@ def _from_tensors(
 def _bitsandbytes(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackageError("quantization_bit on CUDA needs bitsandbytes: pip install bitsandbytes")
+    # in 8 bits it says at every product that it casts to float16
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def _compute_dtype(precision: str, device: torch.device, notes: list[str]) -> torch.dtype:
-    if precision == "auto":
-        has_bf16 = device.type == "mps" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
-        return torch.bfloat16 if has_bf16 else torch.float32
-    if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        notes.append("this GPU has no bfloat16: computing in float32")
-        return torch.float32
-    if precision == "float16" and device.type == "cpu":
-        notes.append("float16 is not trainable on the CPU: computing in float32")
-        return torch.float32
-    if precision == "float16":
-        notes.append("float16 gradients are not scaled here: bf16=true is safer")
-    return DTYPES[precision]
 
 
 def checkpoint_layers(model: torch.nn.Module) -> None:
@@ -223,6 +207,10 @@ def checkpoint_layers(model: torch.nn.Module) -> None:
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters."""
+    """(trainable, all) parameters; a quantized matrix counts as many as it stands for."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    # bitsandbytes packs two numbers of 4 bits into a byte
+    return trainable, sum(
+        math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel() for p in parameters
+    )

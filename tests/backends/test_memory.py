@@ -1,0 +1,147 @@
+"""How much of a step a device holds at once, and what is said when it runs out of memory."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from support.engines import load_model, train_step
+from support.tiny_models import random_examples, write_model
+
+from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec
+from macft.backends.memory import plan_passes
+from macft.backends.torch import backend as torch_backend
+from macft.backends.torch import memory, model
+from macft.backends.torch.split import SplitModel
+from macft.data.batches import collate
+from macft.errors import ModelError
+from macft.objectives.losses import Sft
+
+pytestmark = pytest.mark.usefixtures("small_threads")
+
+# Qwen2.5-0.5B's block
+HALF_BILLION = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+}
+GB = 10**9
+
+
+def test_a_pass_holds_as_many_rows_as_fit_into_the_memory_that_is_left():
+    # 24 layers of Qwen2.5-0.5B keep 1.3 MB a token; 85 % of the memory is used
+    plan = plan_passes(10 * GB, 2048, 1.3e6, 0.1e6, checkpoints=False)
+    assert (plan.tokens_at_once, plan.checkpoints, plan.note) == (int(8.5 * GB / 1.3e6), False, None)
+
+
+def test_a_row_that_does_not_fit_switches_checkpointing_on_and_says_so():
+    plan = plan_passes(3 * GB, 2048, 1.3e6, 0.1e6, checkpoints=False)
+    assert (plan.tokens_at_once, plan.checkpoints) == (int(2.55 * GB / 0.1e6), True)
+    assert plan.note == (
+        "gradient_checkpointing is on: without it the longest row, 2048 tokens, does not fit into the 3.0 GB that are "
+        "free"
+    )
+    asked = plan_passes(3 * GB, 2048, 1.3e6, 0.1e6, checkpoints=True)
+    assert asked == replace(plan, note=None)
+
+
+@pytest.mark.parametrize("free", [-GB, 0, 10**6])
+def test_a_row_that_fits_neither_way_is_still_tried(free):
+    plan = plan_passes(free, 2048, float("inf"), float("inf"), checkpoints=False)
+    assert (plan.tokens_at_once, plan.checkpoints) == (2048, True)
+
+
+def kept_by_a_layer(folder, **options) -> float:
+    """Bytes that one more token keeps in one more layer, in bfloat16."""
+    kept = []
+    for layers in (1, 2):
+        path = write_model(folder / str(layers), "qwen2", **HALF_BILLION, num_hidden_layers=layers)
+        spec = ModelSpec(path, LoraSpec(8, 16, **options), precision="bfloat16")
+        loaded = load_model("torch", spec, OptimizerSpec())
+        loaded._model.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            kept.append([memory.kept_bytes(loaded._split, tokens) for tokens in (64, 128)])
+    [one, two] = [(long - short) / 64 for short, long in kept]
+    return two - one
+
+
+def test_a_layer_of_half_a_billion_parameters_keeps_54_kilobytes_a_token(tmp_path):
+    # counted by hand from the operations: 61,104 with the copies in float32 that PEFT would make
+    assert kept_by_a_layer(tmp_path) == pytest.approx(53_936, rel=1e-3)
+
+
+def test_dropout_keeps_its_masks_and_its_results(tmp_path):
+    assert kept_by_a_layer(tmp_path, dropout=0.05) == pytest.approx(81_584, rel=1e-3)
+
+
+def test_measuring_leaves_nothing_behind(tiny_model):
+    """Also not through the cycle that a saved output makes with the graph that saved it."""
+    spec = ModelSpec(tiny_model("qwen3"), LoraSpec(4, 8), precision="bfloat16")
+    loaded = load_model("torch", spec, OptimizerSpec())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert memory.kept_bytes(loaded._split, 32) > 0
+    weights = [weakref.ref(parameter) for parameter in loaded._split.model.parameters()]
+    del loaded
+    gc.collect()
+    assert not [weight for weight in weights if weight() is not None]
+
+
+def run_out(*_args, **_options):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+ONE_LINE = (
+    r"is out of memory {doing}, with [0-9.]+ [MG]B of [0-9.]+ GB in use: lower per_device_train_batch_size \(and "
+    r"raise gradient_accumulation_steps by as much: the same curve\) or cutoff_len, set gradient_checkpointing: true, "
+    r"or take the base in 4 bits \(quantization_bit: 4\)$"
+)
+
+
+def test_memory_that_runs_out_at_load_is_one_line(tiny_model, monkeypatch):
+    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", run_out)
+    with pytest.raises(ModelError, match=ONE_LINE.format(doing="loading \\S+")):
+        load_model("torch", ModelSpec(tiny_model("llama"), None))
+
+
+def test_memory_that_runs_out_while_a_model_is_tried_is_no_property_of_the_model(tiny_model, monkeypatch):
+    monkeypatch.setattr(SplitModel, "hidden", run_out)
+    with pytest.raises(ModelError, match=ONE_LINE.format(doing="trying the model on a few tokens")):
+        load_model("torch", ModelSpec(tiny_model("llama"), LoraSpec(4, 8)), OptimizerSpec())
+
+
+@pytest.fixture
+def loaded(tiny_model) -> torch_backend.TorchModel:
+    return load_model("torch", ModelSpec(tiny_model("llama"), LoraSpec(4, 8)), OptimizerSpec())
+
+
+def test_memory_that_runs_out_in_a_step_is_one_line(loaded, monkeypatch):
+    batch = collate(random_examples(3, seed=1))
+    monkeypatch.setattr(SplitModel, "hidden", run_out)
+    rows = f"in a training step of 3 rows of {batch.tokens.shape[1]} tokens"
+    with pytest.raises(ModelError, match=ONE_LINE.format(doing=rows)):
+        train_step(loaded, Sft(), [batch], lr=1e-3, step=0)
+    with pytest.raises(ModelError, match=ONE_LINE.format(doing=rows.replace("in a training step", "scoring"))):
+        loaded.logps(batch, batch.loss_mask[:, 1:])
+
+
+def test_memory_that_runs_out_in_an_answer_is_one_line(loaded, monkeypatch):
+    monkeypatch.setattr(type(loaded._model.base_model.model), "forward", run_out)
+    with pytest.raises(ModelError, match=ONE_LINE.format(doing="answering a prompt of 3 tokens")):
+        list(loaded.generate([1, 2, 3], max_new_tokens=4, stop_ids=frozenset(), sampling=torch_backend.Sampling()))
+    with pytest.raises(ModelError, match=ONE_LINE.format(doing="computing the logits of 3 tokens")):
+        loaded.logits([1, 2, 3])
+
+
+def test_another_error_of_a_step_stays_what_it_is(loaded, monkeypatch):
+    def fail(*_args):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(SplitModel, "hidden", fail)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        train_step(loaded, Sft(), [collate(random_examples(1, seed=1))], lr=1e-3, step=0)
