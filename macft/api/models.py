@@ -21,7 +21,7 @@ from macft.data.tokenization.table import TokenizedExample
 from macft.errors import DataError
 from macft.files import StrPath
 from macft.inference.chat import MAX_NEW_TOKENS, ChatModel, answer, fit_prompt
-from macft.inference.load import load_chat_model
+from macft.inference.load import ChatOptions, load_chat_model
 from macft.inference.prompts import user_turn
 
 logger = logging.getLogger("macft")
@@ -99,20 +99,20 @@ def load_model(
     backend: str = "auto",
     template: StrPath | None = None,
     raw: bool = False,
+    quantization_bit: int | None = None,
 ) -> LanguageModel:
     """Load a model by built-in name, hub id, folder or .gguf file, with an adapter of PEFT or mlx-lm on it.
 
     `backend` is auto, mlx or torch. The adapter's chat template comes before the model's own; `template` names another
     one, a Jinja file or LLaMA-Factory's name; `raw` uses none: a prompt is then continued as it is.
+    `quantization_bit`, 4 or 8, quantizes the base; without it the base is quantized as it was for the adapter's run.
     Raises ModelError for a model or adapter that is missing, damaged or does not fit, MissingPackageError when the
     engine is not installed.
     """
     chat = load_chat_model(
         os.fspath(name),
         os.fspath(adapter) if adapter is not None else None,
-        backend_name=backend,
-        template=os.fspath(template) if template is not None else None,
-        raw=raw,
+        ChatOptions(backend, os.fspath(template) if template is not None else None, raw, quantization_bit),
     )
     for note in chat.model.info.notes:
         logger.warning(note)

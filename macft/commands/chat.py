@@ -37,6 +37,7 @@ def chat(
     raw: bool,
     backend: str,
     template: str | None,
+    quantization_bit: int | None,
     max_new_tokens: int,
     **sampling: Any,
 ) -> None:
@@ -57,7 +58,9 @@ def chat(
         conversations = [user_turn(prompt)]
     elif prompt_file is not None:
         conversations = read_prompts(prompt_file)
-    loaded = load_model(model, adapter=adapter, backend=backend, template=template, raw=raw)
+    loaded = load_model(
+        model, adapter=adapter, backend=backend, template=template, raw=raw, quantization_bit=quantization_bit
+    )
     chat_model = replace(loaded.chat, sampling=Sampling(**sampling), max_new_tokens=max_new_tokens)
     if conversations is not None:
         conversations = [with_system(messages, system) for messages in conversations]

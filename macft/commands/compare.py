@@ -22,6 +22,7 @@ def compare(
     prompts: Path,
     backend: str,
     template: str | None,
+    quantization_bit: int | None,
     max_new_tokens: int,
     as_json: bool,
 ) -> None:
@@ -30,13 +31,12 @@ def compare(
 
     from macft.inference.compare import as_json as to_json
     from macft.inference.compare import compare as show
-    from macft.inference.load import compare_answers
+    from macft.inference.load import ChatOptions, compare_answers
     from macft.inference.prompts import last_question, read_prompts
 
     conversations = read_prompts(prompts)
-    answers = compare_answers(
-        model, adapters, conversations, backend_name=backend, template=template, max_new_tokens=max_new_tokens
-    )
+    options = ChatOptions(backend, template, quantization_bit=quantization_bit)
+    answers = compare_answers(model, adapters, conversations, options, max_new_tokens=max_new_tokens)
     questions = [last_question(messages) for messages in conversations]
     if as_json:
         click.echo(json.dumps(to_json(questions, answers), indent=2, ensure_ascii=False))

@@ -38,6 +38,12 @@ def answer_options(command: Command) -> Command:
         click.option(
             "--template", metavar="FILE", help="A Jinja chat template. Default: the adapter's, or the model's."
         ),
+        click.option(
+            "--quantization-bit",
+            type=click.Choice(["4", "8"]),
+            callback=lambda _context, _parameter, value: int(value) if value else None,
+            help="Load the base in so many bits. Default: as it was for the adapter's run.",
+        ),
         click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True),
     )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import yaml
 
 from macft.backends import load_model
 from macft.backends.adapters import can_be_attached, check_base, spec_of_adapter
@@ -30,39 +33,49 @@ from macft.weights.model_config import read_config
 logger = logging.getLogger("macft")
 
 
-def load_chat_model(
-    model: str, adapter: str | None, *, backend_name: str, template: str | None, raw: bool = False
-) -> ChatModel:
-    """Load a base model, with an adapter if one is named, and the template it is prompted with.
+@dataclass(frozen=True)
+class ChatOptions:
+    """How to load a model to talk to."""
 
-    The adapter's template comes before the model's own; `template` names another; `raw` uses none.
-    """
+    backend: str = "auto"
+    template: str | None = None  # None: the adapter's, or the model's own
+    raw: bool = False  # no template
+    quantization_bit: int | None = None  # None: as the adapter's run had it
+
+
+def load_chat_model(model: str, adapter: str | None, options: ChatOptions) -> ChatModel:
+    """Load a base model, with an adapter if one is named, and the template it is prompted with."""
     base = resolve_model(model)
     trained = _read_adapter(adapter, base) if adapter is not None else None
-    return _chat_model(base, trained, backend_name=backend_name, template=template, raw=raw)
+    return _chat_model(base, trained, options, options.quantization_bit or _trained_bits(trained))
 
 
 def compare_answers(
     model: str,
     adapters: Sequence[str],
     conversations: Sequence[list[Message]],
+    options: ChatOptions,
     *,
-    backend_name: str,
-    template: str | None,
     max_new_tokens: int,
 ) -> dict[str, list[str]]:
-    """Answer greedily with only the base and with each adapter; returns answers under the labels to show."""
+    """Answer greedily with only the base and with each adapter; returns answers under the labels to show.
+
+    One model is in memory at a time. The base is quantized as for the first adapter.
+    """
     base = resolve_model(model)
     # a problem of an adapter shows before the base has answered, which takes a while
     read = {name: _read_adapter(name, base) for name in adapters}
     answers: dict[str, list[str]] = {}
     for adapter in (None, *adapters):
         trained = read[adapter] if adapter is not None else None
-        chat = _chat_model(base, trained, backend_name=backend_name, template=template, raw=False)
-        chat = replace(chat, max_new_tokens=max_new_tokens)
+        bits = options.quantization_bit or _trained_bits(trained or next(iter(read.values()), None))
+        chat = replace(_chat_model(base, trained, options, bits), max_new_tokens=max_new_tokens)
         label = model if adapter is None else f"+ {adapter}"
         logger.info("answering with %s", model if adapter is None else f"{adapter} on {model}")
         answers[label] = [_answer(chat, messages) for messages in conversations]
+        # the next one may need all of the memory
+        del chat
+        gc.collect()
     return answers
 
 
@@ -77,21 +90,35 @@ def _read_adapter(name: str, base: ModelFolder) -> Adapter:
     return adapter
 
 
-def _chat_model(
-    base: ModelFolder, adapter: Adapter | None, *, backend_name: str, template: str | None, raw: bool
-) -> ChatModel:
+def _trained_bits(adapter: Adapter | None) -> int | None:
+    """The `quantization_bit` of the run that an adapter, or a checkpoint of it, is from; None where no run is found."""
+    if adapter is None:
+        return None
+    folder = adapter.folder.parent if adapter.folder.name.startswith("checkpoint-") else adapter.folder
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    bits = settings.get("quantization_bit") if isinstance(settings, dict) else None
+    if bits not in (4, 8):
+        return None
+    logger.info("%s was trained on a base of %d bits: so is this one", adapter.folder, bits)
+    return int(bits)
+
+
+def _chat_model(base: ModelFolder, adapter: Adapter | None, options: ChatOptions, bits: int | None) -> ChatModel:
     with _mergeable(base, adapter) as (merged, attached):
         tokenizer = load_tokenizer(merged.path)
         chat_template = None
-        if not raw:
+        if not options.raw:
             source = template_folder(merged.path, attached.folder if attached is not None else None)
-            chat_template = load_template(source, tokenizer.special_map, template)
+            chat_template = load_template(source, tokenizer.special_map, options.template)
         stop_ids = tokenizer.eos_ids
         if chat_template is not None:
             stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)
         length = read_config(merged.path).get("max_position_embeddings")
         return ChatModel(
-            model=_load_with_adapter(merged, attached, backend_name),
+            model=_load_with_adapter(merged, attached, options.backend, bits),
             tokenizer=tokenizer,
             template=chat_template,
             stop_ids=stop_ids,
@@ -115,11 +142,12 @@ def _mergeable(base: ModelFolder, adapter: Adapter | None) -> Iterator[tuple[Mod
         yield replace(base, path=Path(folder) / "model"), None
 
 
-def _load_with_adapter(base: ModelFolder, adapter: Adapter | None, backend: str) -> Model:
+def _load_with_adapter(base: ModelFolder, adapter: Adapter | None, backend: str, bits: int | None) -> Model:
+    spec = ModelSpec(folder=base.path, lora=None, quantization_bit=bits)
     if adapter is None:
-        return load_model(backend, ModelSpec(folder=base.path, lora=None), None, ONE_PROCESS)
+        return load_model(backend, spec, None, ONE_PROCESS)
     with naming_adapter(adapter, base.name, ConfigError):
-        model = load_model(backend, ModelSpec(base.path, spec_of_adapter(adapter)), None, ONE_PROCESS)
+        model = load_model(backend, replace(spec, lora=spec_of_adapter(adapter)), None, ONE_PROCESS)
     with naming_adapter(adapter, base.name, ModelError):
         model.set_trained_state(adapter.state)
     return model

@@ -12,7 +12,7 @@ from support.tiny_models import VOCABULARY
 from support.toy_backend import ENGINES
 
 from macft.errors import ModelError
-from macft.inference.load import load_chat_model
+from macft.inference.load import ChatOptions, load_chat_model
 from macft.objectives.batch import Batch
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("small_threads")]
@@ -41,7 +41,7 @@ def test_a_chat_computes_what_peft_does_on_the_resized_base(engine, name, base, 
     monkeypatch.setenv("MACFT_CACHE", str(tmp_path / "cache"))
     shape = {**SHAPES, **HALF}[name]
     logits = save(base, shape, tmp_path / "adapter")
-    chat = load_chat_model(str(base), str(tmp_path / "adapter"), backend_name=engine, template=None, raw=True)
+    chat = load_chat_model(str(base), str(tmp_path / "adapter"), ChatOptions(engine, raw=True))
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, 24).tolist()
     tokens = np.array([[*tokens, 3, 4, 5, *(range(VOCABULARY, VOCABULARY + shape.more))]], np.int32)
     table = torch.log_softmax(torch.tensor(logits), dim=-1).numpy()
@@ -60,5 +60,5 @@ def test_an_adapter_that_cannot_be_merged_leaves_nothing_behind(base, tmp_path, 
     save(base, SHAPES["grown, not trained"], tmp_path / "adapter")
     (tmp_path / "adapter" / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=f"{VOCABULARY + MORE} rows.*copy the tokenizer"):
-        load_chat_model(str(base), str(tmp_path / "adapter"), backend_name="torch", template=None, raw=True)
+        load_chat_model(str(base), str(tmp_path / "adapter"), ChatOptions("torch", raw=True))
     assert list((tmp_path / "cache").glob("merged-*")) == []

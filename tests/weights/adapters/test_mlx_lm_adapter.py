@@ -23,7 +23,7 @@ from macft.conversion.adapter import convert_adapter
 from macft.data.batches import collate
 from macft.data.tokenization.table import TokenizedExample
 from macft.errors import ModelError
-from macft.inference.load import compare_answers
+from macft.inference.load import ChatOptions, compare_answers
 from macft.objectives.losses import Sft
 from macft.training.run import train
 from macft.weights.adapters.formats import read_any_adapter
@@ -114,8 +114,8 @@ def test_training_goes_on_from_an_adapter_of_mlx_lm(qwen2_model, adapter, tmp_pa
 @pytest.mark.mlx
 def test_compare_answers_with_an_adapter_of_mlx_lm(qwen2_model, adapter):
     conversations = [[{"role": "user", "content": "hello"}]]
-    keys = {"backend_name": "mlx", "template": None, "max_new_tokens": 3}
-    assert list(compare_answers(str(qwen2_model), [str(adapter)], conversations, **keys)) == [
+    options = ChatOptions("mlx")
+    assert list(compare_answers(str(qwen2_model), [str(adapter)], conversations, options, max_new_tokens=3)) == [
         str(qwen2_model),
         f"+ {adapter}",
     ]

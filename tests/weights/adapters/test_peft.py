@@ -25,7 +25,7 @@ from macft.backends.base import LoraSpec, ModelSpec
 from macft.data.batches import collate
 from macft.data.tokenization.table import TokenizedExample
 from macft.errors import ConfigError, ModelError
-from macft.inference.load import load_chat_model
+from macft.inference.load import ChatOptions, load_chat_model
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Sft
 from macft.training.run import train
@@ -284,7 +284,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
 
 
 def load_for_chat(base: Path, adapter: Path, engine: str):
-    return load_chat_model(str(base), str(adapter), backend_name=engine, template=None)
+    return load_chat_model(str(base), str(adapter), ChatOptions(engine))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
