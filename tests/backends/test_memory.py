@@ -15,6 +15,7 @@ from support.tiny_models import random_examples, write_model
 from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec
 from macft.backends.memory import plan_passes
 from macft.backends.torch import backend as torch_backend
+from macft.backends.torch import logits as verification
 from macft.backends.torch import memory, model
 from macft.backends.torch.split import SplitModel
 from macft.data.batches import collate
@@ -181,6 +182,13 @@ def test_memory_that_runs_out_in_an_answer_is_one_line(loaded, monkeypatch):
         list(loaded.generate([1, 2, 3], max_new_tokens=4, stop_ids=frozenset(), sampling=torch_backend.Sampling()))
     with pytest.raises(ModelError, match=ONE_LINE.format(doing="computing the logits of 3 tokens")):
         loaded.logits([1, 2, 3])
+
+
+def test_memory_that_runs_out_while_logits_are_verified_is_one_line(tiny_model, monkeypatch):
+    folder = tiny_model("llama")
+    monkeypatch.setattr(verification, "whole_logits", run_out)
+    with pytest.raises(ModelError, match=ONE_LINE.format(doing=f"computing the logits of {folder.name} in float32")):
+        verification.logits(folder, [], [1, 2, 3])
 
 
 def test_another_error_of_a_step_stays_what_it_is(loaded, monkeypatch):

@@ -16,6 +16,7 @@ from macft.backends.base import MergedAdapter, ModelSpec
 from macft.backends.torch import lora
 from macft.backends.torch.memory import device_for_float32
 from macft.backends.torch.model import load
+from macft.backends.torch.out_of_memory import explaining_out_of_memory
 from macft.backends.torch.step import whole_logits
 from macft.errors import MissingPackageError, ModelError
 from macft.weights.adapters.peft import WEIGHTS_NAME
@@ -41,7 +42,8 @@ def logits(folder: Path, adapters: Sequence[MergedAdapter | Path], tokens: Seque
             if index < len(adapters) - 1:
                 _unshare(model)
                 model = model.merge_and_unload()
-    return whole_logits(model.eval(), loaded.device, tokens)
+    with explaining_out_of_memory(loaded.device, f"computing the logits of {folder.name} in float32"):
+        return whole_logits(model.eval(), loaded.device, tokens)
 
 
 def _litgpt_logits(folder: Path, tokens: Sequence[int]) -> np.ndarray:
