@@ -47,6 +47,12 @@ def train(settings: Settings) -> Path:
 
 def train_into(output_dir: Path, settings: Settings) -> str:
     """Train into a folder; returns the results in one line."""
+    # reading data and scoring references may take as long as the steps
+    with keep_awake():
+        return _train_into(output_dir, settings)
+
+
+def _train_into(output_dir: Path, settings: Settings) -> str:
     group = find_group()
     backend = choose_backend(settings.backend)
     clears_output_dir = settings.overwrite_output_dir
@@ -84,7 +90,7 @@ def train_into(output_dir: Path, settings: Settings) -> str:
         progress.unlogged,
         group,
     )
-    with keep_awake(), report:
+    with report:
         progress = TrainingLoop(settings, prepared, model, files, report, output_dir).run(progress)
     return finish(settings, prepared, model, files, output_dir, progress, BACKENDS[backend].packages)
 
