@@ -73,6 +73,9 @@ class cuda:
     is_bf16_supported = staticmethod(lambda including_emulation=True: including_emulation or {capability} >= (8, 0))
 
 class backends:
+    class cuda:
+        enable_cudnn_sdp = staticmethod(lambda is_on: None)
+
     class mps:
         is_available = staticmethod(lambda: False)
 """
