@@ -48,4 +48,4 @@ def _of_intel() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(problem())
+    sys.exit(problem() or None)

@@ -71,6 +71,17 @@ def test_windows_is_sent_to_wsl2(monkeypatch):
     assert "install WSL2 (wsl --install)" in pretend(monkeypatch, "win32", "AMD64")
 
 
+def test_the_file_itself_says_nothing_here_and_needs_no_installation():
+    command = [sys.executable, "-I", "-S", str(CHECKOUT / "macft" / "platforms.py")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    told = (
+        f"import sys; sys.version_info = (3, 9, 6); import runpy; runpy.run_path({command[-1]!r}, run_name='__main__')"
+    )
+    ran = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True)
+    assert ran.returncode == 1 and "macft needs 3.10 or newer" in ran.stderr
+
+
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     return subprocess.run(["make", *arguments], cwd=CHECKOUT, env=environment, capture_output=True, text=True)
