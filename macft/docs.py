@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
+from macft.backends.footprint import DEVICES, largest
 from macft.config import mlx_lm
 from macft.config import settings as module
 from macft.config.names import ALIASES, NO_EFFECT, REFUSED, REFUSED_VALUES
@@ -126,6 +127,25 @@ def layout_table() -> str:
         groups.setdefault(changes, []).append(model_type)
     rows = [f"| {', '.join(types)} | {changes or 'nothing'} |" for changes, types in groups.items()]
     return "\n".join(["| model type | the MLX layout differs from HF |", "|---|---|", *rows]) + "\n"
+
+
+# English and Chinese: without gradient checkpointing a step is faster, with it more fits
+_FITS_HEADS = {
+    False: ("memory", "16 bits", "16 bits, checkpointing", "4 bits", "4 bits, checkpointing"),
+    True: ("内存或显存", "16 位", "16 位，梯度检查点", "4 位", "4 位，梯度检查点"),
+}
+
+
+def fits_table(*, is_chinese: bool = False) -> str:
+    """The table of README: the largest model whose LoRA training on one row at a time fits into each device."""
+    head = _FITS_HEADS[is_chinese]
+    rows = [head, ("---",) * len(head)]
+    for device in DEVICES:
+        fitting = [
+            largest(device, bits=bits, checkpoints=checkpoints) for bits in (16, 4) for checkpoints in (False, True)
+        ]
+        rows.append((device.name, *("-" if shape is None else shape.name for shape in fitting)))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,16 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.text import Text
 
-from macft import __version__
+from macft import __version__, platforms
+from macft.backends.footprint import card, fits_text, mac
+from macft.backends.nvidia import (
+    TorchBuild,
+    build_for,
+    driver_fails,
+    is_hidden,
+    visible_cards,
+    why_torch_sees_none,
+)
 from macft.engines import BACKENDS
 from macft.errors import ConfigError
 from macft.files import cache_dir
@@ -35,21 +44,39 @@ import json
 from macft.backends.mlx import blas
 speed = blas.describe()
 import mlx.core as mx
-device = "cpu" if mx.default_device().type == mx.cpu else "Metal" if mx.metal.is_available() else "gpu"
-print(json.dumps({"device": device, "speed": speed, "fast": blas.is_fast(), "remedy": blas.INSTALL}))
+device = "cpu" if mx.default_device().type == mx.cpu else "Metal" if mx.metal.is_available() else "CUDA"
+working_set = mx.device_info()["max_recommended_working_set_size"] if device == "Metal" else 0
+print(json.dumps({
+    "device": device, "speed": speed, "fast": blas.is_fast(), "remedy": blas.INSTALL, "working_set": working_set
+}))
 """
 _TORCH = """
 import json, torch
-cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-mps = torch.backends.mps.is_available()
-print(json.dumps({"cuda": cuda, "mps": mps, "built_for_cuda": torch.version.cuda is not None}))
+from macft.backends.torch.device import compute_dtype, device_name, pick_device
+from macft.errors import MacftError
+notes = []
+try:
+    device = pick_device()
+    answer = {"device": device_name(device), "precision": str(compute_dtype("auto", device, notes)), "notes": notes}
+    answer["memory"] = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    print(json.dumps({**answer, "type": device.type, "cuda": torch.version.cuda}))
+except MacftError as error:
+    print(json.dumps({"problem": str(error)}))
+"""
+_BITSANDBYTES = """
+import json, torch
+from bitsandbytes.functional import quantize_4bit
+quantize_4bit(torch.ones(64, device="cuda"), quant_type="nf4")
+torch.cuda.synchronize()
+print(json.dumps({}))
 """
 _AUTO = """
 import json
-from macft.backends import choose_backend
+from macft.backends import choose_backend, unused_gpu
 from macft.errors import MacftError
 try:
-    print(json.dumps({"backend": choose_backend("auto")}))
+    backend = choose_backend("auto")
+    print(json.dumps({"backend": backend, "unused": unused_gpu(backend)}))
 except MacftError as error:
     print(json.dumps({"error": str(error)}))
 """
@@ -66,6 +93,8 @@ _PACKAGES = {
     "swanlab": ("report_to: swanlab", "pip install swanlab"),
 }
 _NVIDIA_ONLY = {"bitsandbytes"}
+_SMALL_MAC = 17 << 30  # 8 and 16 GB
+_DRIVER_PAGE = "https://www.nvidia.com/drivers, or in a container --gpus all"
 
 
 @dataclass(frozen=True)
@@ -80,7 +109,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Check everything; the last finding is what `--backend auto` chooses here."""
-    return [*_machine(), _mlx(), _torch(), *_packages(), _built_in_model(), _hub(), _auto()]
+    return [*_machine(), *_nvidia(), *_mlx(), *_torch(), *_packages(), _built_in_model(), _hub(), _auto()]
 
 
 def show(findings: list[Finding], console: Console) -> None:
@@ -108,6 +137,8 @@ def _machine() -> Iterator[Finding]:
     if sys.platform == "darwin":
         system = f"macOS {platform.mac_ver()[0]}"
     yield Finding("Python", "ok", f"{platform.python_version()} on {system}, {platform.machine()}")
+    if reason := platforms.problem():
+        yield Finding("system", "warning", reason)
     if memory := total_memory():
         yield Finding("memory", "ok", size(memory))
     yield Finding("cores", "ok", str(usable_cores()))
@@ -121,38 +152,82 @@ def _machine() -> Iterator[Finding]:
         yield Finding("disk", "ok", detail)
 
 
-def _mlx() -> Finding:
+def _nvidia() -> Iterator[Finding]:
+    if is_hidden():
+        yield Finding("GPU", "ok", "hidden by CUDA_VISIBLE_DEVICES")
+    elif driver_fails():
+        yield Finding("GPU", "warning", "nvidia-smi is here, and names no GPU: its driver does not run", _DRIVER_PAGE)
+    for gpu in visible_cards():
+        capability = "" if gpu.capability is None else f", sm_{gpu.capability[0]}{gpu.capability[1]}"
+        memory = f", {size(gpu.memory)}" if gpu.memory else ""
+        yield Finding("GPU", "ok", f"{gpu.name}{capability}{memory}, driver {gpu.driver}")
+
+
+def _mlx() -> Iterator[Finding]:
     found = installed_version("mlx")
     if found is None:
-        return _no_engine("mlx")
+        yield _no_engine("mlx")
+        return
     answer = _ask(_MLX)
     if isinstance(answer, str):
-        return Finding("mlx", "warning", f"{found}, but {answer}", _ENGINE_COMMANDS["mlx"])
+        yield Finding("mlx", "warning", f"{found}, but {answer}", _ENGINE_COMMANDS["mlx"])
+        return
     detail = f"{found}, device {answer['device']}, {answer['speed']}"
     if not answer["fast"]:
-        return Finding("mlx", "warning", f"{detail}: about 100 times slower than OpenBLAS", answer["remedy"])
-    return Finding("mlx", "ok", detail)
+        yield Finding("mlx", "warning", f"{detail}: about 100 times slower than OpenBLAS", answer["remedy"])
+        return
+    yield Finding("mlx", "ok", detail)
+    if answer["device"] == "Metal":
+        yield from _metal(total_memory(), answer["working_set"])
+
+
+def _metal(memory: int, working_set: int) -> Iterator[Finding]:
+    """What a Mac trains; `working_set` is what its GPU may take of the memory."""
+    advice = "close other programs while it trains" if memory < _SMALL_MAC else "the rest stays for macOS"
+    yield Finding("GPU memory", "ok", f"{size(working_set)} of {size(memory)}; {advice}")
+    yield Finding("precision", "ok", "bfloat16, unless bf16 or fp16 says otherwise")
+    yield Finding("fits", "ok", fits_text(mac("this Mac", memory, working_set)))
 
 
 def _no_engine(name: str) -> Finding:
     return Finding(name, "missing", f"not installed; one of {' and '.join(BACKENDS)} is enough", _ENGINE_COMMANDS[name])
 
 
-def _torch() -> Finding:
+def _torch() -> Iterator[Finding]:
     found = installed_version("torch")
     if found is None:
-        return _no_engine("torch")
+        yield _no_engine("torch")
+        return
     answer = _ask(_TORCH)
+    cards = visible_cards()
     if isinstance(answer, str):
-        return Finding("torch", "warning", f"{found}, but {answer}", _ENGINE_COMMANDS["torch"])
-    if answer["cuda"]:
-        return Finding("torch", "ok", f"{found}, cuda: {', '.join(answer['cuda'])}")
-    detail = f"{found}, device {'mps' if answer['mps'] else 'cpu'}"
-    if shutil.which("nvidia-smi"):
-        reason = "sees no GPU; check the driver" if answer["built_for_cuda"] else "is a build without CUDA"
-        page = "https://pytorch.org/get-started/locally/"
-        return Finding("torch", "warning", f"{detail}: nvidia-smi is here, but this torch {reason}", page)
-    return Finding("torch", "ok", detail)
+        yield Finding("torch", "warning", f"{found}, but {answer}", _ENGINE_COMMANDS["torch"])
+    elif "problem" in answer:
+        yield Finding("torch", "warning", answer["problem"], build_for(cards[0]) if cards else "")
+    elif answer["type"] == "cuda":
+        yield from _cuda(f"{found}, CUDA {answer['cuda']}", answer, len(cards))
+    elif cards:
+        reason = why_torch_sees_none(cards[0], TorchBuild(found, answer["cuda"]))
+        yield Finding("torch", "warning", f"{found}, device {answer['device']}: {reason}")
+    else:
+        yield Finding("torch", "ok", f"{found}, device {answer['device']}")
+
+
+def _cuda(build: str, answer: dict[str, Any], cards: int) -> Iterator[Finding]:
+    """What PyTorch trains on a GPU that it sees."""
+    others = f", one of {cards} that are here" if cards > 1 else ""
+    yield Finding("torch", "ok", f"{build} on {answer['device']}{others}")
+    precision = answer["precision"].removeprefix("torch.")
+    why = f": {'; '.join(answer['notes'])}" if answer["notes"] else ""
+    yield Finding("precision", "ok", f"{precision}, unless bf16 or fp16 says otherwise{why}")
+    yield Finding("fits", "ok", fits_text(card("this GPU", answer["memory"])))
+    version = installed_version("bitsandbytes")
+    problem = _ask(_BITSANDBYTES) if version is not None else None
+    if isinstance(problem, str):
+        command = "pip install --upgrade bitsandbytes"
+        yield Finding("4 bits", "warning", f"bitsandbytes {version} is installed, but {problem}", command)
+    elif version is not None:
+        yield Finding("4 bits", "ok", f"bitsandbytes {version} quantizes on this GPU")
 
 
 def _packages() -> Iterator[Finding]:
@@ -198,6 +273,8 @@ def _auto() -> Finding:
         return Finding("--backend auto", "warning", f"cannot choose: {answer}")
     if "error" in answer:
         return Finding("--backend auto", "missing", answer["error"])
+    if answer["unused"]:
+        return Finding("--backend auto", "warning", f"chooses {answer['backend']} on the CPU: {answer['unused']}")
     return Finding("--backend auto", "ok", f"chooses {answer['backend']}")
 
 

@@ -18,7 +18,9 @@ class Engine:
     accelerator: str  # "Metal" or "CUDA": where it is the one to take
     hardware: str  # the same in words
     adapter_format: str  # of the adapters that its own library reads
+    gpu_check: str  # "module:function" that says whether it computes on a GPU here
     cpu_check: str | None = None  # "module:function" that says whether it is fast on this CPU; None: it always is
+    quantizer: str | None = None  # the module that quantization_bit needs on a GPU
     reads_litgpt: bool = False
 
     @property
@@ -36,6 +38,7 @@ _ENGINES = (
         accelerator="Metal",
         hardware="Apple Silicon or a CPU",
         adapter_format="mlx",
+        gpu_check="macft.backends.mlx.model:on_gpu",
         cpu_check="macft.backends.mlx.blas:is_fast",
     ),
     Engine(
@@ -46,6 +49,8 @@ _ENGINES = (
         accelerator="CUDA",
         hardware="an NVIDIA GPU",
         adapter_format="peft",
+        gpu_check="macft.backends.torch.device:on_gpu",
+        quantizer="bitsandbytes",
         reads_litgpt=True,
     ),
 )

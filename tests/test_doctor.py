@@ -7,16 +7,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.fake_gpus import H100, P100, RTX_3060, T4, install_torch, plug_in
 
 import macft
-from macft import doctor
+from macft import doctor, platforms
 from macft.backends import choose_backend, is_installed
+from macft.backends.nvidia import OLDER_BUILD
 from macft.doctor import Finding, as_json, show
 
 ASK_AS_JSON = """
@@ -98,24 +101,153 @@ def test_on_a_bare_machine_everything_missing_comes_with_its_command(tmp_path):
 def test_a_broken_framework_is_a_finding_not_a_crash(tmp_path, monkeypatch, code, said):
     break_package(tmp_path, "torch", code, monkeypatch)
     monkeypatch.setattr(doctor, "_TIMEOUT", 1 if "sleep" in code else 60)
-    finding = doctor._torch()
+    [finding] = doctor._torch()
     assert finding.status == "warning" and said in finding.detail
     assert finding.remedy == "pip install 'macft[torch]'"
 
 
-def test_a_torch_without_cuda_beside_an_nvidia_driver_is_a_warning(tmp_path, monkeypatch):
-    code = (
-        "class cuda: device_count = staticmethod(lambda: 0)\n"
-        "class backends:\n class mps: is_available = staticmethod(lambda: False)\n"
-        "class version: cuda = None\n"
+def told(findings) -> list[str]:
+    """Each finding as a line, the remedy in brackets."""
+    return [
+        f"{finding.status} {finding.name}: {finding.detail}{f' [{finding.remedy}]' if finding.remedy else ''}"
+        for finding in findings
+    ]
+
+
+def on_nvidia(tmp_path, monkeypatch, *gpus, **torch) -> list[str]:
+    """What the doctor says of these GPUs and of a PyTorch beside them."""
+    plug_in(tmp_path / "bin", monkeypatch, *gpus)
+    install_torch(tmp_path / "site", monkeypatch, *gpus, **torch)
+    break_package(tmp_path / "site", "bitsandbytes", "", monkeypatch)
+    return told([*doctor._nvidia(), *doctor._torch()])
+
+
+FITS_ON = "ok fits: LoRA, rows of 2048 tokens, computed: up to "
+
+
+def test_on_a_t4_the_doctor_says_float16_and_what_fits(tmp_path, monkeypatch):
+    *said, bits = on_nvidia(tmp_path, monkeypatch, T4)
+    assert said == [
+        "ok GPU: Tesla T4, sm_75, 16.1 GB, driver 580.65.06",
+        "ok torch: 2.13.0, CUDA 13.0 on Tesla T4",
+        "ok precision: float16, unless bf16 or fp16 says otherwise: this GPU has no bfloat16: computing in float16, "
+        "with a scaled loss",
+        f"{FITS_ON}Qwen3-4B in 16 bits (Qwen3-1.7B without gradient_checkpointing), Qwen3-14B in 4 bits (Qwen3-1.7B "
+        "without gradient_checkpointing)",
+    ]
+    # this bitsandbytes is an empty module
+    assert bits.startswith("warning 4 bits: bitsandbytes 9.9 is installed, but it does not load: ")
+    assert bits.endswith(" [pip install --upgrade bitsandbytes]")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "memory", "fits"),
+    [
+        (
+            RTX_3060,
+            "sm_86, 12.9 GB",
+            "Qwen3-4B in 16 bits (Qwen3-1.7B without gradient_checkpointing), Qwen3-8B in 4 bits (Qwen3-1.7B without "
+            "gradient_checkpointing)",
+        ),
+        (
+            H100,
+            "sm_90, 85.5 GB",
+            "Qwen3-32B in 16 bits (Qwen3-14B without gradient_checkpointing), Llama-3.3-70B in 4 bits (Qwen3-32B "
+            "without gradient_checkpointing)",
+        ),
+    ],
+)
+def test_on_newer_cards_the_doctor_says_bfloat16_and_what_fits(gpu, memory, fits, tmp_path, monkeypatch):
+    assert on_nvidia(tmp_path, monkeypatch, gpu)[:4] == [
+        f"ok GPU: {gpu.name}, {memory}, driver 580.65.06",
+        f"ok torch: 2.13.0, CUDA 13.0 on {gpu.name}",
+        "ok precision: bfloat16, unless bf16 or fp16 says otherwise",
+        f"{FITS_ON}{fits}",
+    ]
+
+
+def test_several_cards_are_named_and_one_is_used(tmp_path, monkeypatch):
+    said = on_nvidia(tmp_path, monkeypatch, H100, H100)
+    assert said[:2] == [f"ok GPU: {H100.name}, sm_90, 85.5 GB, driver 580.65.06"] * 2
+    assert said[2] == f"ok torch: 2.13.0, CUDA 13.0 on {H100.name}, one of 2 that are here"
+
+
+def test_on_a_p100_the_doctor_names_the_build_that_has_code_for_it(tmp_path, monkeypatch):
+    gpu, torch = on_nvidia(tmp_path, monkeypatch, P100)
+    assert gpu == "ok GPU: Tesla P100-PCIE-16GB, sm_60, 17.2 GB, driver 580.65.06"
+    assert torch.startswith(
+        "warning torch: Tesla P100-PCIE-16GB is an sm_60 GPU, and torch 2.13.0 is built for sm_75, "
     )
-    break_package(tmp_path, "torch", code, monkeypatch)
-    assert doctor._torch() == Finding("torch", "ok", "9.9, device cpu")
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    finding = doctor._torch()
-    assert finding.status == "warning" and "this torch is a build without CUDA" in finding.detail
+    assert torch.endswith(f" [{OLDER_BUILD}]")
+
+
+def test_a_torch_without_cuda_beside_an_nvidia_driver_is_a_warning(tmp_path, monkeypatch):
+    _, torch = on_nvidia(tmp_path, monkeypatch, T4, cuda=None)
+    assert torch == (
+        "warning torch: 2.13.0+cpu, device CPU: Tesla T4 (driver 580.65.06) is here, but torch 2.13.0+cpu is a build "
+        "without CUDA: pip install --force-reinstall torch"
+    )
+
+
+def test_a_driver_that_is_too_old_for_this_torch_is_a_warning(tmp_path, monkeypatch):
+    gpu, torch = on_nvidia(tmp_path, monkeypatch, replace(T4, driver="535.183.01"), sees=False)
+    assert gpu.endswith("driver 535.183.01")
+    assert torch == (
+        "warning torch: 2.13.0, device CPU: Tesla T4 (driver 535.183.01) is here, but torch 2.13.0 is built for CUDA "
+        f"13.0, which needs driver 580 or newer: update the driver, or {OLDER_BUILD}"
+    )
+    # and what auto chooses would compute on the CPU
+    monkeypatch.setattr(doctor, "_AUTO", doctor._AUTO.replace('"auto"', '"torch"', 1))
+    assert doctor._auto().status == "warning" and "chooses torch on the CPU: Tesla T4" in doctor._auto().detail
+
+
+def test_an_nvidia_smi_that_fails_is_told_apart_from_a_hidden_gpu(tmp_path, monkeypatch):
+    plug_in(tmp_path, monkeypatch, T4, fails=True)
+    assert told(doctor._nvidia()) == [
+        "warning GPU: nvidia-smi is here, and names no GPU: its driver does not run "
+        "[https://www.nvidia.com/drivers, or in a container --gpus all]"
+    ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert told(doctor._nvidia()) == ["ok GPU: hidden by CUDA_VISIBLE_DEVICES"]
+
+
+@pytest.mark.parametrize(
+    ("gib", "working_set", "said", "fits"),
+    [
+        (
+            8,
+            5_726_633_984,
+            "5.7 GB of 8.6 GB; close other programs while it trains",
+            "Qwen3-1.7B in 16 bits (none without gradient_checkpointing), Qwen3-4B in 4 bits (none without "
+            "gradient_checkpointing)",
+        ),
+        (
+            64,
+            51_539_607_552,
+            "51.5 GB of 68.7 GB; the rest stays for macOS",
+            "Qwen3-14B in 16 bits (Qwen3-8B without gradient_checkpointing), Llama-3.3-70B in 4 bits (Qwen3-8B "
+            "without gradient_checkpointing)",
+        ),
+    ],
+    ids=["M1", "M4"],
+)
+def test_on_a_mac_the_doctor_says_what_its_gpu_may_take_and_what_fits(gib, working_set, said, fits, monkeypatch):
+    # what MLX answers on a Mac, whose Python says 8 and 64 GiB
+    answer = {"device": "Metal", "speed": "Accelerate", "fast": True, "working_set": working_set}
+    monkeypatch.setattr(doctor, "_ask", lambda _: answer)
+    monkeypatch.setattr(doctor, "installed_version", lambda _: "0.32.4")
+    monkeypatch.setattr(doctor, "total_memory", lambda: gib << 30)
+    assert told(doctor._mlx()) == [
+        "ok mlx: 0.32.4, device Metal, Accelerate",
+        f"ok GPU memory: {said}",
+        "ok precision: bfloat16, unless bf16 or fp16 says otherwise",
+        f"{FITS_ON}{fits}",
+    ]
+
+
+def test_a_system_that_is_not_served_is_a_warning(monkeypatch):
+    monkeypatch.setattr(platforms, "problem", lambda: "macOS 13.7 is too old")
+    assert by_name(doctor._machine())["system"] == Finding("system", "warning", "macOS 13.7 is too old")
 
 
 def test_hub_settings_are_shown(monkeypatch):

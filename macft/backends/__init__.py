@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import platform
-import shutil
 import sys
-from typing import cast
+from functools import cache
+from typing import TYPE_CHECKING, cast
 
-from macft.backends.base import EngineModule, LogitsModule, Model, ModelSpec, OptimizerSpec
+from macft.backends.nvidia import torch_build, torch_is_for_cuda, visible_cards, why_torch_sees_none
 from macft.engines import BACKENDS
 from macft.errors import MissingPackageError, UsageError
 from macft.process_group import ProcessGroup
+
+if TYPE_CHECKING:
+    # the doctor asks this module on machines that lack what the contract needs
+    from macft.backends.base import EngineModule, LogitsModule, Model, ModelSpec, OptimizerSpec
+
+logger = logging.getLogger("macft")
 
 
 def is_installed(name: str) -> bool:
@@ -27,8 +34,8 @@ def _missing_packages(name: str) -> list[str]:
 def choose_backend(name: str) -> str:
     """What `auto` stands for on this machine; any other name is checked and returned.
 
-    MLX on Apple Silicon, PyTorch where there is an NVIDIA GPU, else MLX if it has a fast BLAS,
-    else PyTorch. Raises MissingPackageError with the command to install what is missing.
+    MLX on Apple Silicon, PyTorch where it is built for CUDA and there is an NVIDIA GPU, else MLX if it has a fast
+    BLAS, else PyTorch. Raises MissingPackageError with the command to install what is missing.
     """
     if name == "auto":
         return _choose()
@@ -47,22 +54,43 @@ def _choose() -> str:
         commands = (f"{engine.install} for {engine.hardware}" for engine in BACKENDS.values())
         raise MissingPackageError(f"no training engine is installed: {', or '.join(commands)}")
     has_metal = sys.platform == "darwin" and platform.machine() == "arm64"
-    accelerator = "Metal" if has_metal else "CUDA" if shutil.which("nvidia-smi") is not None else None
+    has_cuda = not has_metal and bool(visible_cards()) and torch_is_for_cuda()
+    accelerator = "Metal" if has_metal else "CUDA" if has_cuda else None
     for engine in installed:
         if engine.accelerator == accelerator:
             return engine.name
     # the check may have to import an engine: not where there is no choice
     for engine in installed[:-1]:
-        if _is_fast_on_cpu(engine.cpu_check):
+        if engine.cpu_check is None or _ask(engine.cpu_check):
             return engine.name
     return installed[-1].name
 
 
-def _is_fast_on_cpu(check: str | None) -> bool:
-    if check is None:
-        return True
+def _ask(check: str) -> bool:
     module, _, function = check.partition(":")
     return bool(getattr(importlib.import_module(module), function)())
+
+
+@cache
+def unused_gpu(backend: str) -> str | None:
+    """Why an engine does not compute on the NVIDIA GPU of this machine, in one line with the remedy.
+
+    None where it does, where there is none, and where CUDA_VISIBLE_DEVICES hides it. Only where there is one is the
+    engine imported, to ask it. Raises ModelError for a GPU that the engine has no code for.
+    """
+    cards = visible_cards()
+    if not cards or _ask(BACKENDS[backend].gpu_check):
+        return None
+    build = torch_build()
+    if BACKENDS[backend].accelerator != "CUDA" and build is not None and build.cuda is not None:
+        return f"{cards[0]} is here, and the {backend} engine does not use it; --backend torch does"
+    return why_torch_sees_none(cards[0], build)
+
+
+@cache
+def _warn_of_unused_gpu(backend: str) -> None:
+    if reason := unused_gpu(backend):
+        logger.warning("computing on the CPU: %s", reason)
 
 
 def load_model(backend: str, spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) -> Model:
@@ -70,10 +98,12 @@ def load_model(backend: str, spec: ModelSpec, optimizer: OptimizerSpec | None, g
 
     Raises as `choose_backend` and `EngineModule.load` do.
     """
-    engine = cast(EngineModule, importlib.import_module(BACKENDS[choose_backend(backend)].module))
+    name = choose_backend(backend)
+    _warn_of_unused_gpu(name)
+    engine = cast("EngineModule", importlib.import_module(BACKENDS[name].module))
     return engine.load(spec, optimizer, group)
 
 
 def load_logits_module(backend: str) -> LogitsModule:
     """What the engine of this name offers for checking a conversion."""
-    return cast(LogitsModule, importlib.import_module(BACKENDS[backend].logits_module))
+    return cast("LogitsModule", importlib.import_module(BACKENDS[backend].logits_module))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from macft.text import size
 
 # What allocators lose between blocks, and the temporary values of one layer.
-_USABLE = 0.85
+USABLE = 0.85
 # Of each trained number a step holds a float32 gradient and two moments.
 BYTES_PER_TRAINED = 12
 
@@ -33,7 +33,7 @@ def plan_passes(free: int, row_tokens: int, kept: float, checkpointed: float, *,
     bytes for the backward pass, or `checkpointed` bytes with checkpointing, which is switched on where the longest row
     does not fit without. A row that fits neither way is still tried: these are estimates.
     """
-    usable = max(0.0, _USABLE * free)
+    usable = max(0.0, USABLE * free)
     if not checkpoints and row_tokens * kept <= usable:
         return PassPlan(max(row_tokens, int(usable / kept)), checkpoints=False)
     note = None

@@ -21,6 +21,7 @@ from macft.errors import ConfigError
 from macft.models.locate import resolve_adapter, resolve_model
 from macft.objectives.batch import NumpyBatch
 from macft.process_group import ONE_PROCESS, ProcessGroup
+from macft.training.checks.machine import check_machine
 from macft.training.data import read_data, read_stream, seed
 from macft.training.model import resolve_start, resolve_template
 from macft.training.model_files import shape_keys
@@ -69,11 +70,14 @@ class Prepared:
 
 
 def prepare(settings: Settings, group: ProcessGroup = ONE_PROCESS) -> Prepared:
-    """Find the model, read and tokenize the data, plan the steps."""
+    """Find the model, check that this machine can train it, read and tokenize the data, plan the steps."""
     found = resolve_start(settings)
     base, tokenizer = found.base, found.tokenizer
     start, merged_adapter = _adapters(settings, base)
     reference = _named_reference(settings, base, tokenizer)
+    if not found.from_scratch:
+        others = [] if reference is None else [reference.base]
+        check_machine(settings.backend, [base, *others], settings.quantization_bit)
     loaded = start or merged_adapter
     source = template_folder(found.tokenizer_folder, loaded.folder if loaded is not None else None)
     template = resolve_template(settings, source, tokenizer)

@@ -14,7 +14,7 @@ from macft.config.settings import Settings
 from macft.engines import BACKENDS
 from macft.errors import ConfigError, ModelError, UsageError
 from macft.files import remove_leftovers, write_text
-from macft.process_group import ONE_PROCESS
+from macft.process_group import find_group
 from macft.system import keep_awake
 from macft.training.checkpoint import Progress, find_checkpoint, read_optimizer_state, read_progress
 from macft.training.checks.output_dir import check_base_is_safe, check_output_dir, clear_output_dir
@@ -47,7 +47,13 @@ def train(settings: Settings) -> Path:
 
 def train_into(output_dir: Path, settings: Settings) -> str:
     """Train into a folder; returns the results in one line."""
-    group = ONE_PROCESS
+    # reading data and scoring references may take as long as the steps
+    with keep_awake():
+        return _train_into(output_dir, settings)
+
+
+def _train_into(output_dir: Path, settings: Settings) -> str:
+    group = find_group()
     backend = choose_backend(settings.backend)
     clears_output_dir = settings.overwrite_output_dir
     check_output_dir(settings, output_dir)
@@ -84,7 +90,7 @@ def train_into(output_dir: Path, settings: Settings) -> str:
         progress.unlogged,
         group,
     )
-    with keep_awake(), report:
+    with report:
         progress = TrainingLoop(settings, prepared, model, files, report, output_dir).run(progress)
     return finish(settings, prepared, model, files, output_dir, progress, BACKENDS[backend].packages)
 

@@ -14,6 +14,7 @@ from macft.errors import ModelError, raise_problems
 from macft.weights.folder import pickle_problem, weight_files
 from macft.weights.model_config import normalize_config, read_config
 from macft.weights.quantization.affine import MXFP4, Quantization, dequantize_affine, dequantize_mxfp4, quantization_of
+from macft.weights.quantization.foreign import described
 from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows
 from macft.weights.tensors.safetensors import open_safetensors
 
@@ -46,7 +47,7 @@ def open_model(folder: Path, *, exact: bool = False) -> Source:
     pickled, for an index that points outside the folder and for quantization that MLX does not have.
     """
     config = normalize_config(read_config(folder))
-    _refuse_foreign_quantization(folder, config)
+    refuse_foreign_quantization(folder, config)
     quantization = quantization_of(config)
     tensors: list[LazyTensor] = []
     is_mlx = quantization is not None
@@ -121,8 +122,9 @@ def _is_inside(name: str) -> bool:
     return bool(name) and not path.is_absolute() and ".." not in path.parts
 
 
-def _refuse_foreign_quantization(folder: Path, config: dict[str, Any]) -> None:
-    found = config.get("quantization_config")
+def refuse_foreign_quantization(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ModelError for weights that another program quantized, in a way that is not read."""
+    found = described(folder, config)
     method = found.get("quant_method") if isinstance(found, dict) else None
     if method is not None and config.get("quantization") is None:
         raise ModelError(

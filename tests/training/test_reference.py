@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +278,23 @@ def test_a_named_reference_that_is_known_is_not_loaded_again(model, data, other,
     calls.clear()
     train(one_step(model, data, tmp_path / "second", "mlx", ref_model=str(other)))
     assert calls.count("logps") == 0
+
+
+def test_a_mac_is_kept_awake_while_references_are_scored(model, data, tmp_path, monkeypatch):
+    events: list[str] = []
+
+    @contextmanager
+    def awake():
+        events.append("awake")
+        yield
+        events.append("may sleep")
+
+    def score(*args):
+        events.append("scores")
+        return policy_references(*args)
+
+    policy_references = run.policy_references
+    monkeypatch.setattr(run, "keep_awake", awake)
+    monkeypatch.setattr(run, "policy_references", score)
+    train(one_step(model, data, tmp_path / "run", "torch"))
+    assert events == ["awake", "scores", "may sleep"]

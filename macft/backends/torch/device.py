@@ -21,6 +21,11 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
+def on_gpu() -> bool:
+    """Whether PyTorch computes on a GPU here; raises as `pick_device`."""
+    return pick_device().type != "cpu"
+
+
 def _check_capability() -> None:
     """What torch itself finds out only at the first kernel, as "no kernel image"."""
     major, minor = torch.cuda.get_device_capability()
@@ -44,6 +49,14 @@ def _parts(arch: str) -> tuple[int, int]:
 def device_name(device: torch.device) -> str:
     """How a person knows the device: CPU, MPS, or the name of the NVIDIA GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def idle_gpus_note(device: torch.device) -> list[str]:
+    """What to tell of GPUs that are visible and not used."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if count < 2:
+        return []
+    return [f"{count} GPUs visible, 1 used: CUDA_VISIBLE_DEVICES=1 would take the second, for another run beside this"]
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from macft.backends.base import ModelSpec
 from macft.backends.batch_layout import rope_problem
 from macft.backends.shared import initial_value
-from macft.backends.torch.device import compute_dtype, pick_device
+from macft.backends.torch.device import compute_dtype, idle_gpus_note, pick_device
 from macft.backends.torch.out_of_memory import explaining_out_of_memory
 from macft.errors import MacftError, MissingPackageError, ModelError
 from macft.weights.layouts.mlx import LAYOUTS, as_hf
@@ -47,7 +47,7 @@ def load(spec: ModelSpec, device: torch.device | None = None) -> LoadedTorchMode
     # some containers switch float32 products to TF32, which has 10 bits
     torch.set_float32_matmul_precision("highest")
     device = device or pick_device()
-    notes: list[str] = []
+    notes = idle_gpus_note(device)
     dtype = compute_dtype(spec.precision, device, notes)
     # A fully trained model keeps float32 weights and computes in `dtype` under autocast.
     weight_dtype = torch.float32 if spec.full else dtype
