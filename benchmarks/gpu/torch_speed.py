@@ -73,21 +73,17 @@ def attention() -> Iterator[Row]:
             ", ".join(used) or "none found",
             "softmax_warp" not in used,
         )
-    batch = packed_rows(4, 10, 204)
-    torch.cuda.reset_peak_memory_stats()
-    with_kernel, peak = timed(model, batch), torch.cuda.max_memory_allocated()
-    uses_varlen = model._split.uses_varlen
-    model._split.uses_varlen = False
-    torch.cuda.reset_peak_memory_stats()
-    masked, masked_peak = timed(model, batch), torch.cuda.max_memory_allocated()
-    tokens = batch.tokens.size
-    kind = "variable-length" if uses_varlen else "masked (no variable-length attention here)"
-    yield measured(
-        "bf16, 0.5B, 4 packed rows of ten examples",
-        "faster than masked",
-        f"{kind} {tokens / with_kernel:,.0f} tokens/s, {peak / GB:.1f} GB; masked {tokens / masked:,.0f}, "
-        f"{masked_peak / GB:.1f} GB",
-    )
+    for rows, parts, length in ((4, 10, 204), (1, 10, 819)):
+        batch, found = packed_rows(rows, parts, length), []
+        for uses_varlen in (model._split.uses_varlen, False):
+            model._split.uses_varlen, before = uses_varlen, model._split.uses_varlen
+            torch.cuda.reset_peak_memory_stats()
+            rate = batch.tokens.size / timed(model, batch)
+            found.append(f"{rate:,.0f} tokens/s, {torch.cuda.max_memory_allocated() / GB:.1f} GB")
+            model._split.uses_varlen = before
+        yield measured(
+            f"bf16, 0.5B, {rows} packed rows of {parts} x {length}, by kernel and masked", "", "; ".join(found)
+        )
 
 
 def shapes() -> Iterator[Row]:

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from macft.backends.base import ModelSpec
 from macft.backends.batch_layout import rope_problem
 from macft.backends.shared import initial_value
+from macft.backends.torch.attention import needs_repeated_heads, use_repeated
 from macft.backends.torch.device import compute_dtype, idle_gpus_note, pick_device
 from macft.backends.torch.out_of_memory import explaining_out_of_memory
 from macft.errors import MacftError, MissingPackageError, ModelError
@@ -64,6 +65,8 @@ def load(spec: ModelSpec, device: torch.device | None = None) -> LoadedTorchMode
         ) from error
     model.config.use_cache = False
     _train_every_row(model)
+    if needs_repeated_heads(device, dtype):
+        use_repeated(model)
     problem = rope_problem(read_config(spec.folder), spec.max_length)
     return LoadedTorchModel(model, device, dtype, notes, problem)
 

@@ -16,9 +16,9 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from macft.backends.batch_layout import BatchLayout
 from macft.backends.probes import agree, probe_packed, probe_pairs, probe_rows
 from macft.backends.shared import GPU_LOGITS_AT_ONCE, LOGITS_AT_ONCE
+from macft.backends.torch.attention import has_varlen, segment_bounds, use_packed
 from macft.backends.torch.device import free_memory
 from macft.backends.torch.out_of_memory import explaining_out_of_memory
-from macft.backends.torch.packed import has_varlen, install, segment_bounds
 
 Columns = dict[str, torch.Tensor]
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -223,7 +223,7 @@ def _try_varlen(model: SplitModel, precision: str) -> None:
     before = model.model.config._attn_implementation
     if before != "sdpa":
         return
-    install(model.model)
+    use_packed(model.model)
     model.uses_varlen = True
     if not _can_pack(model, precision):
         model.uses_varlen = False

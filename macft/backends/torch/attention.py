@@ -1,8 +1,10 @@
-"""Attend within each example of packed rows by variable-length kernels, where the GPU has them."""
+"""Attend with the kernels that a GPU has: variable-length ones for packed rows, repeated key heads on older cards."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ try:
 except ImportError:  # a build without it
     varlen_attn = None
 
-NAME = "macft_packed"
+_PACKED, _REPEATED = "macft_packed", "macft_repeated"
 
 # before torch 2.12 there must be as many key heads as query heads
 _TAKES_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -37,7 +39,35 @@ def segment_bounds(positions: np.ndarray) -> tuple[np.ndarray, int]:
     return starts, int(np.diff(starts).max())
 
 
-def attend(
+def needs_repeated_heads(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether grouped key heads would send attention to the kernel that keeps whole score matrices.
+
+    Without flash attention, which wants 16 bits and compute capability 8.0, PyTorch before 2.14 has no other.
+    """
+    has_flash = dtype != torch.float32 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return device.type == "cuda" and not has_flash and (major, minor) < (2, 14)
+
+
+def attend_repeated(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """[R, L, H, D]: scaled dot-product attention with as many key heads as query heads."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+    # a module that says nothing of groups
+    whole = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+    return sdpa_attention_forward(whole, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def attend_packed(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -70,8 +100,18 @@ def attend(
     return output.reshape(rows, length, heads, width), None
 
 
-def install(model: torch.nn.Module) -> None:
-    """Let a model's layers call `attend`, with the masks of scaled dot-product attention."""
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.config._attn_implementation = NAME
+def use_packed(model: torch.nn.Module) -> None:
+    """Let a model's layers call `attend_packed`, with the masks of scaled dot-product attention."""
+    _use(model, _PACKED, attend_packed)
+
+
+def use_repeated(model: torch.nn.Module) -> None:
+    """Let a model's layers call `attend_repeated`, if they call scaled dot-product attention."""
+    if model.config._attn_implementation == "sdpa":
+        _use(model, _REPEATED, attend_repeated)
+
+
+def _use(model: torch.nn.Module, name: str, function: Callable[..., tuple[torch.Tensor, None]]) -> None:
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.config._attn_implementation = name

@@ -1,4 +1,4 @@
-"""Packed rows by variable-length attention: a stand-in for the GPU's kernel shows what it is given."""
+"""Attention by other kernels: packed rows by a stand-in for the GPU's, and key heads repeated for older cards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from support.engines import load_model, train_step
 from support.tiny_models import WINDOW, random_examples
 
 from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec, State, StepResult
-from macft.backends.torch import backend, packed, split
+from macft.backends.torch import attention, backend, split
+from macft.backends.torch import model as models
 from macft.data.batches import collate
 from macft.data.tokenization.packing import PackedExample
 from macft.objectives.losses import Sft
@@ -22,7 +23,7 @@ GRADIENT = OptimizerSpec(beta1=0.0, max_grad_norm=0.0)
 
 def test_the_bounds_of_examples_are_those_counted_by_hand():
     positions = np.array([[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 0, 1]])
-    bounds, longest = packed.segment_bounds(positions)
+    bounds, longest = attention.segment_bounds(positions)
     assert bounds.tolist() == [0, 3, 4, 6, 10, 12] and bounds.dtype == np.int32 and longest == 4
 
 
@@ -45,7 +46,7 @@ def kernel(monkeypatch) -> list[tuple[int, int]]:
             parts.append((weights @ v).transpose(0, 1))
         return torch.cat(parts)
 
-    monkeypatch.setattr(packed, "varlen_attn", attend)
+    monkeypatch.setattr(attention, "varlen_attn", attend)
     monkeypatch.setattr(split, "has_varlen", lambda *_: True)
     return windows
 
@@ -78,8 +79,46 @@ def test_the_kernel_gives_the_gradients_of_masked_attention(architecture, checkp
 
 @pytest.mark.usefixtures("kernel")
 def test_a_kernel_that_gives_other_logits_is_not_used(tiny_model, monkeypatch):
-    real = packed.varlen_attn
-    monkeypatch.setattr(packed, "varlen_attn", lambda *args, **options: 1.01 * real(*args, **options))
+    real = attention.varlen_attn
+    monkeypatch.setattr(attention, "varlen_attn", lambda *args, **options: 1.01 * real(*args, **options))
     model, _, _ = step(tiny_model("llama"))
     assert model._split.packs and not model._split.uses_varlen
     assert model._model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "dtype", "expected"),
+    [
+        ((7, 5), "2.13.0+cu130", torch.float16, True),
+        ((8, 6), "2.13.0+cu130", torch.bfloat16, False),
+        ((8, 6), "2.13.0+cu130", torch.float32, True),
+        ((7, 5), "2.14.1", torch.float16, False),
+    ],
+)
+def test_key_heads_are_repeated_where_grouped_ones_would_keep_whole_score_matrices(
+    capability, version, dtype, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch, "__version__", version)
+    assert attention.needs_repeated_heads(torch.device("cuda"), dtype) is expected
+    assert attention.needs_repeated_heads(torch.device("cpu"), dtype) is False
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_repeated_key_heads_give_the_numbers_of_grouped_ones(architecture, tiny_model, monkeypatch):
+    _, expected, state = step(tiny_model(architecture))
+    monkeypatch.setattr(models, "needs_repeated_heads", lambda *_: True)
+    calls = []
+    real = attention.sdpa_attention_forward
+    monkeypatch.setattr(
+        attention,
+        "sdpa_attention_forward",
+        lambda module, query, key, *rest, **options: (
+            calls.append(key.shape[1] == query.shape[1]) or real(module, query, key, *rest, **options)
+        ),
+    )
+    model, result, repeated = step(tiny_model(architecture))
+    assert calls and all(calls) and model._split.packs and model._split.splits
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+    for name, value in state.items():
+        np.testing.assert_allclose(repeated[name], value, atol=1e-5 * np.abs(value).max(), err_msg=name)
