@@ -45,6 +45,7 @@ def train(settings: Settings) -> Path:
     return output_dir
 
 
+@keep_awake()
 def train_into(output_dir: Path, settings: Settings) -> str:
     """Train into a folder; returns the results in one line."""
     group = ONE_PROCESS
@@ -84,7 +85,7 @@ def train_into(output_dir: Path, settings: Settings) -> str:
         progress.unlogged,
         group,
     )
-    with keep_awake(), report:
+    with report:
         progress = TrainingLoop(settings, prepared, model, files, report, output_dir).run(progress)
     return finish(settings, prepared, model, files, output_dir, progress, BACKENDS[backend].packages)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from support.pair_oracle import scores
 from support.toy_backend import ENGINES, curve, toy_settings, write_toy_model
 
+from macft import system
 from macft.backends import load_model
 from macft.training import reference, run
 from macft.training.prepare import prepare
@@ -277,3 +279,21 @@ def test_a_named_reference_that_is_known_is_not_loaded_again(model, data, other,
     calls.clear()
     train(one_step(model, data, tmp_path / "second", "mlx", ref_model=str(other)))
     assert calls.count("logps") == 0
+
+
+@pytest.mark.mlx
+def test_a_mac_stays_awake_from_loading_on(model, data, calls, tmp_path, monkeypatch):
+    """Scoring the reference may take hours too; `caffeinate` is a Mac's program, so one is made up."""
+
+    class Caffeinate:
+        def __init__(self, command: list[str]):
+            calls.append(" ".join(command[:3]))
+
+        def terminate(self) -> None:
+            calls.append("end")
+
+    monkeypatch.setattr(system, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr(system, "shutil", SimpleNamespace(which=lambda name: f"/usr/bin/{name}"))
+    monkeypatch.setattr(system, "subprocess", SimpleNamespace(Popen=Caffeinate))
+    train(one_step(model, data, tmp_path / "out", "mlx"))
+    assert calls == ["caffeinate -i -m", "load beside 0", *["logps"] * PASSES, "step", "end"]
