@@ -87,9 +87,9 @@ class SplitModel:
         self.shares_prompts = False
         self.packs = False
         vocabulary = model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]
-        self._rows_at_once = max(1, (GPU_LOGITS_AT_ONCE if device.on_gpu() else LOGITS_AT_ONCE) // vocabulary)
-        # of each logit: in the compute type, in float32, as log-softmax and as both gradients
+        # of each logit: in the compute type, in float32, its log-softmax, and the gradients of these
         self.row_bytes = 16 * vocabulary
+        self._rows_at_once = max(1, (_gpu_logits() if device.on_gpu() else LOGITS_AT_ONCE) // vocabulary)
         self.head_bytes = self.row_bytes * self._rows_at_once
 
     def hidden(self, layout: Columns) -> mx.array:
@@ -158,6 +158,12 @@ class SplitModel:
             slope = mx.stop_gradient(mx.concatenate(slopes)).astype(mx.float32)
             logps = logps + ((hidden - constant).astype(mx.float32) * slope).sum(axis=-1)
         return logps * layout["valid"]
+
+
+def _gpu_logits() -> int:
+    """How many logits are computed at once: each chunk reads the whole head twice, which a GPU waits for."""
+    # 16 bytes each, of a sixteenth of the free memory
+    return min(GPU_LOGITS_AT_ONCE, device.free_memory() // (16 * 16))
 
 
 def split(model: nn.Module, *, lm_head_is_frozen: bool, may_share: bool, may_pack: bool, precision: str) -> SplitModel:

@@ -15,6 +15,7 @@ from macft.backends.base import ModelSpec, OptimizerSpec, Sampling
 from macft.backends.batch_layout import exact, plain_layout
 from macft.backends.mlx import memory
 from macft.backends.mlx import model as models
+from macft.backends.mlx import split as split_model
 from macft.backends.mlx import step as steps
 from macft.backends.mlx.split import SplitModel, to_device
 from macft.data.batches import collate
@@ -70,23 +71,28 @@ def deep(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("mac")
-@pytest.mark.parametrize("checkpoints", [False, True], ids=["all kept", "checkpointing"])
-def test_short_rows_say_what_long_ones_take(deep, checkpoints):
+@pytest.mark.parametrize(("checkpoints", "tolerance"), [(False, 0.12), (True, 0.25)], ids=["all kept", "checkpointing"])
+def test_short_rows_say_what_long_ones_take(deep, checkpoints, tolerance):
+    """Rows are twice as long as any that was tried.
+
+    How far the host is ahead of the computation, and holds what that still needs, changes from run to run: it shows
+    where little else is kept.
+    """
     model = load("mlx", deep, gradient_checkpointing=checkpoints)
     peak = step_peak(model, rows(3, 512, trained=1))
     expected = memory.token_bytes(model._split, 512, model._masters, model._dtype, None)
-    # rows are twice as long as any that was tried; the plan leaves 15 % of the memory
-    assert peak / (3 * 512) == pytest.approx(expected, rel=0.12)
+    assert peak / (3 * 512) == pytest.approx(expected, rel=tolerance)
 
 
-def free(mac, folder, nbytes: int) -> None:
+def leave(mac, folder, nbytes: int, monkeypatch) -> None:
     """Make a Mac on which a loaded model leaves so many bytes, without optimizer and head."""
+    monkeypatch.setattr(split_model, "GPU_LOGITS_AT_ONCE", 2**16)
     model = load_model("mlx", ModelSpec(folder, LORA, precision="float32", max_length=512))
     taken = mx.get_active_memory() + model._split.head_bytes + 12 * model.info.trainable_parameters
     mac.info["max_recommended_working_set_size"] = taken + nbytes
 
 
-def test_a_row_that_does_not_fit_switches_checkpointing_on_and_changes_no_number(deep, mac):
+def test_a_row_that_does_not_fit_switches_checkpointing_on_and_changes_no_number(deep, mac, monkeypatch):
     batch = rows(4, 511, trained=200)
     plenty = load("mlx", deep, max_length=512)
     kept = memory.token_bytes(plenty._split, 512, plenty._masters, plenty._dtype, None)
@@ -97,7 +103,7 @@ def test_a_row_that_does_not_fit_switches_checkpointing_on_and_changes_no_number
         (3.0, None),
         (0.5, "gradient_checkpointing is on: without it the longest row, 512 tok"),
     ):
-        free(mac, deep, int(rows_that_fit * 512 * kept / 0.85))
+        leave(mac, deep, int(rows_that_fit * 512 * kept / 0.85), monkeypatch)
         model = load("mlx", deep, max_length=512)
         if note is None:
             assert model.info.notes == () and model._tokens_at_once == pytest.approx(3 * 512, rel=0.1)
@@ -130,9 +136,11 @@ def test_free_buffers_go_when_a_model_loads_and_when_it_turns_to_another_task(ti
     assert len(cleared) == 2 + 4
 
 
-@pytest.mark.usefixtures("mac")
-def test_a_gpu_reads_its_head_for_more_rows_at_once(wide):
-    assert load("mlx", wide)._split._rows_at_once == 2**25 // 16384
+def test_a_gpu_reads_its_head_for_more_rows_at_once(wide, mac):
+    assert load("mlx", wide)._split._rows_at_once == 2**26 // 16384
+    # a sixteenth of 5 GB, at 16 bytes a logit
+    mac.info |= {"memory_size": 8 * GB, "max_recommended_working_set_size": 6 * GB}
+    assert load("mlx", wide)._split._rows_at_once == pytest.approx(5 * GB / 256 / 16384, rel=0.01)
 
 
 # Memory that runs out
