@@ -38,7 +38,7 @@ _ENGINES = (
         accelerator="Metal",
         hardware="Apple Silicon or a CPU",
         adapter_format="mlx",
-        gpu_check="macft.backends.mlx.model:on_gpu",
+        gpu_check="macft.backends.mlx.device:on_gpu",
         cpu_check="macft.backends.mlx.blas:is_fast",
     ),
     Engine(

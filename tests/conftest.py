@@ -23,6 +23,7 @@ os.environ["MACFT_CACHE"] = tempfile.mkdtemp(prefix="macft-tests-")
 # Before any test imports MLX: it loads OpenBLAS, without which MLX is a hundred times slower on Linux.
 from support.data_folders import data_folder, qwen, skip_without_public_data  # noqa: F401
 from support.isolation import isolated, pytest_fixture_setup  # noqa: F401
+from support.mac import mac  # noqa: F401
 from support.shuffle import pytest_addoption, pytest_report_header, shuffle  # noqa: F401
 from support.tiny_models import write_model
 from support.tiny_tokenizer import write_tiny_model

@@ -2,72 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks.gpu.models import HALF_BILLION, ROOT, flops_per_token, packed_rows, whole_rows
-from benchmarks.gpu.table import Check, Row, SkipCheck, measured, outcome, run_all
-
-FOLDER = Path(tempfile.mkdtemp(prefix="macft-gpu-"))
-GB = 1e9
-assert ROOT
-
-
-def mlx_or_skip():
-    """The module mlx.core, where it computes on a GPU."""
-    try:
-        # isort: split
-        import mlx.core as mx
-        import mlx_lm  # noqa: F401
-
-        import macft.backends.mlx  # noqa: F401
-    except ImportError as error:
-        raise SkipCheck(f"mlx is not installed: {error}") from None
-    if mx.default_device() != mx.Device(mx.gpu):
-        raise SkipCheck(f"this build of MLX {mx.__version__} computes on the CPU")
-    return mx
-
-
-@contextmanager
-def on_cpu() -> Iterator[None]:
-    """Compute on the CPU within the block."""
-    import mlx.core as mx
-
-    mx.set_default_device(mx.Device(mx.cpu))
-    try:
-        yield
-    finally:
-        mx.set_default_device(mx.Device(mx.gpu))
-
-
-def load(folder: Path, *, precision: str = "bfloat16", **options):
-    """A model with an adapter, ready to train."""
-    import mlx.core as mx
-    from support.engines import load_model
-
-    from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec
-
-    mx.clear_cache()
-    return load_model("mlx", ModelSpec(folder, LoraSpec(8, 16), precision=precision, **options), OptimizerSpec())
-
-
-def steps(model, objective, batches, lr: float = 1e-4):
-    """The results of a step on each batch."""
-    from support.engines import train_step
-
-    return [train_step(model, objective, [batch], lr=lr, step=index) for index, batch in enumerate(batches)]
-
-
-def share(found: list[float], expected: list[float]) -> float:
-    """The largest relative difference."""
-    return max(abs(a - b) / max(abs(b), 1e-8) for a, b in zip(found, expected, strict=True))
+from benchmarks.gpu.mlx_common import FOLDER, GB, load, loud, mlx_or_skip, on_cpu, share, steps, tiny
+from benchmarks.gpu.mlx_speed import head_memory, memory, optimizer, out_of_memory, shapes, speed
+from benchmarks.gpu.models import packed_rows, whole_rows
+from benchmarks.gpu.table import Check, Row, measured, outcome, run_all
 
 
 def machine() -> Iterator[Row]:
@@ -75,9 +22,12 @@ def machine() -> Iterator[Row]:
     mx = mlx_or_skip()
     from importlib.metadata import version
 
+    from macft.backends.mlx import device
+
     info = mx.device_info()
-    yield measured("device", "", ", ".join(f"{key} {value}" for key, value in info.items())[:160])
-    yield measured("versions", "", f"mlx {mx.__version__}, mlx-lm {version('mlx-lm')}")
+    yield measured("device", "", ", ".join(f"{key} {value}" for key, value in info.items() if "id" not in key)[:200])
+    memory = f"{device.memory_size() / GB:.1f} GB for a run, {device.free_memory() / GB:.1f} GB free"
+    yield measured("versions", "", f"mlx {mx.__version__}, mlx-lm {version('mlx-lm')}; {memory}")
 
 
 def parity() -> Iterator[Row]:
@@ -109,25 +59,10 @@ def parity() -> Iterator[Row]:
         )
 
 
-def tiny(name: str) -> Path:
-    """A small model, written once."""
-    from support.tiny_models import write_model
-
-    folder = FOLDER / f"tiny-{name}"
-    return folder if folder.exists() else write_model(folder, name)
-
-
-def loud() -> Path:
-    """A model whose logits are as far apart as a trained model's."""
-    from support.loud_models import write_loud_model
-
-    folder = FOLDER / "loud"
-    return folder if folder.exists() else write_loud_model(folder)
-
-
 def sixteen_bits() -> Iterator[Row]:
-    """What a loud model can do is found out in bfloat16."""
+    """What a loud model can do is found out in bfloat16; packing that is broken is refused."""
     mlx_or_skip()
+    from macft.backends.mlx.split import SplitModel
     from macft.backends.probes import probe_packed, probe_pairs
 
     model = load(loud(), packing=True)
@@ -140,132 +75,149 @@ def sixteen_bits() -> Iterator[Row]:
     found += f", shares {split.shares_prompts} ({shares[1]:.3f})"
     passes = split.backbone is not None and split.packs and split.shares_prompts and max(shares) < 0.1
     yield outcome("bf16, loud model", "splits, packs, shares, rms below 0.1", found, passes)
+    before = SplitModel.hidden
+
+    def broken(self, layout):
+        return before(self, {name: value for name, value in layout.items() if name != "positions"})
+
+    with patch.object(SplitModel, "hidden", broken):
+        refused = not load(loud(), packing=True)._split.packs
+    yield outcome("bf16, packing that is broken", "refused", "refused" if refused else "accepted", refused)
+
+
+def first_preference_step() -> Iterator[Row]:
+    """The reference, scored in other batches, and the first step."""
+    mlx_or_skip()
+    from support.tiny_models import random_pairs
+
+    from macft.data.batches import collate
+    from macft.data.tokenization.table import Reference
+    from macft.objectives.preference import Preference, answer_positions, reference_columns
+    from macft.training.checks.first_step import check_start
+
+    for count, longest in ((8, 200), (1, 500)):
+        pairs = random_pairs(count, seed=5, prompt=(30, 60), answer=(longest // 2, longest))
+        zero = [replace(pair, reference=Reference(0.0, 0.0, 1.0)) for pair in pairs]
+        model = load(loud(), max_length=longest + 60, rows_per_example=2)
+        # longest first, one by one: not the batch of the step
+        columns = []
+        for pair in zero:
+            batch = collate([pair])
+            columns.append(
+                reference_columns(model.logps(batch, answer_positions(batch, with_prompt=False)), batch, 1.0)
+            )
+        scored = [
+            replace(pair, reference=Reference(float(c[0][0]), float(c[1][0]), 1.0))
+            for pair, c in zip(pairs, columns, strict=True)
+        ]
+        batch = collate(scored)
+        [result] = steps(model, Preference(beta=0.1), [batch])
+        alarm = check_start(Preference(beta=0.1), result, [batch], model.info.precision)
+        worst = max(abs(result.metrics[f"rewards/{side}"]) for side in ("chosen", "rejected"))
+        yield outcome(
+            f"bf16, first DPO step, {count} x {longest}",
+            "no alarm",
+            f"loss - ln 2 {result.loss - math.log(2):+.5f}, mean reward up to {worst:.4f}",
+            alarm is None,
+        )
 
 
 def precisions() -> Iterator[Row]:
-    """Steps in 16 bits beside float32, compiled and packed."""
+    """Steps in 16 bits beside float32, compiled, of rows and of packed rows."""
     mlx_or_skip()
     from macft.objectives.losses import Sft
 
     for kind, batches in (
-        ("rows", [whole_rows(2, 64, seed) for seed in range(12)]),
-        ("packed", [packed_rows(2, 4, 20, seed) for seed in range(12)]),
+        ("rows", [whole_rows(2, 64, seed) for seed in range(8)]),
+        ("packed", [packed_rows(2, 4, 20, seed) for seed in range(8)]),
     ):
         options = {"packing": kind == "packed"}
         expected = steps(load(loud(), precision="float32", **options), Sft(), batches)
         for precision in ("bfloat16", "float16"):
             found = steps(load(loud(), precision=precision, **options), Sft(), batches)
             kept = [(a, b) for a, b in zip(found, expected, strict=True) if not a.is_skipped]
-            loss = max(abs(a.loss - b.loss) / b.loss for a, b in kept)
-            norm = max(abs(a.grad_norm - b.grad_norm) / b.grad_norm for a, b in kept)
+            loss = max((abs(a.loss - b.loss) / b.loss for a, b in kept), default=math.inf)
+            norm = max((abs(a.grad_norm - b.grad_norm) / b.grad_norm for a, b in kept), default=math.inf)
             yield outcome(
-                f"{precision} beside float32, 12 steps, {kind}",
+                f"{precision} beside float32, 8 steps, {kind}",
                 "loss within 2 %, norm within 10 %",
-                f"loss {100 * loss:.2f} %, norm {100 * norm:.1f} %, {12 - len(kept)} skipped",
+                f"loss {100 * loss:.2f} %, norm {100 * norm:.1f} %, {8 - len(kept)} skipped",
                 loss < 0.02 and norm < 0.1,
             )
 
 
-def quantized() -> Iterator[Row]:
-    """Steps on a base of 4 bits, and its answers."""
+def resuming() -> Iterator[Row]:
+    """A run that goes on from a checkpoint."""
     mlx_or_skip()
+    from macft.objectives.losses import Sft
+
+    batches = [whole_rows(2, 64, seed) for seed in range(6)]
+    model = load(loud())
+    steps(model, Sft(), batches[:3])
+    trained, moments = model.trained_state(), model.optimizer_state()
+    expected = steps(model, Sft(), batches[3:], start=3)
+    resumed = load(loud())
+    resumed.set_trained_state(trained)
+    resumed.set_optimizer_state(moments, 3)
+    same = all(np.array_equal(value, resumed.trained_state()[name]) for name, value in trained.items())
+    found = steps(resumed, Sft(), batches[3:], start=3)
+    losses = share([r.loss for r in found], [r.loss for r in expected])
+    yield outcome("bf16, resumed", "state equal, loss 1e-2", f"state equal {same}, loss {losses:.1e}", losses < 1e-2)
+
+
+def quantized() -> Iterator[Row]:
+    """Steps on a base of 4 bits beside the same numbers dense, and its answers."""
+    mx = mlx_or_skip()
+    from support.tiny_models import write_mlx_quantized
+
     from macft.backends.base import Sampling
     from macft.objectives.losses import Sft
 
-    model = load(loud(), quantization_bit=4)
-    results = steps(model, Sft(), [whole_rows(2, 64)] * 10, lr=1e-3)
-    losses = f"{results[0].loss:.3f} to {results[-1].loss:.3f}"
-    yield outcome("4 bits, 10 steps", "falling", losses, results[-1].loss < results[0].loss)
-    answer = list(
-        model.generate([1, 2, 3], max_new_tokens=16, stop_ids=frozenset(), sampling=Sampling(temperature=0.7, seed=1))
+    folder = write_mlx_quantized(loud(), FOLDER / "quantized", 4)
+    batches = [whole_rows(2, 64)] * 6
+    with on_cpu():  # which dequantizes
+        expected = steps(load(folder, precision="float32"), Sft(), batches, lr=1e-3)
+    found = steps(load(folder, precision="float32"), Sft(), batches, lr=1e-3)
+    losses = share([r.loss for r in found], [r.loss for r in expected])
+    norms = share([r.grad_norm for r in found], [r.grad_norm for r in expected])
+    yield outcome(
+        "4 bits, float32, 6 steps as dense on the CPU",
+        "loss 1e-3, norm 1e-2",
+        f"loss {losses:.1e}, norm {norms:.1e}",
+        losses < 1e-3 and norms < 1e-2,
     )
-    yield outcome("4 bits, an answer", "16 tokens", f"{len(answer)} tokens", len(answer) == 16)
-
-
-def head_memory() -> Iterator[Row]:
-    """The peak of a step does not grow with the logits."""
-    mx = mlx_or_skip()
-    from support.loud_models import write_loud_model
-
-    from macft.objectives.losses import Sft
-
-    folder = write_loud_model(FOLDER / "wide", vocab_size=49152, num_hidden_layers=2, max_position_embeddings=8192)
-    peaks = []
-    for length in (1024, 4096):
-        model = load(folder)
-        model._split._rows_at_once = 256
-        mx.reset_peak_memory()
-        start = mx.get_active_memory()
-        steps(model, Sft(), [whole_rows(1, length)])
-        peaks.append((mx.get_peak_memory() - start) / GB)
-    found = f"{peaks[0]:.2f} and {peaks[1]:.2f} GB for 1024 and 4096 rows of 49152 logits"
-    yield outcome("head in chunks", "less than 3 times as much", found, peaks[1] < 3 * peaks[0])
-
-
-def speed() -> Iterator[Row]:
-    """Tokens per second of 0.5B."""
-    mx = mlx_or_skip()
-    from transformers import AutoConfig
-
-    from macft.objectives.losses import Sft
-
-    folder = FOLDER / "0.5B"
-    folder.mkdir()
-    AutoConfig.for_model("qwen2", **HALF_BILLION).save_pretrained(folder)
-    a, b = (mx.random.normal((8192, 8192)).astype(mx.bfloat16) for _ in range(2))
-    mx.eval(a @ b)
+    weights = {name: x.astype(mx.float16) for name, x in mx.load(str(loud() / "model.safetensors")).items()}
+    half = FOLDER / "half"
+    half.mkdir()
+    (half / "config.json").write_text((loud() / "config.json").read_text())
+    mx.save_safetensors(str(half / "model.safetensors"), weights, metadata={"format": "pt"})
+    model = load(write_mlx_quantized(half, FOLDER / "half-quantized", 4), precision="auto")
+    results = steps(model, Sft(), batches, lr=1e-3)
+    kept = [result for result in results if not result.is_skipped]
+    said = f"{model.info.precision}, loss {kept[0].loss:.3f} to {kept[-1].loss:.3f}, {6 - len(kept)} skipped"
+    passes = model.info.precision == "float16" and kept[-1].loss < kept[0].loss
+    yield outcome("4 bits with float16 scales, precision auto, 6 steps", "float16, falling", said, passes)
+    sampling = Sampling(temperature=0.7, seed=1)
     start = time.perf_counter()
-    mx.eval([a @ b for _ in range(10)])
-    rate = 10 * 2 * 8192**3 / (time.perf_counter() - start)
-    for rows, length in ((4, 512), (8, 1024)):
-        model = load(write_random(folder), max_length=length)
-        batch = whole_rows(rows, length)
-        steps(model, Sft(), [batch] * 2)
-        mx.reset_peak_memory()
-        start = time.perf_counter()
-        steps(model, Sft(), [batch] * 4)
-        tokens = 4 * rows * length / (time.perf_counter() - start)
-        used = tokens * flops_per_token(HALF_BILLION, length) / rate
-        yield measured(
-            f"bf16, 0.5B, {rows} x {length}",
-            "",
-            f"{tokens:,.0f} tokens/s, {100 * used:.0f} % of {rate / 1e12:.0f} TFLOP/s, "
-            f"{mx.get_peak_memory() / GB:.1f} GB",
-        )
+    answer = list(model.generate([1, 2, 3], max_new_tokens=64, stop_ids=frozenset(), sampling=sampling))
+    rate = len(answer) / (time.perf_counter() - start)
+    yield outcome("4 bits, an answer", "64 tokens", f"{len(answer)} tokens, {rate:.0f} a second", len(answer) == 64)
 
-
-def write_random(folder: Path) -> Path:
-    """Random weights beside a config.json."""
-    import json
-
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from mlx_lm.utils import _get_classes
-
-    if (folder / "model.safetensors").exists():
-        return folder
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"rope_theta": 1e6, "rms_norm_eps": 1e-6}
-    (folder / "config.json").write_text(json.dumps(config))
-    model_class, args_class = _get_classes(config)
-    model = model_class(args_class.from_dict(config))
-    weights = {
-        name: (0.02 * mx.random.normal(x.shape)).astype(mx.bfloat16) for name, x in tree_flatten(model.parameters())
-    }
-    weights |= {name: mx.ones_like(x) for name, x in weights.items() if "norm" in name}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
-    return folder
-
-
-CHECKS: dict[str, Check] = {
-    "machine": machine,
-    "parity": parity,
-    "sixteen_bits": sixteen_bits,
-    "precisions": precisions,
-    "quantized": quantized,
-    "head_memory": head_memory,
-    "speed": speed,
-}
 
 if __name__ == "__main__":
+    CHECKS: dict[str, Check] = {
+        "machine": machine,
+        "parity": parity,
+        "sixteen_bits": sixteen_bits,
+        "first_preference_step": first_preference_step,
+        "precisions": precisions,
+        "resuming": resuming,
+        "quantized": quantized,
+        "optimizer": optimizer,
+        "head_memory": head_memory,
+        "shapes": shapes,
+        "memory": memory,
+        "speed": speed,
+        "out_of_memory": out_of_memory,
+    }
     run_all(CHECKS, sys.argv[1:])

@@ -8,6 +8,7 @@ and not where positions have a meaning of their own; restarted, each number is t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,6 +21,25 @@ from macft.objectives.batch import Batch, NumpyBatch
 # long to start a pass as to compute a small one, that is more.
 MIN_SAVING = 0.05
 GPU_MIN_SAVING = 0.3
+
+# From a size to one that is at least as large: few different ones cost a GPU less than a little padding.
+RoundUp = Callable[[int], int]
+
+
+def exact(size: int) -> int:
+    """No padding."""
+    return size
+
+
+def multiples_of(step: int) -> RoundUp:
+    """Pad to multiples."""
+    return lambda size: size + -size % step
+
+
+def quarter_octaves(size: int) -> int:
+    """Pad to multiples of 32, and above 256 to four sizes between a power of two and the next."""
+    step = 32 << max(0, (size - 1).bit_length() - 8)
+    return size + -size % step
 
 
 @dataclass(frozen=True)
@@ -87,37 +107,43 @@ def _part(batch: NumpyBatch, indices: np.ndarray, count: int) -> NumpyBatch:
 
 
 def lay_out(
-    batch: NumpyBatch, positions: np.ndarray, *, share: bool, multiple: int = 1, min_saving: float = MIN_SAVING
+    batch: NumpyBatch,
+    positions: np.ndarray,
+    *,
+    share: bool,
+    round_up: RoundUp = exact,
+    min_saving: float = MIN_SAVING,
 ) -> BatchLayout:
     """Choose how to compute log p(token_{t+1} | tokens up to t) at `positions`, bool [rows, T-1].
 
     With `share`, the prompts of pairs are computed once where that saves `min_saving` of the tokens. Lengths are padded
-    to `multiple`.
+    by `round_up`.
     Packed rows keep their examples apart; a single example in its row needs nothing for that.
     """
-    shared = shared_layout(batch, positions, multiple) if share and batch.prompt_mask is not None else None
+    shared = shared_layout(batch, positions, round_up) if share and batch.prompt_mask is not None else None
     if shared is not None and _tokens(shared) <= (1 - min_saving) * batch.tokens[:, 1:].size:
         return shared
-    return plain_layout(batch, positions, multiple)
+    return plain_layout(batch, positions, round_up)
 
 
-def pad_batch(batch: NumpyBatch, multiple: int) -> NumpyBatch:
-    """Pad a batch until T - 1 is a multiple of `multiple`, so that few shapes are compiled."""
-    extra = -(batch.tokens.shape[1] - 1) % multiple
+def pad_batch(batch: NumpyBatch, round_up: RoundUp) -> NumpyBatch:
+    """Pad a batch until T - 1 is what it is rounded up to, so that few shapes are compiled."""
+    length = batch.tokens.shape[1] - 1
+    extra = round_up(length) - length
     if not extra:
         return batch
     pad = ((0, 0), (0, extra))
     return Batch(**{name: np.pad(value, pad) if value.ndim == 2 else value for name, value in batch.columns.items()})
 
 
-def plain_layout(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> BatchLayout:
+def plain_layout(batch: NumpyBatch, positions: np.ndarray, round_up: RoundUp) -> BatchLayout:
     """The layout in which every row is computed whole."""
     scored = np.flatnonzero(positions)
     targets = batch.tokens[:, 1:].reshape(-1)[scored]
     layout = BatchLayout(batch.tokens[:, :-1], scored, targets, scored, np.ones(len(scored)))
     if batch.segment_ids is not None and batch.segment_ids.max() > 1:
         layout = replace(layout, positions=_restarted(batch.segment_ids[:, :-1]))
-    return _scored(layout, multiple)
+    return _scored(layout, round_up)
 
 
 def _restarted(segment_ids: np.ndarray) -> np.ndarray:
@@ -127,12 +153,12 @@ def _restarted(segment_ids: np.ndarray) -> np.ndarray:
     return (columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)).astype(np.int32)
 
 
-def shared_layout(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> BatchLayout | None:
+def shared_layout(batch: NumpyBatch, positions: np.ndarray, round_up: RoundUp) -> BatchLayout | None:
     """The layout in which the prompt of each pair is computed once; None where prompts have only one token."""
     pairs = len(batch.tokens) // 2
     starts = batch.loss_mask.argmax(axis=1)  # prompt tokens of each row, at least 1
     offsets = starts - 1
-    width, length = _up(int(offsets.max()), multiple), _up(int((batch.lengths - starts).max()), multiple)
+    width, length = round_up(int(offsets.max())), round_up(int((batch.lengths - starts).max()))
     if width == 0:
         return None
     prompts = np.zeros((pairs, width), dtype=np.int32)
@@ -159,12 +185,12 @@ def shared_layout(batch: NumpyBatch, positions: np.ndarray, multiple: int) -> Ba
         offsets=offsets.astype(np.int32),
         mask=(seen[:, None, :] | causal[None])[:, None],
     )
-    return _scored(layout, multiple)
+    return _scored(layout, round_up)
 
 
-def _scored(layout: BatchLayout, multiple: int) -> BatchLayout:
+def _scored(layout: BatchLayout, round_up: RoundUp) -> BatchLayout:
     """The four [K] columns in their types, padded."""
-    extra = max(1, _up(len(layout.rows), multiple)) - len(layout.rows)
+    extra = max(1, round_up(len(layout.rows))) - len(layout.rows)
     columns = {name: np.pad(getattr(layout, name), (0, extra)) for name in ("rows", "targets", "scatter_index")}
     return replace(
         layout,
@@ -175,10 +201,6 @@ def _scored(layout: BatchLayout, multiple: int) -> BatchLayout:
 
 def _tokens(layout: BatchLayout) -> int:
     return layout.inputs.size + (0 if layout.prompts is None else layout.prompts.size)
-
-
-def _up(number: int, multiple: int) -> int:
-    return number + -number % multiple
 
 
 def rope_problem(config: dict[str, Any], max_length: int) -> str | None:

@@ -48,3 +48,8 @@ def plan_passes(free: int, row_tokens: int, kept: float, checkpointed: float, *,
 def out_of_memory_text(device: str, doing: str, used: int, total: int) -> str:
     """One line for a device that ran out of memory while `doing` something; `used` of `total` bytes were taken."""
     return f"{device} is out of memory {doing}, with {size(used)} of {size(total)} in use: {_LEVERS}"
+
+
+def timeout_text(device: str, doing: str) -> str:
+    """One line for a device whose driver stopped it while `doing` something, as it took too long."""
+    return f"{device} was stopped by its driver {doing}, as one operation took too long: {_LEVERS}"

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from macft.backends.batch_layout import BatchLayout, plain_layout, shared_layout
+from macft.backends.batch_layout import BatchLayout, exact, plain_layout, shared_layout
 from macft.data.batches import unpack
 from macft.errors import MacftError
 from macft.objectives.batch import Batch
@@ -48,7 +48,7 @@ def probe_rows() -> BatchLayout:
     batch = Batch(tokens, np.ones_like(tokens, dtype=bool), np.array([9, 9], dtype=np.int32))
     positions = np.zeros((2, 8), dtype=bool)
     positions[0, [1, 6]] = positions[1, [0, 7]] = True
-    return plain_layout(batch, positions, 1)
+    return plain_layout(batch, positions, exact)
 
 
 def probe_pairs() -> tuple[BatchLayout, BatchLayout]:
@@ -61,9 +61,9 @@ def probe_pairs() -> tuple[BatchLayout, BatchLayout]:
     batch = Batch(tokens, loss_mask, lengths, prompt_mask=np.zeros_like(loss_mask))
     positions = loss_mask[:, 1:].copy()
     positions[0, 2] = True
-    shared = shared_layout(batch, positions, 1)
+    shared = shared_layout(batch, positions, exact)
     assert shared is not None
-    return shared, plain_layout(batch, positions, 1)
+    return shared, plain_layout(batch, positions, exact)
 
 
 def probe_packed() -> tuple[BatchLayout, BatchLayout]:
@@ -77,4 +77,4 @@ def probe_packed() -> tuple[BatchLayout, BatchLayout]:
     rows = lengths.sum(axis=1).astype(np.int32)
     packed = Batch(tokens, (segment_ids > 0) & ~begins, rows, segment_ids=segment_ids)
     single = unpack(packed)
-    return plain_layout(packed, packed.loss_mask[:, 1:], 1), plain_layout(single, single.loss_mask[:, 1:], 1)
+    return plain_layout(packed, packed.loss_mask[:, 1:], exact), plain_layout(single, single.loss_mask[:, 1:], exact)

@@ -45,6 +45,7 @@ def train(settings: Settings) -> Path:
     return output_dir
 
 
+@keep_awake()
 def train_into(output_dir: Path, settings: Settings) -> str:
     """Train into a folder; returns the results in one line."""
     # reading data and scoring references may take as long as the steps

@@ -10,7 +10,7 @@ from support.tiny_models import random_pairs
 from support.toy_backend import ENGINES
 
 from macft.backends.base import ModelSpec
-from macft.backends.batch_layout import lay_out, pad_batch
+from macft.backends.batch_layout import lay_out, multiples_of, pad_batch, quarter_octaves
 from macft.data.batches import collate
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.preference import answer_positions
@@ -151,12 +151,20 @@ def test_gradient_checkpointing_does_not_share_and_changes_no_number(engine, tin
 # Padded shapes, and the compiled step
 
 
+def test_padded_sizes_are_few():
+    """Worked out by hand: 32 apart up to 256, then four between a power of two and the next."""
+    sizes = [32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048]
+    assert sorted({quarter_octaves(size) for size in range(1, 2049)}) == sizes
+    assert all(size <= quarter_octaves(size) < max(size + 32, 1.25 * size) for size in range(1, 4097))
+    assert quarter_octaves(0) == 0
+
+
 @pytest.mark.parametrize("lengths", [*LENGTHS, "a prompt of one token"])
 def test_shapes_are_padded_to_the_multiple(lengths):
-    batch = pad_batch(pairs_of(lengths), 32)
+    batch = pad_batch(pairs_of(lengths), multiples_of(32))
     assert batch.tokens.shape[1] % 32 == 1
     for share in (False, True):
-        layout = lay_out(batch, answer_positions(batch, with_prompt=True), share=share, multiple=32)
+        layout = lay_out(batch, answer_positions(batch, with_prompt=True), share=share, round_up=multiples_of(32))
         widths = [layout.inputs.shape[1], *(a.shape[0] for a in (layout.rows, layout.targets, layout.scatter_index))]
         widths += [layout.prompts.shape[1]] if layout.prompts is not None else []
         assert [width % 32 for width in widths] == [0] * len(widths)
@@ -167,14 +175,17 @@ def test_shapes_are_padded_to_the_multiple(lengths):
 @pytest.mark.parametrize(
     ("architecture", "shares"), [pytest.param("llama", True, marks=pytest.mark.slow), ("qwen3", True), ("qwen2", False)]
 )
-def test_the_compiled_step_on_padded_shapes_changes_no_number(architecture, shares, tiny_model):
-    backend = load("mlx", tiny_model(architecture))
-    backend._split.shares_prompts = shares
+def test_the_compiled_step_on_padded_shapes_changes_no_number(architecture, shares, tiny_model, request):
     batches = [collate(random_pairs(2, seed=seed, prompt=(50, 60), answer=(5, 30))) for seed in (1, 2)]
-    eager = [numbers(backend, batch) for batch in batches]
-    backend._compiles, backend._multiple = True, 32
-    compiled = [numbers(backend, batch) for batch in batches]
-    assert len(backend._shapes) == 1, "both batches fit one padded shape"
+    results = []
+    for _ in range(2):
+        backend = load("mlx", tiny_model(architecture))
+        backend._split.shares_prompts = shares
+        results.append([numbers(backend, batch) for batch in batches])
+        request.getfixturevalue("mac")
+    [step] = backend._steps.values()
+    assert len(step.shapes) == 1, "both batches fit one padded shape"
+    eager, compiled = results
     for a, b in zip(eager, compiled, strict=True):
         assert_same(a, b)
 
@@ -187,7 +198,7 @@ def test_padded_layouts_change_no_number_on_pytorch_either(tiny_model):
     positions = answer_positions(batch, with_prompt=True)
     plain = backend.logps(batch, positions)
     for share in (False, True):
-        padded = lay_out(batch, positions, share=share, multiple=32)
+        padded = lay_out(batch, positions, share=share, round_up=multiples_of(32))
         logps = token_logps(backend._split, padded, positions.shape).detach().numpy()
         np.testing.assert_allclose(logps, plain, rtol=1e-5, atol=1e-5)
 

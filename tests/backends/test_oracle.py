@@ -222,16 +222,15 @@ def test_smollm2_gives_one_curve_on_both_engines_for_10_steps():
     assert curves["mlx"][-1, 0] < curves["mlx"][0, 0]
 
 
-def test_the_compiled_step_equals_the_eager_one(tiny_model):
-    """On a GPU the step is compiled and its shapes are padded; neither may change a number."""
+def test_the_compiled_step_equals_the_eager_one(tiny_model, request):
+    """On a GPU step and optimizer are compiled, and shapes are padded; none of it may change a number."""
     examples = random_examples(8, seed=6)
     curves = []
-    for compiles in (False, True):
+    for _ in range(2):
         backend = load("mlx", tiny_model("qwen2"))
-        backend._compiles = compiles
-        backend._multiple = 32 if compiles else 1
         batches = [[collate(examples[i : i + 2]), collate(examples[i + 2 : i + 4])] for i in (0, 4)] * 2
         results = [train_step(backend, Sft(), pair, lr=1e-3, step=step) for step, pair in enumerate(batches)]
         curves.append([(result.loss, result.grad_norm) for result in results])
-        assert len(backend._shapes) == (3 if compiles else 0)
+        request.getfixturevalue("mac")
+    assert len(backend._steps[Sft()].shapes) == 3
     np.testing.assert_allclose(curves[1], curves[0], rtol=2e-6)

@@ -10,6 +10,7 @@ import pytest
 
 from macft.backends.base import LoraSpec, Model, ModelSpec, OptimizerSpec, State
 from macft.objectives.batch import NumpyBatch
+from macft.objectives.losses import Sft
 from macft.objectives.ops import NumpyOps
 from macft.objectives.preference import answer_positions
 from support.engines import load_model, train_step
@@ -65,6 +66,13 @@ def numbers(model: Model, batch: NumpyBatch, objective: Squares = Squares()) -> 
     gradient = {name: value for name, value in state.items() if name.endswith(".exp_avg")}
     assert float(objective(NumpyOps(), logps, batch)[0]) == pytest.approx(result.loss, rel=TOLERANCE)
     return Numbers(logps, result.loss, gradient)
+
+
+def supervised_numbers(model: Model, batch: NumpyBatch) -> Numbers:
+    """The same of a supervised step."""
+    logps = model.logps(batch, batch.loss_mask[:, 1:])
+    result = train_step(model, Sft(), [batch], lr=0.0, step=0)
+    return Numbers(logps, result.loss, {n: v for n, v in model.optimizer_state().items() if n.endswith(".exp_avg")})
 
 
 def assert_same(a: Numbers, b: Numbers) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from support.pair_oracle import scores
 from support.toy_backend import ENGINES, curve, toy_settings, write_toy_model
 
+from macft import system
 from macft.backends import load_model
 from macft.training import reference, run
 from macft.training.prepare import prepare
@@ -280,21 +281,19 @@ def test_a_named_reference_that_is_known_is_not_loaded_again(model, data, other,
     assert calls.count("logps") == 0
 
 
-def test_a_mac_is_kept_awake_while_references_are_scored(model, data, tmp_path, monkeypatch):
-    events: list[str] = []
+@pytest.mark.mlx
+def test_a_mac_stays_awake_from_loading_on(model, data, calls, tmp_path, monkeypatch):
+    """Scoring the reference may take hours too; `caffeinate` is a Mac's program, so one is made up."""
 
-    @contextmanager
-    def awake():
-        events.append("awake")
-        yield
-        events.append("may sleep")
+    class Caffeinate:
+        def __init__(self, command: list[str]):
+            calls.append(" ".join(command[:3]))
 
-    def score(*args):
-        events.append("scores")
-        return policy_references(*args)
+        def terminate(self) -> None:
+            calls.append("end")
 
-    policy_references = run.policy_references
-    monkeypatch.setattr(run, "keep_awake", awake)
-    monkeypatch.setattr(run, "policy_references", score)
-    train(one_step(model, data, tmp_path / "run", "torch"))
-    assert events == ["awake", "scores", "may sleep"]
+    monkeypatch.setattr(system, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr(system, "shutil", SimpleNamespace(which=lambda name: f"/usr/bin/{name}"))
+    monkeypatch.setattr(system, "subprocess", SimpleNamespace(Popen=Caffeinate))
+    train(one_step(model, data, tmp_path / "out", "mlx"))
+    assert calls == ["caffeinate -i -m", "load beside 0", *["logps"] * PASSES, "step", "end"]

@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from macft.backends.base import ModelInfo, ModelSpec, OptimizerSpec, Sampling, StepResult
-from macft.backends.batch_layout import lay_out, pad_batch
+from macft.backends.batch_layout import exact, lay_out, pad_batch, quarter_octaves
+from macft.backends.loss_scale import LossScale
+from macft.backends.memory import PassPlan
+from macft.backends.mlx import device, lora
 from macft.backends.mlx import generate as generation
-from macft.backends.mlx import lora
 from macft.backends.mlx import model as models
 from macft.backends.mlx import step as steps
+from macft.backends.mlx.memory import plan_device_passes
+from macft.backends.mlx.out_of_memory import explaining_out_of_memory
 from macft.backends.mlx.split import Columns, SplitModel, split, to_device
 from macft.backends.shared import CPU_TOKENS_AT_ONCE, dropout_seed, load_notes, step_parts
+from macft.errors import ModelError
 from macft.objectives.batch import NumpyBatch
 from macft.objectives.losses import Objective
 from macft.process_group import ProcessGroup
 from macft.system import peak_process_memory
 from macft.weights.adapters.peft import State
 
-# On a GPU the step is compiled; shapes are padded to multiples of this, so that few are compiled.
-# On a CPU compiling halves the speed (measured), so shapes stay as they are.
-COMPILED_SHAPE_MULTIPLE = 32
-# mx.compile never forgets a shape, and Metal runs out of buffers after very many.
-MAX_COMPILED_SHAPES = 48
+CPU_PASSES = PassPlan(CPU_TOKENS_AT_ONCE, checkpoints=False)
+_LOSS_SCALE = "loss_scale"
 
 
 def load(spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) -> MlxModel:
     """See `EngineModule.load`."""
-    loaded = models.load(spec)
+    device.bound_memory()
+    # the buffers of a model that was there before
+    mx.clear_cache()
+    with explaining_out_of_memory(f"loading {spec.folder.name}"):
+        loaded, targets, dropout = _attached(spec)
     model = loaded.model
-    targets: list[str] = []
-    dropout: lora.Dropout | None = None
-    if spec.merged_adapter is not None:
-        lora.merge(model, spec.merged_adapter)
-    if spec.lora is not None:
-        targets, dropout = lora.attach(model, spec.lora, spec.seed)
-    elif not spec.full:
-        model.freeze()
     precision = str(loaded.dtype).rsplit(".", 1)[-1]
     halves = split(
         model,
@@ -50,24 +49,43 @@ def load(spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) 
     )
     has_lm_head = halves.backbone is not None
     notes = load_notes(spec, has_lm_head=has_lm_head, packs=halves.packs, rope_problem=loaded.rope_problem)
-    if spec.gradient_checkpointing:
-        models.checkpoint_layers(model)
-    if mx.metal.is_available():
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    if spec.gradient_checkpointing and not models.checkpoint_layers(model):
+        raise ModelError("gradient_checkpointing: the blocks of this architecture were not found; remove the key")
+    masters = steps.trainable_parameters(model)
+    mx.eval(masters)
+    passes = CPU_PASSES
+    if optimizer is not None and device.on_gpu():
+        passes = plan_device_passes(halves, spec, masters, loaded.dtype, dropout)
+        notes += [passes.note] if passes.note else []
+    mx.clear_cache()
+    mx.reset_peak_memory()
     trainable, total = models.count_parameters(model)
     info = ModelInfo(
-        device="Metal" if models.on_gpu() else "CPU",
+        device=device.device_name(),
         precision=precision,
         trainable_parameters=trainable,
         total_parameters=total,
         target_modules=tuple(targets),
         notes=(*loaded.notes, *notes),
     )
-    return MlxModel(info, halves, loaded.dtype, dropout, optimizer or OptimizerSpec(), spec.seed, group)
+    optimizer = optimizer or OptimizerSpec()
+    return MlxModel(info, halves, loaded.dtype, dropout, optimizer, spec.seed, group, masters, passes.tokens_at_once)
+
+
+def _attached(spec: ModelSpec) -> tuple[models.LoadedMlxModel, list[str], lora.Dropout | None]:
+    """The model with its adapters, their targets, and the dropout switch."""
+    loaded = models.load(spec)
+    if spec.merged_adapter is not None:
+        lora.merge(loaded.model, spec.merged_adapter)
+    if spec.lora is not None:
+        return loaded, *lora.attach(loaded.model, spec.lora, spec.seed)
+    if not spec.full:
+        loaded.model.freeze()
+    return loaded, [], None
 
 
 class MlxModel:
-    """A model on Metal or on the CPU: `macft.backends.base.Model`, whose docstrings hold for its methods."""
+    """A model on a GPU or on the CPU: `macft.backends.base.Model`, whose docstrings hold for its methods."""
 
     def __init__(
         self,
@@ -78,6 +96,8 @@ class MlxModel:
         optimizer: OptimizerSpec,
         seed: int,
         group: ProcessGroup,
+        masters: steps.Parameters,
+        tokens_at_once: int,
     ):
         self.info = info
         self._split = halves
@@ -87,34 +107,54 @@ class MlxModel:
         self._seed = seed
         self._group = group
         self._optimizer = steps.AdamW(optimizer)
-        self._steps: dict[Objective, tuple[steps.GradientStep, steps.GradientStep]] = {}
-        self._shapes: set[tuple[int, ...]] = set()
-        self._compiles = models.on_gpu()
-        self._multiple = COMPILED_SHAPE_MULTIPLE if self._compiles else 1
-        self._tokens_at_once = None if models.on_gpu() else CPU_TOKENS_AT_ONCE
-        self._masters = steps.trainable_parameters(self._model)
+        self._state = steps.AdamState()
+        self._loss_scale = LossScale() if dtype == mx.float16 else None
+        self._steps: dict[Objective, steps.GradientStep] = {}
+        # On a CPU compiling halves the speed (measured), so shapes stay as they are.
+        self._compiles = device.on_gpu()
+        self._round_up = quarter_octaves if self._compiles else exact
+        self._tokens_at_once: int | None = tokens_at_once
+        self._masters = masters
         self._place_masters()
 
     def train_step(
         self, objective: Objective, micro_batches: Sequence[NumpyBatch], *, weight: float, lr: float, step: int
     ) -> StepResult:
-        self._model.train()
-        scale = mx.array(1.0 / weight)
-        loss = mx.array(0.0)
-        metrics: dict[str, mx.array] = {}
-        gradients: steps.Parameters | None = None
-        for index, batch in step_parts(micro_batches, self._tokens_at_once, packs=self._split.packs):
-            value, more, new = self._gradients(objective, batch, self._dropout_keys(step, index), scale)
-            loss = loss + value
-            metrics = {name: metrics.get(name, 0.0) + amount for name, amount in more.items()}
-            gradients = new if gradients is None else {path: gradients[path] + g for path, g in new.items()}
-            mx.eval(loss, metrics, gradients)
-        assert gradients is not None, "a step without micro-batches"
-        gradients, norm = steps.clip(gradients, self._optimizer.spec.max_grad_norm)
-        self._masters = self._optimizer.update(self._masters, gradients, lr)
-        mx.eval(norm, self._masters, self._optimizer.moments)
+        self._use(training=True)
+        scale = 1.0 if self._loss_scale is None else self._loss_scale.value
+        with explaining_out_of_memory("in a training step of {} rows of {} tokens".format(*_largest(micro_batches))):
+            loss, metrics, gradients = self._summed_gradients(objective, micro_batches, scale / weight, step)
+            # float16 may go back to these
+            before = (self._state, self._masters) if self._loss_scale is not None else None
+            self._state, self._masters, norm = self._optimizer.update(self._state, self._masters, gradients, lr, scale)
+            del gradients
+            # all numbers of the step come to the host at once
+            mx.eval(loss, metrics, norm, self._masters, self._state.moments)
+        grad_norm = _float(norm)
+        is_skipped = self._loss_scale is not None and self._loss_scale.skips(is_finite=math.isfinite(grad_norm))
+        if is_skipped and before is not None:
+            self._state, self._masters = before
         self._place_masters()
-        return StepResult(_float(loss), _float(norm), {name: _float(value) for name, value in metrics.items()})
+        means = {name: _float(value) / scale for name, value in metrics.items()}
+        return StepResult(_float(loss) / scale, grad_norm, means, is_skipped=is_skipped)
+
+    def _summed_gradients(
+        self, objective: Objective, micro_batches: Sequence[NumpyBatch], factor: float, step: int
+    ) -> tuple[mx.array, dict[str, mx.array], steps.Parameters]:
+        """Loss, metrics and gradients, times `factor`; of several passes all but the last are computed already."""
+        total: tuple[mx.array, dict[str, mx.array], steps.Parameters] | None = None
+        for index, batch in step_parts(micro_batches, self._tokens_at_once, packs=self._split.packs):
+            if total is not None:
+                mx.eval(total)
+            value, more, new = self._gradients(objective, batch, self._dropout_keys(step, index), mx.array(factor))
+            loss, metrics, gradients = total or (mx.array(0.0), {}, {})
+            total = (
+                loss + value,
+                {name: metrics.get(name, 0.0) + amount for name, amount in more.items()},
+                {path: gradients[path] + g for path, g in new.items()} if gradients else new,
+            )
+        assert total is not None, "a step without micro-batches"
+        return total
 
     def _dropout_keys(self, step: int, index: int) -> mx.array | None:
         """One key per layer, for one micro-batch."""
@@ -128,44 +168,45 @@ class MlxModel:
     ) -> tuple[mx.array, dict[str, mx.array], steps.Parameters]:
         if objective not in self._steps:
             eager = steps.gradient_step(self._split, self._dropout, objective, self._dtype)
-            self._steps[objective] = (eager, mx.compile(eager))
-        eager, compiled = self._steps[objective]
-        batch = pad_batch(batch, self._multiple)
+            self._steps[objective] = steps.CompiledStep(eager) if self._compiles else eager
+        batch = pad_batch(batch, self._round_up)
         columns, layout = to_device(batch.columns), self._lay_out(batch, objective.positions(batch))
-        shape = tuple(size for array in (*columns.values(), *layout.values()) for size in array.shape)
-        if self._compiles and len(self._shapes) < MAX_COMPILED_SHAPES:
-            self._shapes.add(shape)
-        run = compiled if shape in self._shapes else eager
         try:
-            return run(self._masters, columns, layout, keys, scale)
+            return self._steps[objective](self._masters, columns, layout, keys, scale)
         finally:
             # Tracing leaves its placeholders in the model.
             self._place_masters()
 
     def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
         assert batch.segment_ids is None or self._split.packs, "this model takes one example per row"
-        self._stop_training()
-        layout = self._lay_out(batch, positions)
-        return np.array(steps.token_logps(self._split, layout, positions.shape, with_gradient=False))
+        self._use(training=False)
+        with explaining_out_of_memory("scoring {} rows of {} tokens".format(*batch.tokens.shape)):
+            return np.array(steps.scored_as_trained(self._split, self._lay_out(batch, positions), positions.shape))
 
     def _lay_out(self, batch: NumpyBatch, positions: np.ndarray) -> Columns:
-        layout = lay_out(batch, positions, share=self._split.shares_prompts, multiple=self._multiple)
+        layout = lay_out(batch, positions, share=self._split.shares_prompts, round_up=self._round_up)
         return to_device(layout.columns)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        self._stop_training()
-        return steps.whole_logits(self._model, tokens)
+        self._use(training=False)
+        with explaining_out_of_memory(f"computing the logits of {len(tokens)} tokens"):
+            return steps.whole_logits(self._model, tokens)
 
     def generate(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
     ) -> Iterator[int]:
-        self._stop_training()
-        return generation.generate(
-            self._model, prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling
-        )
+        self._use(training=False)
+        with explaining_out_of_memory(f"answering a prompt of {len(prompt)} tokens"):
+            yield from generation.generate(
+                self._model, prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling
+            )
 
-    def _stop_training(self) -> None:
-        self._model.eval()
+    def _use(self, *, training: bool) -> None:
+        """Make the model ready to train, or to be asked."""
+        if self._model.training != training:
+            self._model.train(training)
+            # buffers of the one have no size that the other needs
+            mx.clear_cache()
         if self._dropout is not None:
             self._dropout.keys = None
 
@@ -178,20 +219,26 @@ class MlxModel:
         self._place_masters()
 
     def optimizer_state(self) -> State:
-        return {
+        state = {
             f"{lora.canonical_name(path)}.{kind}": np.array(value)
-            for kind, moments in self._optimizer.moments.items()
+            for kind, moments in self._state.moments.items()
             for path, value in moments.items()
         }
+        if self._loss_scale is not None:
+            state[_LOSS_SCALE] = self._loss_scale.state(self._state.steps)
+        return state
 
     def set_optimizer_state(self, state: State, step: int) -> None:
-        self._optimizer.steps = step
-        for kind, moments in self._optimizer.moments.items():
-            for path in self._masters:
-                moments[path] = mx.array(state[f"{lora.canonical_name(path)}.{kind}"])
+        if self._loss_scale is not None and _LOSS_SCALE in state:
+            step = self._loss_scale.restore(state[_LOSS_SCALE])
+        moments = {
+            kind: {path: mx.array(state[f"{lora.canonical_name(path)}.{kind}"]) for path in self._masters}
+            for kind in self._state.moments
+        }
+        self._state = steps.AdamState(step, moments)
 
     def peak_memory(self) -> int:
-        return int(mx.get_peak_memory()) if models.on_gpu() else peak_process_memory()
+        return int(mx.get_peak_memory()) if device.on_gpu() else peak_process_memory()
 
     def _place_masters(self) -> None:
         steps.place(self._model, steps.cast(self._masters, self._dtype))
@@ -199,3 +246,8 @@ class MlxModel:
 
 def _float(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
+
+
+def _largest(batches: Sequence[NumpyBatch]) -> tuple[int, ...]:
+    """Rows and tokens of the largest batch."""
+    return max((batch.tokens.shape for batch in batches), key=math.prod)

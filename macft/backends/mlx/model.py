@@ -12,18 +12,13 @@ from mlx_lm.utils import load_model as load_mlx_lm_model
 
 from macft.backends.base import ModelSpec
 from macft.backends.batch_layout import rope_problem
+from macft.backends.mlx import device
+from macft.backends.mlx.out_of_memory import is_out_of_memory
 from macft.backends.mlx.split import BACKBONES
 from macft.backends.shared import initial_value
 from macft.errors import ModelError
 from macft.weights.model_config import check_text_model, check_window, normalize_config, read_config
 from macft.weights.quantization.affine import LOAD_GROUP_SIZE
-
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-
-
-def on_gpu() -> bool:
-    """Whether MLX computes on Metal (or CUDA)."""
-    return mx.default_device() == mx.Device(mx.gpu)
 
 
 @dataclass(frozen=True)
@@ -42,19 +37,21 @@ def load(spec: ModelSpec) -> LoadedMlxModel:
     check_text_model(config)
     check_window(config, spec.max_length)
     notes: list[str] = []
-    dtype = _compute_dtype(spec.precision, notes)
     try:
         model, _ = load_mlx_lm_model(spec.folder, lazy=True, strict=not spec.from_scratch, model_config=config)
     except Exception as error:  # any problem of a foreign loader
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"{spec.folder}: the mlx backend cannot load this {config['model_type']} model: mlx-lm says: "
             f"{' '.join(str(error).split())[:160].rstrip('.')}; give a causal language model, or try --backend torch"
         ) from error
     if spec.from_scratch:
         _start(model, config, spec.seed)
+    dtype = device.compute_dtype(spec.precision, _type_of_scales(model), notes)
     if spec.quantization_bit is not None:
         _quantize(model, spec.quantization_bit)
-    if not on_gpu() and _dequantize(model):
+    if not device.on_gpu() and _dequantize(model):
         notes.append("the quantized base is dequantized to float32: quantized products are slow on this CPU build")
     model.update(tree_map(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x, model.parameters()))
     model.train()
@@ -73,15 +70,9 @@ def _start(model: nn.Module, config: dict[str, Any], seed: int) -> None:
     model.update(tree_unflatten(values))
 
 
-def _compute_dtype(precision: str, notes: list[str]) -> mx.Dtype:
-    if precision == "auto":
-        return mx.bfloat16 if on_gpu() else mx.float32
-    if precision != "float32" and not on_gpu():
-        notes.append(f"{precision} products are slow on MLX's CPU build: computing in float32")
-        return mx.float32
-    if precision == "float16":
-        notes.append("float16 gradients are not scaled here: bf16=true is safer")
-    return DTYPES[precision]
+def _type_of_scales(model: nn.Module) -> mx.Dtype | None:
+    scales = (module.scales for module in model.modules() if "scales" in module)
+    return next((array.dtype for array in scales if mx.issubdtype(array.dtype, mx.floating)), None)
 
 
 def _quantize(model: nn.Module, bits: int) -> None:
@@ -151,15 +142,15 @@ class CheckpointedLayer:
         return getattr(self.layer, name)
 
 
-def checkpoint_layers(model: nn.Module) -> None:
-    """Wrap every block of the backbone in a `CheckpointedLayer`; the parameter tree stays."""
+def checkpoint_layers(model: nn.Module) -> bool:
+    """Wrap every block of the backbone in a `CheckpointedLayer`; the parameter tree stays. False: no blocks found."""
     owner = getattr(model, "language_model", model)
     for name in BACKBONES:
         backbone = owner.get(name)
         if isinstance(backbone, nn.Module) and isinstance(backbone.get("layers"), list):
             object.__setattr__(backbone, "layers", [CheckpointedLayer(layer) for layer in backbone["layers"]])
-            return
-    raise ModelError("gradient_checkpointing: the blocks of this architecture were not found; remove the key")
+            return True
+    return False
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -11,10 +11,12 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from macft.backends.batch_layout import BatchLayout
+from macft.backends.mlx import device
 from macft.backends.mlx.ops import cross_entropy
+from macft.backends.mlx.out_of_memory import explaining_out_of_memory
 from macft.backends.mlx.packed import PackedCache, restarting_rope
 from macft.backends.probes import agree, probe_packed, probe_pairs, probe_rows
-from macft.backends.shared import LOGITS_AT_ONCE
+from macft.backends.shared import GPU_LOGITS_AT_ONCE, LOGITS_AT_ONCE
 
 # What model files call their backbone.
 BACKBONES = ("model", "transformer", "backbone")
@@ -84,7 +86,11 @@ class SplitModel:
         self.lm_head_is_frozen = lm_head_is_frozen
         self.shares_prompts = False
         self.packs = False
-        self._rows_at_once = max(1, LOGITS_AT_ONCE // model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
+        vocabulary = model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]
+        # of each logit: in the compute type, in float32, its log-softmax, and the gradients of these
+        self.row_bytes = 16 * vocabulary
+        self._rows_at_once = max(1, (_gpu_logits() if device.on_gpu() else LOGITS_AT_ONCE) // vocabulary)
+        self.head_bytes = self.row_bytes * self._rows_at_once
 
     def hidden(self, layout: Columns) -> mx.array:
         """[K, D] (or [K, V] logits): the outputs at `rows` of a layout's columns."""
@@ -115,7 +121,8 @@ class SplitModel:
 
     def logits(self, layout: BatchLayout) -> np.ndarray:
         """float32 [K, V]: the logits at `rows` of a layout."""
-        return np.array(self.lm_head(self.hidden(to_device(layout.columns))).astype(mx.float32))
+        with explaining_out_of_memory("trying the model on a few tokens"):
+            return np.array(self.lm_head(self.hidden(to_device(layout.columns))).astype(mx.float32))
 
     def logps(self, layout: Columns, *, with_gradient: bool) -> mx.array:
         """float32 [K]: log p(target) at every row of a layout, times its validity.
@@ -127,10 +134,14 @@ class SplitModel:
         if with_gradient and (self.backbone is None or not self.lm_head_is_frozen):
             return -cross_entropy(self.lm_head(hidden), targets) * layout["valid"]
         constant = mx.stop_gradient(hidden)
-        values, slopes = [], []
+        values: list[mx.array] = []
+        slopes: list[mx.array] = []
         for start in range(0, hidden.shape[0], self._rows_at_once):
             chunk = slice(start, start + self._rows_at_once)
             part, expected = constant[chunk], targets[chunk]
+            # without an order among them MLX computes up to 20 chunks side by side
+            if values:
+                part = mx.depends(part, [values[-1], *slopes[-1:]])
 
             def score(rows: mx.array, expected: mx.array = expected) -> mx.array:
                 return -cross_entropy(self.lm_head(rows), expected)
@@ -144,8 +155,15 @@ class SplitModel:
         logps = mx.stop_gradient(mx.concatenate(values))
         if with_gradient:
             # 0 in value, the slopes in gradient
-            logps = logps + ((hidden - constant) * mx.stop_gradient(mx.concatenate(slopes))).sum(axis=-1)
+            slope = mx.stop_gradient(mx.concatenate(slopes)).astype(mx.float32)
+            logps = logps + ((hidden - constant).astype(mx.float32) * slope).sum(axis=-1)
         return logps * layout["valid"]
+
+
+def _gpu_logits() -> int:
+    """How many logits are computed at once: each chunk reads the whole head twice, which a GPU waits for."""
+    # 16 bytes each, of a sixteenth of the free memory
+    return min(GPU_LOGITS_AT_ONCE, device.free_memory() // (16 * 16))
 
 
 def split(model: nn.Module, *, lm_head_is_frozen: bool, may_share: bool, may_pack: bool, precision: str) -> SplitModel:

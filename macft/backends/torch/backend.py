@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from macft.backends.base import ModelInfo, ModelSpec, OptimizerSpec, Sampling, StepResult
-from macft.backends.batch_layout import GPU_MIN_SAVING, MIN_SAVING, lay_out
+from macft.backends.batch_layout import GPU_MIN_SAVING, MIN_SAVING, exact, lay_out, multiples_of
 from macft.backends.loss_scale import LossScale
 from macft.backends.memory import PassPlan
 from macft.backends.shared import CPU_TOKENS_AT_ONCE, dropout_seed, load_notes, step_parts
@@ -117,7 +117,7 @@ class TorchModel:
         self._group = group
         self._tokens_at_once = tokens_at_once
         on_cpu = self._device.type == "cpu"
-        self._multiple = 1 if on_cpu else GPU_LENGTH_MULTIPLE
+        self._round_up = exact if on_cpu else multiples_of(GPU_LENGTH_MULTIPLE)
         self._min_saving = MIN_SAVING if on_cpu else GPU_MIN_SAVING
         self._loss_scale = LossScale() if dtype == torch.float16 else None
         self._steps_taken = 0
@@ -179,7 +179,7 @@ class TorchModel:
             batch,
             positions,
             share=self._split.shares_prompts,
-            multiple=self._multiple,
+            round_up=self._round_up,
             min_saving=self._min_saving,
         )
         return token_logps(self._split, layout, positions.shape)

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from macft.backends.base import ModelSpec
-from macft.backends.batch_layout import plain_layout
+from macft.backends.batch_layout import exact, plain_layout
 from macft.backends.memory import BYTES_PER_TRAINED, PassPlan, plan_passes
 from macft.backends.torch.device import free_memory, pick_device
 from macft.backends.torch.out_of_memory import is_out_of_memory
@@ -66,7 +66,7 @@ def kept_bytes(split: SplitModel, tokens: int) -> int:
 
     row = np.ones((1, tokens + 1), dtype=np.int32)
     batch = Batch(row, row.astype(bool), np.array([tokens + 1], dtype=np.int32))
-    columns = split.columns(plain_layout(batch, row[:, 1:].astype(bool), 1))
+    columns = split.columns(plain_layout(batch, row[:, 1:].astype(bool), exact))
     with saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = split.hidden(columns)
     assert hidden.requires_grad, "nothing is trained"

@@ -19,7 +19,7 @@ from support.tiny_models import WINDOW, random_examples
 from support.toy_backend import ENGINES, curve, toy_settings, write_rows
 
 from macft.backends.base import Model, ModelSpec
-from macft.backends.batch_layout import lay_out, pad_batch, rope_problem, split_by_tokens
+from macft.backends.batch_layout import lay_out, pad_batch, quarter_octaves, rope_problem, split_by_tokens
 from macft.data.batches import TrainingRow, collate, row_length, unpack
 from macft.data.tokenization.packing import PackedExample, PackedRows, best_fit, chain, pack
 from macft.data.tokenization.table import TokenizedExample
@@ -198,12 +198,11 @@ def with_rope(source: Path, folder: Path, kind: str, **keys) -> Path:
 
 
 @pytest.mark.mlx
-def test_padded_shapes_and_the_compiled_step_change_no_number(tiny_model):
-    backend = load("mlx", tiny_model("llama"), packing=True)
-    plain = _numbers(backend, collate(ROWS))
-    backend._compiles, backend._multiple = True, 32
-    compiled = _numbers(backend, collate(ROWS))
-    assert pad_batch(collate(ROWS), 32).segment_ids.shape[1] % 32 == 1
+def test_padded_shapes_and_the_compiled_step_change_no_number(tiny_model, request):
+    plain = _numbers(load("mlx", tiny_model("llama"), packing=True), collate(ROWS))
+    request.getfixturevalue("mac")
+    compiled = _numbers(load("mlx", tiny_model("llama"), packing=True), collate(ROWS))
+    assert pad_batch(collate(ROWS), quarter_octaves).segment_ids.shape[1] % 32 == 1
     assert_same(plain, compiled)
 
 
