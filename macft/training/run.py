@@ -45,15 +45,10 @@ def train(settings: Settings) -> Path:
     return output_dir
 
 
+# reading data and scoring references may take as long as the steps
 @keep_awake()
 def train_into(output_dir: Path, settings: Settings) -> str:
     """Train into a folder; returns the results in one line."""
-    # reading data and scoring references may take as long as the steps
-    with keep_awake():
-        return _train_into(output_dir, settings)
-
-
-def _train_into(output_dir: Path, settings: Settings) -> str:
     group = find_group()
     backend = choose_backend(settings.backend)
     clears_output_dir = settings.overwrite_output_dir
