@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from macft.data.templates.chat_template import ChatTemplate
@@ -28,5 +29,20 @@ CHATS = [
 ]
 
 
-def build(source: str) -> ChatTemplate:
-    return ChatTemplate(source, name="test.jinja", special_map={"bos_token": "<s>", "eos_token": "</s>"})
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def build(source: str, name: str = "test.jinja") -> ChatTemplate:
+    return ChatTemplate(source, name=name, special_map=SPECIAL)
+
+
+def published_folder() -> Path:
+    """The folder of the models' own templates, and of training templates made of them, that TRL ships."""
+    import trl
+
+    return Path(trl.__file__).parent / "chat_templates"
+
+
+def published(name: str) -> ChatTemplate:
+    """A model's own template, as TRL ships it."""
+    return build((published_folder() / f"{name}.jinja").read_text(encoding="utf-8"), f"{name}.jinja")
