@@ -174,8 +174,6 @@ def test_a_marker_is_never_cut_in_two() -> None:
     forced = CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
     assert trained(forced, chat("a", "<tool_call>b")) == ["<tool_call>b<|im_end|>\n"]
     assert trained(forced, chat("a", "<b>b", "c", "d")) == ["<b>b<|im_end|>\n", "d<|im_end|>\n"]
-    rendered = render_with_spans(published("nemotron_3_nano"), chat("a", "<think>\nx\n</think>\n\nb", "c", "d"))
-    assert rendered.text[slice(*rendered.spans[0])] == "</think>\n\nb<|im_end|>\n"
 
 
 def test_tool_results_are_prompt() -> None:
