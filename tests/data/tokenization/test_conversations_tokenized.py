@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat_templates import build, chat
 from support.data_rows import encode, fit_examples, read_examples, tokenize_examples
 from support.own_qwen import write_own_qwen
 from support.tiny_tokenizer import CHATML_GENERATION, TEMPLATES, write_tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from macft.data.formats.conversations import Example
 from macft.data.kinds import SFT
@@ -69,9 +71,6 @@ def test_mask_history_trains_the_last_answer(tokenizer: Tokenizer) -> None:
 
 
 def test_of_an_answer_that_opens_a_conversation_neither_system_text_nor_header_is_trained() -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = resolve_model("smollm2-135m").path
     own = load_tokenizer(folder)
     messages = [{"role": "assistant", "content": "Welcome!"}, *chat("Q1", "A2")]
