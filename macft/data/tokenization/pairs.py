@@ -10,7 +10,8 @@ import numpy as np
 from macft.data.formats.pairs import PairExample
 from macft.data.templates.chat_template import Message
 from macft.data.templates.ends import close_answers
-from macft.data.templates.spans import Rendered, common_length, render_turn
+from macft.data.templates.overlap import common_length
+from macft.data.templates.spans import Rendered, render_turn
 from macft.data.tokenization.conversations import FittedRow, cut, is_emptied, naming_shortened, render_all, shorten
 from macft.data.tokenization.encoding import CHUNK, Encoding
 from macft.data.tokenization.report import SkipReason, SpecialTokens, TokenizeReport, and_others, fill_report
