@@ -9,7 +9,13 @@ from dataclasses import replace
 from macft.backends import load_model
 from macft.backends.adapters import spec_of_adapter, warn_of_other_base
 from macft.backends.base import Model, ModelSpec
-from macft.data.templates.chat_template import Message, load_template, template_end_ids, template_folder
+from macft.data.templates.chat_template import (
+    Message,
+    has_template,
+    load_template,
+    template_end_ids,
+    template_folder,
+)
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
 from macft.inference.answer import encode_prompt
@@ -37,6 +43,11 @@ def load_chat_model(
     chat_template = None
     if not raw:
         source = template_folder(base.path, trained.folder if trained is not None else None)
+        if template is None and not has_template(source):
+            raise ModelError(
+                f"{model}: no chat template; give a Jinja file or a name as --template, or continue text as it is "
+                "with macft chat --raw"
+            )
         chat_template = load_template(source, tokenizer.special_map, template)
     stop_ids = tokenizer.eos_ids
     if chat_template is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from macft.errors import MissingPackageError, ModelError
+from macft.errors import MissingPackageError, ModelError, call_by_name
 from macft.files import cache_dir, locked
 from macft.hub import models as hub_models
 from macft.weights.folder import ModelFolder, listing, pickle_problem, weight_files
@@ -33,14 +33,14 @@ def resolve_model(name: str, hub: str | None = None) -> ModelFolder:
     Raises ModelError when there is no such model, MissingPackageError when a built-in one is not installed.
     """
     if name in _BUILT_IN:
-        return ModelFolder(name, _imported(_packaged_gguf(name)))
+        return _named(name, _imported(_packaged_gguf(name)))
     path = Path(name).expanduser()
     if path.is_dir():
         return ModelFolder(name, _checked_model(path))
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name}: a {path.suffix or 'nameless'} file; pass a model folder or a .gguf file")
-        return ModelFolder(name, _imported(path))
+        return _named(name, _imported(path))
     if path.suffix.lower() != ".gguf" and _HUB_ID.fullmatch(name):
         if hub_models.asks_modelscope(hub):
             return ModelFolder(name, _checked_model(hub_models.modelscope_snapshot(name)))
@@ -76,6 +76,11 @@ def _packaged_gguf(name: str) -> Path:
     raise MissingPackageError(
         f"the installed package {package} holds no .gguf file; reinstall it: {command} --force-reinstall"
     )
+
+
+def _named(name: str, folder: Path) -> ModelFolder:
+    call_by_name(folder, name)
+    return ModelFolder(name, folder)
 
 
 def _imported(gguf: Path) -> Path:
