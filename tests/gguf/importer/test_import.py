@@ -139,6 +139,45 @@ def test_imported_model_predicts_what_llama_cpp_predicts(tmp_path: Path, case: s
         assert logps[token].item() == pytest.approx(logprob, abs=5e-5), (case, token)
 
 
+@pytest.mark.torch
+def test_a_window_that_the_file_records_is_kept(tmp_path: Path) -> None:
+    """The logits are those that transformers computes for the mistral behind the file."""
+    import torch
+    from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+    model = replace(TINY, fields={"llama.attention.sliding_window": 8})
+    folder = imported(tmp_path, model)
+    original = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(TINY.tokens), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512, sliding_window=8,
+            rope_parameters={"rope_theta": TINY.theta, "rope_type": "default"}, rms_norm_eps=1e-5,
+        )
+    )  # fmt: skip
+    original.load_state_dict({name: torch.from_numpy(array) for name, array in hf_weights(model).items()})
+    tokens = torch.arange(100, 140)[None]
+    with torch.no_grad():
+        expected = original.eval()(tokens).logits
+        found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+        (folder / "config.json").write_text(json.dumps({**original.config.to_dict(), "sliding_window": None}))
+        without = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+    assert torch.equal(found, expected)
+    assert (without - expected).abs().max() > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "theta", "is_told"),
+    [("Mistral-7B-Instruct-v0.1", 10000.0, True), ("Mistral-7B-v0.3", 1e6, False), ("Llama-2", 10000.0, False)],
+)
+def test_a_window_that_no_file_records_is_told(
+    name: str, theta: float, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    imported(tmp_path, replace(TINY, theta=theta, fields={"general.name": name}))
+    told = [message for message in caplog.messages if "window" in message]
+    assert len(told) == is_told
+    assert all(str(tmp_path / "tiny.gguf") in message and "4096" in message for message in told)
+
+
 def test_config_holds_both_spellings_and_the_files_numbers(tmp_path: Path) -> None:
     config = json.loads((imported(tmp_path) / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 123456.0
