@@ -16,7 +16,15 @@ from pathlib import Path
 from macft.errors import MissingPackageError, ModelError, call_by_name
 from macft.files import cache_dir, locked
 from macft.hub import models as hub_models
-from macft.weights.folder import ModelFolder, listing, pickle_problem, weight_files
+from macft.weights.folder import (
+    INDEX,
+    WHOLE,
+    ModelFolder,
+    has_two_sets,
+    listing,
+    pickle_problem,
+    weight_files,
+)
 
 log = logging.getLogger("macft")
 
@@ -134,6 +142,8 @@ def _from_hub(name: str, marker: str, problem_of: Callable[[Path], str | None]) 
 def _checked_model(path: Path) -> Path:
     if problem := _model_problem(path):
         raise ModelError(f"{path}: {problem}")
+    if has_two_sets(path):
+        log.warning("%s: %s is read, as transformers does; the other files that %s names are not", path, WHOLE, INDEX)
     return path
 
 
@@ -145,8 +155,8 @@ def _model_problem(folder: Path) -> str | None:
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"; for the GGUF model pass {folder / ggufs[0]}" if ggufs else ""
         return f"no config.json; {listing(folder)}{hint}"
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    index = folder / INDEX
+    if index.is_file() and not (folder / WHOLE).is_file():
         return _shard_problem(folder, index)
     if weight_files(folder):
         return None

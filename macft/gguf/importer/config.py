@@ -94,8 +94,8 @@ def llama(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
     if _is_early_mistral(source, sizes):
         log.warning(
             "%s: by its name or sizes a Mistral of 2023, which attends over a window of tokens (Mistral 7B v0.1: 4096) "
-            "that this file does not record: beyond it the imported model attends to everything, as llama.cpp does; for "
-            "longer texts use the original model's folder",
+            "that this file does not record: beyond it the imported model attends to everything, as llama.cpp does; "
+            "for longer texts use the original model's folder",
             source.path,
         )
     return {
