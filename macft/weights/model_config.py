@@ -49,12 +49,14 @@ ASSUMED: dict[str, tuple[float, int, bool]] = {
     "hunyuan_v1_dense": (1e-05, 2048, False),
     "ernie4_5": (1e-05, 131_072, True),
 }
-# and where mlx-lm would assume something else, in silence
+# and where mlx-lm would assume something else, or refuse
 _OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4096},
     "qwen3_next": {"norm_topk_prob": True},
-    "gemma2": {"query_pre_attn_scalar": 256, "sliding_window": 4096},
-    "gemma3_text": {"query_pre_attn_scalar": 256, "sliding_window": 4096},
+    "gemma": {"head_dim": 256},
+    "gemma2": {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096},
+    "gemma3_text": {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096},
+    "qwen3": {"head_dim": 128},
     "seed_oss": {"attention_bias": True},
 }
 # Model types whose sliding window mlx-lm ignores: always on, or on with "use_sliding_window".
