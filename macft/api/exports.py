@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from macft.api.conversions import read_adapters
-from macft.data.templates.chat_template import ChatTemplate, load_template, template_folder
-from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer, read_json
+from macft.data.templates.chat_template import ChatTemplate, has_template, load_template, template_folder
+from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import MissingPackageError, ModelError, UsageError
 from macft.files import StrPath
 from macft.gguf.exporter.export import GgufReport, export_lora
@@ -177,7 +177,7 @@ def _prompted(model: StrPath, adapters: Sequence[StrPath], template: StrPath | N
     for adapter in read:
         folder = template_folder(folder, adapter.folder)
     chat = None
-    if template is not None or _has_template(folder):
+    if template is not None or has_template(folder):
         chat = load_template(folder, tokenizer.special_map, os.fspath(template) if template is not None else None)
     return _Prompted(base, read, tokenizer, chat)
 
@@ -190,11 +190,6 @@ def _resolved(model: str) -> ModelFolder:
             raise
         advice = f"convert it first: macft convert model {model} DIR --to hf"
         raise ModelError(f"{model}: a litgpt checkpoint, which cannot be exported as it is; {advice}") from None
-
-
-def _has_template(folder: Path) -> bool:
-    own = read_json(folder / "tokenizer_config.json").get("chat_template")
-    return (folder / "chat_template.jinja").is_file() or bool(own)
 
 
 def _check(prompted: _Prompted, path: Path, quant: str, name: Path | None = None) -> GgufCheck:

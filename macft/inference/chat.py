@@ -14,7 +14,7 @@ from typing import TextIO
 from macft.backends.base import Model, Sampling
 from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.data.tokenization.tokenizer import Tokenizer
-from macft.errors import DataError, MacftError
+from macft.errors import DataError, MacftError, as_typed
 from macft.files import write_text
 from macft.inference.answer import encode_prompt, stream_text
 from macft.inference.prompts import user_turn, with_system
@@ -254,6 +254,7 @@ def _warn_of_special_tokens(tokenizer: Tokenizer, messages: Sequence[Message], n
 
 
 def _note(notes: TextIO, text: str) -> None:
+    text = as_typed(text)
     # an empty NO_COLOR does not count: https://no-color.org
     dim = notes.isatty() and not os.environ.get("NO_COLOR")
     notes.write(f"\x1b[2m{text}\x1b[0m\n" if dim else f"{text}\n")

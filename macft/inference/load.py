@@ -13,7 +13,13 @@ from macft.backends import load_model
 from macft.backends.adapters import can_be_attached, check_base, spec_of_adapter
 from macft.backends.base import Model, ModelSpec
 from macft.conversion.merged import export_merged
-from macft.data.templates.chat_template import Message, load_template, template_end_ids, template_folder
+from macft.data.templates.chat_template import (
+    Message,
+    has_template,
+    load_template,
+    template_end_ids,
+    template_folder,
+)
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
 from macft.files import cache_dir
@@ -80,12 +86,15 @@ def _read_adapter(name: str, base: ModelFolder) -> Adapter:
 def _chat_model(
     base: ModelFolder, adapter: Adapter | None, *, backend_name: str, template: str | None, raw: bool
 ) -> ChatModel:
+    source = template_folder(base.path, adapter.folder if adapter is not None else None)
+    if not raw and template is None and not has_template(source):
+        raise ModelError(
+            f"{base.name}: no chat template; give a Jinja file or a name as --template, or continue text as it is "
+            "with macft chat --raw"
+        )
     with _mergeable(base, adapter) as (merged, attached):
         tokenizer = load_tokenizer(merged.path)
-        chat_template = None
-        if not raw:
-            source = template_folder(merged.path, attached.folder if attached is not None else None)
-            chat_template = load_template(source, tokenizer.special_map, template)
+        chat_template = None if raw else load_template(source, tokenizer.special_map, template)
         stop_ids = tokenizer.eos_ids
         if chat_template is not None:
             stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)

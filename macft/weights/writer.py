@@ -16,8 +16,9 @@ import numpy as np
 
 from macft.errors import ModelError, raise_problems
 from macft.files import new_dir, write_json, write_text
+from macft.weights.folder import INDEX
 from macft.weights.model_config import normalize_config
-from macft.weights.source import INDEX, WeightLayout
+from macft.weights.source import WeightLayout
 from macft.weights.tensors.chunks import Chunk, count_broken, iter_chunks, ordered_map, read_chunk
 from macft.weights.tensors.disk import HashedFile, check_room, disk_problems
 from macft.weights.tensors.lazy import Array, LazyTensor

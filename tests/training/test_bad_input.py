@@ -106,8 +106,8 @@ def test_a_missing_template(folder, model):
     path = copy / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
     assert refused(folder, f"model_name_or_path={copy}") == (
-        f"{copy}: no chat template; looked for chat_template.jinja and for chat_template in tokenizer_config.json; "
-        "give the path of a Jinja file as template"
+        f"{copy}: no chat template; looked for chat_template.jinja and for chat_template in tokenizer_config.json and "
+        "chat_template.json; give the path of a Jinja file as template"
     )
 
 

@@ -48,7 +48,7 @@ _EMPTY_SOURCE = (
 # <|im_start|>, <｜User｜>, <|turn>, <turn|>, <start_of_turn>, <role>
 _MARKER = re.compile(r"<[|｜][^\s<>]+>|<[^\s<>]+[|｜]>|</?(?:start_of_turn|end_of_turn|role)>")
 # where a model keeps its own template, which is trusted whatever its tokens are
-_OWN = ("chat_template.jinja", "tokenizer_config.json")
+_OWN = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 
 
 class ChatTemplate:
@@ -137,8 +137,8 @@ def _find_source(
         path = folder / "chat_template.jinja"
         if path.is_file():
             return _read_template(path), str(path), False
-        path = folder / "tokenizer_config.json"
-        return _own_template(path, read_json(path).get("chat_template")), str(path), False
+        path = next((folder / name for name in _OWN[1:] if _entry(folder / name)), folder / _OWN[1])
+        return _own_template(path, _entry(path)), str(path), False
     path = Path(template).expanduser()
     if path.is_file():
         if template in _names():
@@ -206,6 +206,11 @@ def _check_default_system(template: ChatTemplate, bare: ChatTemplate, default_sy
         logger.warning("the chat template (%s) writes no system text: default_system has no effect", template.name)
 
 
+def has_template(folder: Path) -> bool:
+    """Whether a model or adapter folder holds a chat template; chat_template.json is what older processors wrote."""
+    return (folder / _OWN[0]).is_file() or any(_entry(folder / name) for name in _OWN[1:])
+
+
 def template_folder(base: Path, adapter: Path | None) -> Path:
     """The folder whose template a model uses: the adapter's if it has one, else the base's."""
     own = adapter is not None and (adapter / "chat_template.jinja").is_file()
@@ -242,6 +247,10 @@ def marker_notes(template: ChatTemplate, tokenizer: Tokenizer) -> list[Note]:
     return list(islice(notes, 1))
 
 
+def _entry(path: Path) -> Any:
+    return read_json(path).get("chat_template")
+
+
 def _own_template(path: Path, value: Any) -> str:
     if isinstance(value, str):
         return value
@@ -255,7 +264,7 @@ def _own_template(path: Path, value: Any) -> str:
         )
     raise ModelError(
         f"{path.parent}: no chat template; looked for chat_template.jinja and for chat_template in "
-        "tokenizer_config.json; give the path of a Jinja file as template"
+        "tokenizer_config.json and chat_template.json; give the path of a Jinja file as template"
     )
 
 
