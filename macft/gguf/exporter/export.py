@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,6 +25,8 @@ from macft.weights.model_config import read_config
 from macft.weights.source import open_model
 from macft.weights.tensors.lazy import LazyTensor
 
+logger = logging.getLogger("macft")
+
 _PHI = re.compile("phi-?3", re.IGNORECASE)
 _SIZES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
@@ -37,15 +40,23 @@ class GgufReport:
 
 
 def export_gguf(
-    model: ModelFolder, adapters: Sequence[Adapter], outputs: Mapping[str, Path], *, template: str | None
+    model: ModelFolder,
+    adapters: Sequence[Adapter],
+    outputs: Mapping[str, Path],
+    *,
+    template: str | None,
+    check: Callable[[str, Path], None] | None = None,
 ) -> GgufReport:
     """Write a model, adapters merged, as one GGUF file for each quantization of `outputs`, in one pass.
 
-    `template` is the Jinja chat template to embed. Raises ModelError for an unknown architecture and for weights or
-    tokenizer files that do not fit; nothing is then left behind.
+    `template` is the Jinja chat template to embed; the notes are logged before anything is written. Raises ModelError
+    for an unknown architecture and for weights or tokenizer files that do not fit, and what `check` raises of a
+    quantization and its file, which has no name yet; nothing is then left behind.
     """
     gguf, notes = read_gguf_model(model, adapters, template=template)
-    written = write_gguf(gguf, outputs, if_not_finite=if_not_finite(model, adapters))
+    for note in notes:
+        logger.warning(note)
+    written = write_gguf(gguf, outputs, if_not_finite=if_not_finite(model, adapters), check=check)
     return GgufReport(tuple(written), tuple(notes))
 
 
