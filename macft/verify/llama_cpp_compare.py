@@ -82,8 +82,8 @@ def verify_gguf(
     """
     name = name or path
     with llama_cpp(path, loras=loras, threads=threads, name=name) as server:
-        pre = read_gguf(path).fields.get("tokenizer.ggml.pre")
-        read = check_token_ids(server, tokenizer, name=name, pre=pre, opening=_opening(tokenizer, template))
+        fields, opening = read_gguf(path).fields, _opening(tokenizer, template)
+        read = check_token_ids(server, tokenizer, fields, name=name, opening=opening)
         prompts, others = (0, []) if template is None else _compare_prompts(server, tokenizer, template)
         tokens = (_added_in_front(server) + tokenizer.encode(TEXT).ids)[:_MAX_TOKENS]
         count = max(tokenizer.vocab_size, max(tokens) + 1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken
 
@@ -37,6 +38,7 @@ WITHOUT_MARKS = ("tekken", "gpt-4o", "kanana2", "llama4", "minimax-m2", "talkie"
 
 _AROUND = ("x{}x", "。{}。", "x{0}{0}x")
 _SPACED = ("x {} x", "x\n{}\nx", "x  {}\t\tx", "x\r\n{}\r\nx")
+_FORMS = (*_AROUND, *_SPACED)
 _BATCH = 32
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -51,21 +53,22 @@ class TokenCheck:
 
 
 def check_token_ids(
-    server: LlamaCpp, tokenizer: Tokenizer, *, name: Path, pre: str | None, opening: str = ""
+    server: LlamaCpp, tokenizer: Tokenizer, fields: Mapping[str, Any], *, name: Path, opening: str = ""
 ) -> TokenCheck:
     """Compare the ids of all texts; VerifyError with the text and its first token that differs.
 
-    `pre` is the file's pre-tokenizer, and `opening` goes before every text: the special token that a chat begins with.
-    Of white space beside a special token that drops it, and of marks where llama.cpp's source knows none, a
-    difference is a warning.
+    `fields` are the file's, and `opening` goes before every text: the special token that a chat begins with. Of white
+    space beside a special token that drops it, and of marks where llama.cpp's source knows none, a difference is a
+    warning.
     """
+    added = _Added(server, tokenizer, name, opening, "▁" if fields.get("tokenizer.ggml.model") == "llama" else " ")
     tokens = [token for token in tokenizer.added_tokens if token.content]
-    keeping = _around_added(server, tokenizer, tokens, name, opening)
+    keeping = added.keeping_space(tokens)
     warnings = []
     if keeping:
         warnings.append(
-            f"llama.cpp keeps the white space beside {_listed(keeping)}, which the tokenizer drops: a text that has "
-            "some there is read with tokens that training did not have"
+            f"llama.cpp keeps the white space beside {_listed(keeping)}, which the tokenizer drops: contents that "
+            "begin or end with some there are read with tokens that training did not have"
         )
     equal = 0
     for text in (*TEXTS, MARKED_TEXT):
@@ -73,6 +76,7 @@ def check_token_ids(
         if difference is None:
             equal += 1
             continue
+        pre = fields.get("tokenizer.ggml.pre")
         if text != MARKED_TEXT or pre not in WITHOUT_MARKS:
             raise VerifyError(_refusal(name, difference, opening + text))
         warnings.append(
@@ -97,40 +101,47 @@ def first_difference(tokenizer: Tokenizer, ours: list[int], theirs: list[int]) -
     return f"token {place} after {before!r} is {named[1]} in llama.cpp, {named[0]} in the tokenizer"
 
 
-def _around_added(
-    server: LlamaCpp, tokenizer: Tokenizer, tokens: Sequence[AddedToken], name: Path, opening: str
-) -> list[str]:
-    """The tokens beside which llama.cpp keeps white space that the tokenizer drops."""
-    keeping = []
-    for start in range(0, len(tokens), _BATCH):
-        batch = tokens[start : start + _BATCH]
-        together = "".join(_written(token, form) for token in batch for form in (*_AROUND, *_SPACED))
-        difference = ids_difference(tokenizer, server, opening + together)
-        if difference is None:
-            continue
-        kept = [token.content for token in batch if _keeps_space(server, tokenizer, token, name, opening)]
-        if not kept:
-            raise VerifyError(_refusal(name, difference, together))
-        keeping += kept
-    return keeping
+@dataclass(frozen=True)
+class _Added:
+    """What the texts around an added token are compared with; `space` is how a SentencePiece token writes a space."""
 
+    server: LlamaCpp
+    tokenizer: Tokenizer
+    name: Path
+    opening: str
+    space: str
 
-def _keeps_space(server: LlamaCpp, tokenizer: Tokenizer, token: AddedToken, name: Path, opening: str) -> bool:
-    """Whether ids differ by white space that the token drops; VerifyError for any other difference."""
-    drops = token.lstrip or token.rstrip
-    for form in (*_AROUND, *_SPACED):
-        text = opening + _written(token, form)
-        difference = ids_difference(tokenizer, server, text)
-        if difference and drops and form in _SPACED:
-            return True
-        if difference:
-            flags = ", ".join(flag for flag in _FLAGS if getattr(token, flag)) or "no flags"
-            raise VerifyError(_refusal(name, f"around the added token {token.content!r} ({flags}) {difference}", text))
-    return False
+    def keeping_space(self, tokens: Sequence[AddedToken]) -> list[str]:
+        """The tokens beside which llama.cpp keeps white space that the tokenizer drops."""
+        keeping = []
+        for start in range(0, len(tokens), _BATCH):
+            batch = tokens[start : start + _BATCH]
+            together = self.opening + "".join(self.text(token, form) for token in batch for form in _FORMS)
+            difference = ids_difference(self.tokenizer, self.server, together)
+            if difference is None:
+                continue
+            kept = [token.content for token in batch if self.keeps_space(token)]
+            if not kept:
+                raise VerifyError(_refusal(self.name, difference, together))
+            keeping += kept
+        return keeping
 
+    def keeps_space(self, token: AddedToken) -> bool:
+        """Whether ids differ by white space that the token drops; VerifyError for any other difference."""
+        for form in _FORMS:
+            text = self.opening + self.text(token, form)
+            difference = ids_difference(self.tokenizer, self.server, text)
+            if difference and (token.lstrip or token.rstrip) and form in _SPACED:
+                return True
+            if difference:
+                flags = ", ".join(flag for flag in _FLAGS if getattr(token, flag)) or "no flags"
+                said = f"around the added token {token.content!r} ({flags}) {difference}"
+                raise VerifyError(_refusal(self.name, said, text))
+        return False
 
-def _written(token: AddedToken, form: str) -> str:
-    return form.format(unicodedata.normalize("NFC", token.content))
+    def text(self, token: AddedToken, form: str) -> str:
+        """The token in its surroundings, as it is typed."""
+        return form.format(unicodedata.normalize("NFC", token.content.replace(self.space, " ")))
 
 
 def _refusal(name: Path, difference: str, text: str) -> str:

@@ -289,6 +289,6 @@ def test_the_built_in_model_is_verified_at_q8_0(tmp_path):
     path = tmp_path / "q8_0.gguf"
     export_gguf(model, (), {"q8_0": path}, template=template.source)
     found = verify_gguf(path, Subject(model.path), quant="q8_0", tokenizer=tokenizer, template=template, threads=1)
-    assert (found.texts, found.prompts, found.warnings) == (4, 4, ())
+    assert (found.texts, found.prompts, found.warnings) == (16, 4, ())
     assert found.kl < 0.01 and found.top1 > 0.7
     assert found.answer.startswith("Hello!"), json.dumps(found.answer)

@@ -80,8 +80,8 @@ def test_white_space_that_the_tokenizer_drops_is_a_warning_that_names_the_tokens
     core.add_special_tokens([AddedToken("<|user|>", rstrip=True), AddedToken("<|mask|>", lstrip=True)])
     found = verified(tmp_path, core)
     assert found.warnings == (
-        "llama.cpp keeps the white space beside <|user|>, <|mask|>, which the tokenizer drops: a text that has some "
-        "there is read with tokens that training did not have",
+        "llama.cpp keeps the white space beside <|user|>, <|mask|>, which the tokenizer drops: contents that begin "
+        "or end with some there are read with tokens that training did not have",
     )
     assert found.added == len(core.get_added_tokens_decoder()) - 2
 

@@ -131,7 +131,8 @@ def _coarse_notes(tensors: Sequence[LazyTensor], quants: Collection[str]) -> lis
         return []
     return [
         f"{', '.join(coarse)}: this hurts so small a model ({_size_label(tensors)} parameters): the likeliest next "
-        "token of SmolLM2-135M stays the same at 67 to 86% of positions with q4_k_m, at 94% with q8_0; take --quant q8_0"
+        "token of SmolLM2-135M stays the same at 67 to 86% of positions with q4_k_m, at 94% with q8_0; take --quant "
+        "q8_0"
     ]
 
 
