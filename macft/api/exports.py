@@ -24,7 +24,7 @@ from macft.ollama.export import export_ollama as write_folder
 from macft.progress import counting_bytes
 from macft.verify.llama_cpp import is_installed
 from macft.verify.llama_cpp_compare import GgufCheck, verify_gguf
-from macft.verify.logits import Subject
+from macft.verify.logits import Subject, VerifyError
 from macft.weights.adapters.fitting import tokenizer_folder
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
@@ -57,27 +57,29 @@ def export_gguf(
     """Write a model, adapters merged, as the GGUF file `output`; several `quants` (with commas) give FILE-QUANT.gguf.
 
     `template` names the chat template to embed: a Jinja file or LLaMA-Factory's name. `verify` loads each file in
-    llama.cpp and compares it with its source; by default where xllamacpp is installed. Raises UsageError for an output
-    that exists or a quantization that is not known, ModelError for what cannot be exported, VerifyError.
+    llama.cpp and compares it with its source before it gets its name; by default where xllamacpp is installed. Raises
+    UsageError for an output that exists or a quantization that is not known, ModelError for what cannot be exported,
+    VerifyError; no file is then left behind.
     """
     outputs = _outputs(_gguf_path(output), quants)
     checks = _checks(verify)
     prompted = _prompted(model, adapters, template)
     if prompted.template is None:
         logger.warning("%s has no chat template: the file will continue texts; --template names one to chat", model)
+
+    def check(quant: str, path: Path) -> None:
+        _tell(_check(prompted, path, quant, outputs[quant]))
+
     report = write_gguf_files(
         prompted.model,
         prompted.adapters,
         outputs,
         template=prompted.template.source if prompted.template is not None else None,
+        check=check if checks else None,
     )
-    for note in report.notes:
-        logger.warning(note)
     for written in report.files:
         for fallback in written.fallbacks:
             logger.info("%s: %s", written.quant, fallback)
-        if checks:
-            _tell(_check(prompted, written.path, written.quant))
     return report
 
 
@@ -192,10 +194,16 @@ def _resolved(model: str) -> ModelFolder:
         raise ModelError(f"{model}: a litgpt checkpoint, which cannot be exported as it is; {advice}") from None
 
 
-def _check(prompted: _Prompted, path: Path, quant: str, name: Path | None = None) -> GgufCheck:
-    logger.info("loading %s in llama.cpp", path.name)
+def _check(prompted: _Prompted, path: Path, quant: str, name: Path) -> GgufCheck:
+    """Compare the file at `path`, which will be `name`, with its source; an error says that no file is left."""
+    logger.info("loading %s in llama.cpp", name.name)
     subject = Subject(prompted.model.path, prompted.adapters)
-    return verify_gguf(path, subject, quant=quant, tokenizer=prompted.tokenizer, template=prompted.template, name=name)
+    try:
+        return verify_gguf(
+            path, subject, quant=quant, tokenizer=prompted.tokenizer, template=prompted.template, name=name
+        )
+    except (ModelError, VerifyError) as error:
+        raise type(error)(f"{error}; nothing was written (--no-verify writes it without this check)") from None
 
 
 def _tell(check: GgufCheck) -> None:

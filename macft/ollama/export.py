@@ -102,7 +102,7 @@ def export_ollama(
         raise UsageError(f"{output}: exists already; name a folder that does not, or remove this one")
     # padded also where there will be a TEMPLATE: the stop parameters of a template that Ollama detects would stay
     embedded = pad_template(template.source)
-    read, notes = read_gguf_model(model, adapters, template=embedded)
+    read, notes = read_gguf_model(model, adapters, template=embedded, quants=[quant])
     proof = prove_template(template, bos=bos_text(read.fields))
     if system and not proof.takes_system:
         raise UsageError(f"--system: {template.name} takes no system message, so it would not reach the model")

@@ -92,6 +92,11 @@ class Tokenizer:
         return dict(self._core.get_vocab(with_added_tokens=True))
 
     @property
+    def added_tokens(self) -> list[AddedToken]:
+        """The tokens that are cut out of a text before anything else, by id, with their flags."""
+        return [token for _, token in sorted(self._core.get_added_tokens_decoder().items())]
+
+    @property
     def fingerprint(self) -> str:
         """A digest of everything that the tokens of a text and the special tokens of a template depend on."""
         parts = [self._core.to_str(), json.dumps(self.special_map, sort_keys=True), str(sorted(self.eos_ids))]
