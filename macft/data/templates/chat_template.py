@@ -61,6 +61,10 @@ class ChatTemplate:
         # a compiled template cannot be sent to another process
         return ChatTemplate, (self.source, self.name, self._special_map)
 
+    def after(self, text: str) -> ChatTemplate:
+        """This template behind more Jinja text, such as one that sets a variable."""
+        return ChatTemplate(text + self.source, self.name, self._special_map)
+
     def syntax(self) -> nodes.Template:
         """The template as Jinja's tree of nodes."""
         return _environment().parse(self.source)
