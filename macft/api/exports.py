@@ -16,11 +16,13 @@ from macft.errors import MissingPackageError, ModelError, UsageError
 from macft.files import StrPath
 from macft.gguf.exporter.export import GgufReport, export_lora
 from macft.gguf.exporter.export import export_gguf as write_gguf_files
+from macft.gguf.template_variables import pin_variables
 from macft.gguf.writing.quantize import QUANTS
 from macft.models.locate import resolve_model
 from macft.ollama.client import Created, Upload, create_model
-from macft.ollama.export import OllamaReport, default_name
+from macft.ollama.export import default_name
 from macft.ollama.export import export_ollama as write_folder
+from macft.ollama.report import OllamaReport
 from macft.progress import counting_bytes
 from macft.verify.llama_cpp import is_installed
 from macft.verify.llama_cpp_compare import GgufCheck, verify_gguf
@@ -68,7 +70,7 @@ def export_gguf(
         prompted.model,
         prompted.adapters,
         outputs,
-        template=prompted.template.source if prompted.template is not None else None,
+        template=pin_variables(prompted.template) if prompted.template is not None else None,
     )
     for note in report.notes:
         logger.warning(note)
@@ -125,6 +127,7 @@ def export_ollama(
         template=prompted.template,
         system=system,
         check=check if checks else None,
+        in_llama_cpp=checks,
     )
 
 

@@ -21,15 +21,15 @@ from macft.errors import ModelError, UsageError
 from macft.ollama.client import OllamaError
 from macft.ollama.detection import pad_template
 from macft.ollama.export import (
-    OllamaReport,
     bos_text,
     check_name,
     default_name,
     end_texts,
     export_ollama,
-    report_lines,
     sampling_parameters,
 )
+from macft.ollama.report import OllamaReport, report_lines
+from macft.ollama.ways import GO, JINJA
 from macft.verify.llama_cpp_compare import verify_gguf
 from macft.verify.logits import VerifyError
 from macft.weights.folder import ModelFolder
@@ -100,8 +100,81 @@ def test_what_cannot_be_proven_is_left_to_the_jinja_template_with_the_reason(mod
     assert report.proof.go is None
     assert (tmp_path / "out" / "Modelfile").read_text() == "FROM ./Tiny-v1-f16.gguf\nREQUIRES 0.30.0\n"
     text = (tmp_path / "out" / "report.txt").read_text()
-    assert f"no TEMPLATE was proven equal to the trained template: {report.proof.reason}" in text
-    assert "Ollama 0.30.0 or newer renders the trained template itself" in text
+    assert f"prompt: no TEMPLATE: {report.proof.reason} An Ollama older than 0.30.0 cannot prompt this model" in text
+    assert text.startswith(
+        "prompt: Ollama 0.30.0 and newer renders the chat template in the GGUF, which was not compared"
+    )
+
+
+THINKS = "{# <think> </think> #}"  # by these texts Ollama sees that a template can think
+
+
+def test_where_ollama_takes_the_chat_template_that_is_what_is_proven_and_said_first(model, tmp_path):
+    report = exported(model, tmp_path / "out", THINKS + CHATML, in_llama_cpp=True)
+    assert (report.way, report.has_choice) == (JINJA, False) and report.native.cases > 1300
+    lines = report_lines(report)
+    assert lines[0] == (
+        "prompt: Ollama 0.30.0 and newer renders the chat template in the GGUF, which in llama.cpp gives the text of "
+        f"the training in all of {report.native.cases} conversations"
+    )
+    assert (
+        "prompt: an older Ollama, or one with OLLAMA_GO_TEMPLATE=1, renders the TEMPLATE, which gives the text of the "
+        f"training in all of {report.proof.cases} conversations"
+    ) in lines
+    # only before a TEMPLATE does Ollama join messages of one role, and only there nothing is said of begun answers
+    joins = [line for line in lines if "joins messages" in line]
+    assert [line.startswith("not covered by the TEMPLATE: ") for line in joins] == [True]
+    assert [line for line in lines if "begun goes on by llama.cpp's own rules" in line] == [
+        "not covered by the chat template: An answer that was begun goes on by llama.cpp's own rules: not equal with "
+        "an empty text in an assistant message."
+    ]
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert stored["way"] == "chat template" and stored["native"]["cases"] == report.native.cases
+
+
+def test_thinking_that_the_training_had_switched_off_is_off_in_llama_cpp(model, tmp_path):
+    """Ollama asks for thinking wherever a template knows it: 84 of 98 prompts had none of the trained empty thought."""
+    switch = "{% if add_generation_prompt and enable_thinking is not true %}<think>\n\n</think>\n\n{% endif %}"
+    source = "{% set enable_thinking = enable_thinking is true %}\n" + CHATML + switch
+    report = exported(model, tmp_path / "out", source, in_llama_cpp=True)
+    assert report.way == JINJA and report.native.cases > 700
+    assert not [limit for limit in report.native.limits if "begun" not in limit]
+    embedded = gguf.GGUFReader(report.gguf.path).fields["tokenizer.chat_template"].contents()
+    assert "{% set enable_thinking = macft_undefined %}\n" + source in embedded
+
+
+def test_a_chat_template_that_llama_cpp_renders_otherwise_is_an_error_with_the_difference(model, tmp_path):
+    source = "{{ 'tools' if tools is defined else 'none' }}" + CHATML
+    with pytest.raises(VerifyError) as caught:
+        exported(model, tmp_path / "out", source, in_llama_cpp=True)
+    text = str(caught.value)
+    assert (
+        text.startswith(f"{tmp_path / 'out' / 'Tiny-v1-f16.gguf'}: llama.cpp, by which Ollama renders")
+        and "\n" not in text
+    )
+    assert "with plain text, the template writes 'tools<|im_start|>" in text and "llama.cpp 'none<|im_start|>" in text
+    assert list(tmp_path.iterdir()) == []
+    # Ollama would not take the chat template here, so nothing hangs on it
+    assert exported(model, tmp_path / "b", source.replace("tools", "t", 1).replace("tools", "documents")).way == GO
+
+
+def test_where_go_cannot_trim_a_modelfile_without_template_is_offered_and_both_are_weighed(model, tmp_path):
+    trimming = CHATML.replace("message['content']", "message['content'] | trim")
+    report = exported(model, tmp_path / "out", trimming, in_llama_cpp=True)
+    assert report.way == GO and report.has_choice
+    written = (tmp_path / "out" / "Modelfile-0.30").read_text()
+    assert written == "FROM ./Tiny-v1-f16.gguf\nREQUIRES 0.30.0\n"
+    assert "TEMPLATE" in (tmp_path / "out" / "Modelfile").read_text()
+    lines = report_lines(report)
+    assert lines[0].startswith("prompt: Ollama renders the TEMPLATE, which gives the text of the training in all of ")
+    assert any(line.startswith("not covered by the TEMPLATE: Go cannot trim: not equal with outer") for line in lines)
+    [choice] = [line for line in lines if line.startswith("choice: ")]
+    assert choice.startswith(
+        "choice: Modelfile-0.30 has no TEMPLATE. Ollama 0.30.0 and newer renders the chat template"
+    )
+    assert f"in all of {report.native.cases} conversations" in choice
+    assert choice.endswith("But Ollama 0.14 up to 0.30 also creates a model from it, and prompts it with the bare text")
+    assert not exported(model, tmp_path / "b").has_choice
 
 
 def test_a_stop_is_written_only_where_no_token_ends_the_answer(model, tmp_path):
@@ -165,7 +238,8 @@ def test_what_the_check_finds_is_reported(model, tmp_path):
     report = exported(model, tmp_path / "out", check=check)
     assert seen == [b"GGUF"] and report.verification["note"] == "verified by hand"
     text = (tmp_path / "out" / "report.txt").read_text()
-    assert "verification: verified by hand\nwarning: a warning\nanswer: 'Hi!'\n" in text
+    assert text.startswith("warning: a warning\nprompt: ")
+    assert "verification: verified by hand\nanswer: 'Hi!'\n" in text
 
 
 def test_nothing_is_left_when_the_check_fails(model, tmp_path):
