@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import TokenType
 
 from macft.data.templates.chat_template import ChatTemplate
 from macft.errors import UsageError
@@ -17,6 +18,7 @@ from macft.files import new_dir, new_parents, write_json, write_text
 from macft.gguf.exporter.export import if_not_finite, read_gguf_model
 from macft.gguf.format import Field, GgufModel
 from macft.gguf.template_variables import pin_variables
+from macft.gguf.vocabulary.special_ids import ENDS_BY_TEXT
 from macft.gguf.writing.writer import write_gguf
 from macft.ollama.client import ModelRequest, Parameter
 from macft.ollama.detection import pad_template
@@ -103,7 +105,10 @@ def export_ollama(
     if system and not proof.takes_system:
         raise UsageError(f"--system: {template.name} takes no system message, so it would not reach the model")
     file = f"{_file_stem(name)}-{quant}.gguf"
-    parameters = [("stop", stop) for stop in needed_stops(proof, end_texts(read.fields))]
+    further, hidden = further_ends(read.fields)
+    notes += [_hidden_note(hidden)] if hidden else []
+    stops = dict.fromkeys([*needed_stops(proof, end_texts(read.fields)), *further])
+    parameters = [("stop", stop) for stop in stops]
     request = ModelRequest(
         name=name,
         template=proof.go,
@@ -149,6 +154,30 @@ def end_texts(fields: Mapping[str, Field]) -> tuple[str, ...]:
     """The texts of the tokens that the file names as ends of an answer, at which llama.cpp stops by itself."""
     found = [_token(fields, fields.get(f"tokenizer.ggml.{kind}_token_id")) for kind in _END_IDS]
     return tuple(dict.fromkeys(text for text in found if text is not None))
+
+
+def further_ends(fields: Mapping[str, Field]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(Texts of ends that the model's settings name and at which llama.cpp does not stop; those that it hides.)
+
+    A GGUF file has a place for three. A `stop` is a text that is looked for in the answer, in which llama.cpp does not
+    write control tokens.
+    """
+    listed = fields.get("tokenizer.ggml.eos_token_ids")
+    known = {*end_texts(fields), *ENDS_BY_TEXT}
+    ids = [int(id_) for id_ in listed] if isinstance(listed, np.ndarray) else []
+    kinds = fields.get("tokenizer.ggml.token_type")
+    further = {text: id_ for id_ in ids if (text := _token(fields, id_)) is not None and text not in known}
+    hidden = [
+        text for text, id_ in further.items() if isinstance(kinds, np.ndarray) and kinds[id_] == TokenType.CONTROL
+    ]
+    return tuple(further), tuple(hidden)
+
+
+def _hidden_note(texts: Sequence[str]) -> str:
+    return (
+        f"generation_config.json also ends answers at {', '.join(texts)}, for which a GGUF file has no place. Ollama "
+        f"older than {REQUIRES} stops there by PARAMETER stop; newer ones do not, as llama.cpp hides these tokens"
+    )
 
 
 def sampling_parameters(fields: Mapping[str, Field]) -> tuple[Parameter, ...]:

@@ -30,6 +30,7 @@ from macft.ollama.export import (
 )
 from macft.ollama.report import OllamaReport, report_lines
 from macft.ollama.ways import GO, JINJA
+from macft.verify.llama_cpp import llama_cpp
 from macft.verify.llama_cpp_compare import verify_gguf
 from macft.verify.logits import VerifyError
 from macft.weights.folder import ModelFolder
@@ -182,6 +183,36 @@ def test_a_stop_is_written_only_where_no_token_ends_the_answer(model, tmp_path):
     report = exported(model, tmp_path / "b", _BRACKETS)
     assert report.request.parameters == (("stop", "[END]"),)
     assert 'PARAMETER stop "[END]"\n' in (tmp_path / "b" / "Modelfile").read_text()
+
+
+def test_ends_for_which_the_file_has_no_place_become_stops(model, tmp_path):
+    tokens = load_tokenizer(model).vocabulary
+    hidden, shown, known = "<|im_start|>", "a", "<|endoftext|>"
+    ends = [tokens[text] for text in ("<|im_end|>", "c", "d", known, hidden, shown)]
+    source = with_sampling(model, tmp_path / "model", eos_token_id=ends)
+    report = exported(source, tmp_path / "out")
+    # llama.cpp stops at the first three and, by its text, at <|endoftext|>
+    assert report.request.parameters == (("stop", hidden), ("stop", shown))
+    [note] = [note for note in report.notes if "generation_config.json" in note]
+    assert note.startswith(f"generation_config.json also ends answers at {hidden}, for which a GGUF file has no place.")
+    assert (
+        exported(with_sampling(model, tmp_path / "b", eos_token_id=ends[:4]), tmp_path / "c").request.parameters == ()
+    )
+
+
+def test_a_stop_is_a_text_in_which_llama_cpp_writes_no_control_tokens(model, tmp_path):
+    """So a stop helps against a token that is not a control token, and not against one that is."""
+    report = exported(model, tmp_path / "out")
+    tokens = load_tokenizer(model).vocabulary
+    with llama_cpp(report.gguf.path, threads=1) as server:
+
+        def written(text: str) -> tuple[int, str]:
+            always = {"n_predict": 6, "temperature": 0.0, "logit_bias": [[tokens[text], 1e6]], "stop": [text]}
+            answer = server.post("/completion", {"prompt": "x", **always})
+            return answer["tokens_predicted"], answer["stop_type"]
+
+        assert written("a") == (1, "word")
+        assert written("<|im_start|>") == (6, "limit")
 
 
 def test_recommended_sampling_becomes_parameters(model, tmp_path):
