@@ -16,6 +16,7 @@ from macft.errors import MissingPackageError, ModelError, UsageError
 from macft.files import StrPath
 from macft.gguf.exporter.export import GgufReport, export_lora
 from macft.gguf.exporter.export import export_gguf as write_gguf_files
+from macft.gguf.swallowed_space import without_swallowed_space
 from macft.gguf.template_variables import pin_variables
 from macft.gguf.writing.quantize import QUANTS
 from macft.models.locate import resolve_model
@@ -66,12 +67,10 @@ def export_gguf(
     prompted = _prompted(model, adapters, template)
     if prompted.template is None:
         logger.warning("%s has no chat template: the file will continue texts; --template names one to chat", model)
-    report = write_gguf_files(
-        prompted.model,
-        prompted.adapters,
-        outputs,
-        template=pin_variables(prompted.template) if prompted.template is not None else None,
-    )
+    embedded = None
+    if prompted.template is not None:
+        embedded = pin_variables(without_swallowed_space(prompted.template, prompted.model.path))
+    report = write_gguf_files(prompted.model, prompted.adapters, outputs, template=embedded)
     for note in report.notes:
         logger.warning(note)
     for written in report.files:

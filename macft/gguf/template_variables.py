@@ -34,9 +34,13 @@ def pin_variables(template: ChatTemplate) -> str:
     now = datetime.now()
     pins = ""
     for name, value in _VALUES.items():
-        if name in template.source and _prompts(template.after(_set(name, now.strftime(value)))) != trained:
+        if name in template.source and _prompts(_with(template, name, now.strftime(value))) != trained:
             pins += _set(name, _UNDEFINED)
     return pins + template.source
+
+
+def _with(template: ChatTemplate, name: str, value: str) -> ChatTemplate:
+    return template.with_source(_set(name, value) + template.source)
 
 
 def _set(name: str, value: str) -> str:

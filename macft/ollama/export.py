@@ -17,6 +17,7 @@ from macft.errors import UsageError
 from macft.files import new_dir, new_parents, write_json, write_text
 from macft.gguf.exporter.export import if_not_finite, read_gguf_model
 from macft.gguf.format import Field, GgufModel
+from macft.gguf.swallowed_space import without_swallowed_space
 from macft.gguf.template_variables import pin_variables
 from macft.gguf.vocabulary.special_ids import ENDS_BY_TEXT
 from macft.gguf.writing.writer import write_gguf
@@ -97,6 +98,7 @@ def export_ollama(
     check_name(name)
     if output.exists() or output.is_symlink():
         raise UsageError(f"{output}: exists already; name a folder that does not, or remove this one")
+    template = without_swallowed_space(template, model.path)
     # padded also where there will be a TEMPLATE: the stop parameters of a template that Ollama detects would stay
     embedded = pad_template(pin_variables(template))
     read, notes = read_gguf_model(model, adapters, template=embedded)

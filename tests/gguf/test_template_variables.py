@@ -6,11 +6,13 @@ from datetime import datetime
 from itertools import product
 from pathlib import Path
 
+import gguf
 import pytest
 from support.chat_templates import CHATS, build
 from support.paths import FIXTURES
 from support.tiny_gguf import TinyGguf, byte_level, hf_weights, write_gguf
 
+from macft.api.exports import export_gguf
 from macft.data.templates.chat_template import ChatTemplate, load_template
 from macft.gguf.template_variables import pin_variables
 from macft.verify.llama_cpp import llama_cpp
@@ -100,3 +102,10 @@ def test_where_the_training_had_thinking_the_switch_works(tmp_path: Path):
         on, off = (server.apply_template(chat, enable_thinking=thinking) for thinking in (True, False))
     assert on == build(QWEN3).render(chat, add_generation_prompt=True)
     assert off == on + "<think>\n\n</think>\n\n"
+
+
+def test_a_file_for_llama_cpp_has_them_fixed_too(model: Path, tmp_path: Path):
+    (tmp_path / "mine.jinja").write_text(DATE_1 + CHATML + PROMPT, encoding="utf-8")
+    report = export_gguf(model, tmp_path / "m.gguf", quants="f16", template=tmp_path / "mine.jinja", verify=False)
+    embedded = gguf.GGUFReader(report.files[0].path).fields["tokenizer.chat_template"].contents()
+    assert embedded == "{% set date_string = macft_undefined %}\n" + DATE_1 + CHATML + PROMPT

@@ -14,7 +14,7 @@ import pytest
 from support.ollama_server import ollama
 from support.tiny_tokenizer import CHATML, DEFAULT_SYSTEM, GEMMA, QWEN3
 
-from macft.api.exports import create_in_ollama
+from macft.api import exports
 from macft.data.templates.chat_template import ChatTemplate
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ModelError, UsageError
@@ -131,6 +131,14 @@ def test_where_ollama_takes_the_chat_template_that_is_what_is_proven_and_said_fi
     ]
     stored = json.loads((tmp_path / "out" / "report.json").read_text())
     assert stored["way"] == "chat template" and stored["native"]["cases"] == report.native.cases
+
+
+def test_the_command_proves_the_way_where_llama_cpp_is_installed(model, tmp_path):
+    (tmp_path / "mine.jinja").write_text(THINKS + CHATML, encoding="utf-8")
+    given = {"name": "tiny", "quant": "f16", "template": tmp_path / "mine.jinja"}
+    proven = exports.export_ollama(model, tmp_path / "a", verify=True, **given)
+    assert proven.native.cases > 1300 and proven.verification["warnings"] == ()
+    assert exports.export_ollama(model, tmp_path / "b", verify=False, **given).native is None
 
 
 def test_thinking_that_the_training_had_switched_off_is_off_in_llama_cpp(model, tmp_path):
@@ -299,7 +307,7 @@ def test_the_written_folder_becomes_a_model_of_ollama(source, model, tmp_path, m
     report = exported(recommended, tmp_path / "out", source, system="Be brief.")
     with ollama() as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
-        made = create_in_ollama(report)
+        made = exports.create_in_ollama(report)
         shown = server.models["Tiny:v1"]
         assert list(server.blobs) == [f"sha256:{report.gguf.sha256}"]
     assert made.name == "Tiny:v1" and shown["system"] == "Be brief."
@@ -312,7 +320,7 @@ def test_an_ollama_too_old_for_jinja_is_told_before_the_upload(model, tmp_path, 
     with ollama(version="0.29.9") as server:
         monkeypatch.setenv("OLLAMA_HOST", server.url)
         with pytest.raises(OllamaError, match=r"Ollama 0\.29\.9 answers, this model needs 0\.30\.0"):
-            create_in_ollama(report)
+            exports.create_in_ollama(report)
         assert server.blobs == {}
 
 

@@ -61,9 +61,9 @@ class ChatTemplate:
         # a compiled template cannot be sent to another process
         return ChatTemplate, (self.source, self.name, self._special_map)
 
-    def after(self, text: str) -> ChatTemplate:
-        """This template behind more Jinja text, such as one that sets a variable."""
-        return ChatTemplate(text + self.source, self.name, self._special_map)
+    def with_source(self, source: str) -> ChatTemplate:
+        """Another text under the same name and with the same special tokens."""
+        return ChatTemplate(source, self.name, self._special_map)
 
     def syntax(self) -> nodes.Template:
         """The template as Jinja's tree of nodes."""
