@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.errors import DataError
 from macft.ollama import grammar
-from macft.ollama.conversations import ConversationCase, Kind
+from macft.ollama.conversations import SPACED, WIDE, ConversationCase, Kind, where
 from macft.ollama.grammar import NotDerivableError
 
 
@@ -40,9 +40,30 @@ def compare(
             equal += 1
         elif case.seldom is None:
             return Comparison(equal, excluded, f"with {case.name}{difference}")
-        elif case.seldom not in excluded:
-            excluded[case.seldom] = f"with {case.name}{difference}"
+        else:
+            excluded.setdefault(case.seldom, difference)
     return Comparison(equal, excluded)
+
+
+def excluded_sentences(excluded: Mapping[Kind, str], cause: Callable[[str], str] = lambda _: "") -> list[str]:
+    """One sentence for each kind of content that differs, with its first difference; `cause` opens one with a reason.
+
+    White space beyond ASCII is named only where the other is equal.
+    """
+    roles: dict[str, list[str]] = {}
+    for kind, role in excluded:
+        if kind != WIDE or (SPACED, role) not in excluded:
+            roles.setdefault(kind, []).append(role)
+    return [
+        sentence(f"{cause(kind)}not equal with {where(kind, *found)}{excluded[kind, found[0]]}")
+        for kind, found in roles.items()
+    ]
+
+
+def sentence(text: object) -> str:
+    """The text with a capital letter at its start and one full stop at its end."""
+    ended = f"{str(text).rstrip('.')}."
+    return f"{ended[:1].upper()}{ended[1:]}"
 
 
 def _difference(template: ChatTemplate, other: Writer, case: ConversationCase) -> str | None:

@@ -65,9 +65,10 @@ def grammar_cases(own_texts: Sequence[str], *, system: bool) -> Iterator[Convers
                 yield _case(roles, contents, where(name, role), (name, role) if name in _SELDOM else None)
 
 
-def where(kind: str, role: str) -> str:
-    """The kind of content and the message it stands in, in words."""
-    return kind if kind == _TOGETHER else f"{kind} in {'an' if role == 'assistant' else 'a'} {role} message"
+def where(kind: str, *roles: str) -> str:
+    """The kind of content and the messages it stands in, in words."""
+    articles = [f"{'an' if role == 'assistant' else 'a'} {role}" for role in roles]
+    return kind if kind == _TOGETHER else f"{kind} in {' or '.join(articles)} message"
 
 
 def system_alone_cases(own_texts: Sequence[str], without: Collection[Kind]) -> Iterator[ConversationCase]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.errors import DataError, ModelError
 from macft.ollama import conversations, grammar
-from macft.ollama.comparison import Comparison, Writer, compare
+from macft.ollama.comparison import Comparison, Writer, compare, excluded_sentences
 from macft.ollama.conversations import ConversationCase
 from macft.ollama.grammar import NotDerivableError
 from macft.ollama.template import SPECIAL
@@ -47,13 +47,12 @@ def prove_native(path: Path, template: ChatTemplate, *, bos: str | None, name: P
             f"training: {whole.differs}; give a template that it renders alike (--template), or leave this check out "
             "(--no-verify)"
         )
-    limits = [f"Not equal {difference}." for difference in whole.excluded.values()]
+    limits = excluded_sentences(whole.excluded)
     if begun.differs is not None:
         limits.append(f"An answer that was begun goes on by llama.cpp's own rules: not equal {begun.differs}.")
         return NativeProof(whole.equal, tuple(limits))
     if begun.excluded:
-        kinds = ", ".join(conversations.where(*kind) for kind in begun.excluded)
-        limits.append(f"An answer that was begun goes on by llama.cpp's own rules: not equal with {kinds}.")
+        limits += [f"For an answer that was begun: {text}" for text in excluded_sentences(begun.excluded)]
     return NativeProof(whole.equal + begun.equal, tuple(limits))
 
 

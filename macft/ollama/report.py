@@ -80,8 +80,8 @@ def as_json(report: OllamaReport) -> dict[str, Any]:
 
 def _prompt_lines(report: OllamaReport) -> list[str]:
     proof = report.proof
-    template = f"renders the TEMPLATE, which gives the text of the training in all of {proof.cases} conversations"
-    limits = [f"not covered by the TEMPLATE: {limit}" for limit in proof.limits]
+    template = f"renders the TEMPLATE, which gives the text of the training in {proof.cases} conversations"
+    limits = [f"TEMPLATE: {limit}" for limit in proof.limits]
     if report.way == GO:
         lines = [f"prompt: Ollama {template}", *limits]
         if report.has_choice:
@@ -103,9 +103,9 @@ def _native(report: OllamaReport) -> str:
         return f"{renders}, which was not compared in llama.cpp"
     if report.native.cases == 0:
         return f"{renders}, which refuses every conversation that was tried"
-    return f"{renders}, which in llama.cpp gives the text of the training in all of {report.native.cases} conversations"
+    return f"{renders}, which in llama.cpp gives the text of the training in {report.native.cases} conversations"
 
 
 def _native_limits(report: OllamaReport) -> list[str]:
     limits = report.native.limits if report.native is not None else ()
-    return [f"not covered by the chat template: {limit}" for limit in limits]
+    return [f"chat template: {limit}" for limit in limits]

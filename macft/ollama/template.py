@@ -10,7 +10,7 @@ from datetime import datetime
 from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.errors import DataError
 from macft.ollama import conversations, grammar
-from macft.ollama.comparison import Writer, compare
+from macft.ollama.comparison import Writer, compare, excluded_sentences, sentence
 from macft.ollama.conversations import ConversationCase, Kind
 from macft.ollama.go import go_template
 from macft.ollama.grammar import EMPTY, GIVEN, NONE, START, Grammar, NotDerivableError
@@ -58,7 +58,7 @@ def prove_template(template: ChatTemplate, *, bos: str | None) -> Proof:
     try:
         learned = _learn(template)
     except (NotDerivableError, DataError) as error:
-        return Proof(None, _sentence(error), 0, (), _stops(template, {}))
+        return Proof(None, sentence(error), 0, (), _stops(template, {}))
     known = learned.grammar
     stops = _stops(template, known)
     date, is_held = _date(template.source, known)
@@ -71,14 +71,14 @@ def prove_template(template: ChatTemplate, *, bos: str | None) -> Proof:
         random = conversations.random_cases(_RANDOM, own_texts, system=system, without=main.excluded)
         main = compare(template, _go(known), random, main)
     if main.differs is not None:
-        return Proof(None, _sentence(main.differs), 0, (), stops)
+        return Proof(None, sentence(main.differs), 0, (), stops)
 
     shapes = _prove_shapes(template, learned, own_texts, main.excluded)
     limits = [
         _PLAIN,
         *learned.limits,
         _COLLATED,
-        *(f"{_cause(kind)} {_ended(difference)}" for kind, difference in main.excluded.items()),
+        *excluded_sentences(main.excluded, _cause),
         *shapes.limits,
         *([f"The date in the TEMPLATE stays {date}, where the chat template writes today's."] if date else []),
         *_about_bos(shapes.grammar, bos),
@@ -120,7 +120,7 @@ def _learn(template: ChatTemplate) -> _Learned:
     try:
         known = grammar.learn(template, shapes, GIVEN, known)
     except DataError as error:
-        limits.append(f"{_sentence(error)} Ollama passes system messages anyway: they are left out.")
+        limits.append(f"{sentence(error)} Ollama passes system messages anyway: they are left out.")
         states = [NONE]
     else:
         known = grammar.learn(template, shapes, EMPTY, known)
@@ -188,8 +188,8 @@ def _go(known: Grammar) -> Writer:
     return Writer("the TEMPLATE", write)
 
 
-def _cause(kind: Kind) -> str:
-    return "Go cannot trim: not equal" if kind[0] in (conversations.SPACED, conversations.WIDE) else "Not equal"
+def _cause(kind: str) -> str:
+    return "Go cannot trim: " if kind in (conversations.SPACED, conversations.WIDE) else ""
 
 
 def _date(source: str, known: Grammar) -> tuple[str | None, bool]:
@@ -227,12 +227,3 @@ def _about_bos(known: Grammar, bos: str | None) -> list[str]:
     if bos is None or all(start.startswith(bos) for start in starts):
         return []
     return [f"Before every prompt llama.cpp puts {bos}, which the template does not: write add_bos_token as false."]
-
-
-def _sentence(text: object) -> str:
-    ended = _ended(text)
-    return f"{ended[:1].upper()}{ended[1:]}"
-
-
-def _ended(text: object) -> str:
-    return f"{str(text).rstrip('.')}."

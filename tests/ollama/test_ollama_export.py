@@ -74,7 +74,7 @@ def test_the_folder_holds_the_file_the_modelfile_and_both_reports(model, tmp_pat
     assert stored["proof"]["cases"] == report.proof.cases > 300
     text = (tmp_path / "out" / "report.txt").read_text()
     assert text == "\n".join(report_lines(report)) + "\n"
-    assert f"in all of {report.proof.cases} conversations" in text and "ollama create Tiny:v1 -f Modelfile" in text
+    assert f"in {report.proof.cases} conversations" in text and "ollama create Tiny:v1 -f Modelfile" in text
 
 
 @pytest.mark.parametrize("source", [CHATML, DEFAULT_SYSTEM, QWEN3], ids=["chatml", "default system", "qwen3"])
@@ -116,19 +116,19 @@ def test_where_ollama_takes_the_chat_template_that_is_what_is_proven_and_said_fi
     lines = report_lines(report)
     assert lines[0] == (
         "prompt: Ollama 0.30.0 and newer renders the chat template in the GGUF, which in llama.cpp gives the text of "
-        f"the training in all of {report.native.cases} conversations"
+        f"the training in {report.native.cases} conversations"
     )
     assert (
         "prompt: an older Ollama, or one with OLLAMA_GO_TEMPLATE=1, renders the TEMPLATE, which gives the text of the "
-        f"training in all of {report.proof.cases} conversations"
+        f"training in {report.proof.cases} conversations"
     ) in lines
     # only before a TEMPLATE does Ollama join messages of one role, and only there nothing is said of begun answers
     joins = [line for line in lines if "joins messages" in line]
-    assert [line.startswith("not covered by the TEMPLATE: ") for line in joins] == [True]
-    assert [line for line in lines if "begun goes on by llama.cpp's own rules" in line] == [
-        "not covered by the chat template: An answer that was begun goes on by llama.cpp's own rules: not equal with "
-        "an empty text in an assistant message."
-    ]
+    assert [line.startswith("TEMPLATE: ") for line in joins] == [True]
+    [begun] = [line for line in lines if "begun" in line and not line.startswith("TEMPLATE: ")]
+    assert begun.startswith(
+        "chat template: For an answer that was begun: Not equal with an empty text in an assistant "
+    )
     stored = json.loads((tmp_path / "out" / "report.json").read_text())
     assert stored["way"] == "chat template" and stored["native"]["cases"] == report.native.cases
 
@@ -175,13 +175,13 @@ def test_where_go_cannot_trim_a_modelfile_without_template_is_offered_and_both_a
     assert written == "FROM ./Tiny-v1-f16.gguf\nREQUIRES 0.30.0\n"
     assert "TEMPLATE" in (tmp_path / "out" / "Modelfile").read_text()
     lines = report_lines(report)
-    assert lines[0].startswith("prompt: Ollama renders the TEMPLATE, which gives the text of the training in all of ")
-    assert any(line.startswith("not covered by the TEMPLATE: Go cannot trim: not equal with outer") for line in lines)
+    assert lines[0].startswith("prompt: Ollama renders the TEMPLATE, which gives the text of the training in ")
+    assert any(line.startswith("TEMPLATE: Go cannot trim: not equal with outer") for line in lines)
     [choice] = [line for line in lines if line.startswith("choice: ")]
     assert choice.startswith(
         "choice: Modelfile-0.30 has no TEMPLATE. Ollama 0.30.0 and newer renders the chat template"
     )
-    assert f"in all of {report.native.cases} conversations" in choice
+    assert f"in {report.native.cases} conversations" in choice
     assert choice.endswith("But Ollama 0.14 up to 0.30 also creates a model from it, and prompts it with the bare text")
     assert not exported(model, tmp_path / "b").has_choice
 
