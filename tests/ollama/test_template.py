@@ -124,11 +124,12 @@ def test_real_go_agrees_on_the_templates_that_trl_carries():
         pytest.skip("trl, whose chat templates this reads, is not installed (pip install trl)")
     paths = sorted((Path(next(iter(spec.submodule_search_locations))) / "chat_templates").glob("*.jinja"))
     paths = [path for path in paths if not path.stem.endswith("_training")]
-    jobs, want = [], []
+    jobs, want, refused = [], [], []
     for path in paths:
         template = chat_template(path.read_text(encoding="utf-8"), path.name)
         proof = prove_template(template, bos="<s>")
         assert (proof.go is None) != (proof.reason is None)
+        refused += [path.stem] * (proof.go is None)
         if proof.go is not None:
             trims = any("cannot trim" in limit for limit in proof.limits)
             tagged = all("white space" in kind for kind in proof.excluded)
@@ -136,7 +137,8 @@ def test_real_go_agrees_on_the_templates_that_trl_carries():
                 jobs.append((proof.go, chat))
                 want.append(prompt(template, chat).removeprefix(own_start(template, "<s>")))
     assert go_render(jobs) == want
-    assert len(jobs) >= 15 * 10
+    assert len(jobs) >= 15 * 30
+    assert refused == ["idefics3", "llava_next", "smolvlm"]  # their contents are lists
 
 
 def test_real_go_reads_every_grammar_as_it_is_meant():
