@@ -16,11 +16,14 @@ from macft.errors import MissingPackageError, ModelError, UsageError
 from macft.files import StrPath
 from macft.gguf.exporter.export import GgufReport, export_lora
 from macft.gguf.exporter.export import export_gguf as write_gguf_files
+from macft.gguf.swallowed_space import without_swallowed_space
+from macft.gguf.template_variables import pin_variables
 from macft.gguf.writing.quantize import QUANTS
 from macft.models.locate import resolve_model
 from macft.ollama.client import Created, Upload, create_model
-from macft.ollama.export import OllamaReport, default_name
+from macft.ollama.export import default_name
 from macft.ollama.export import export_ollama as write_folder
+from macft.ollama.report import OllamaReport
 from macft.progress import counting_bytes
 from macft.verify.llama_cpp import is_installed
 from macft.verify.llama_cpp_compare import GgufCheck, verify_gguf
@@ -70,12 +73,12 @@ def export_gguf(
     def check(quant: str, path: Path) -> None:
         _tell(_check(prompted, path, quant, outputs[quant]))
 
+    embedded = None
+    if prompted.template is not None:
+        folder = tokenizer_folder(prompted.model.path, prompted.adapters)
+        embedded = pin_variables(without_swallowed_space(prompted.template, folder))
     report = write_gguf_files(
-        prompted.model,
-        prompted.adapters,
-        outputs,
-        template=prompted.template.source if prompted.template is not None else None,
-        check=check if checks else None,
+        prompted.model, prompted.adapters, outputs, template=embedded, check=check if checks else None
     )
     for written in report.files:
         for fallback in written.fallbacks:
@@ -128,6 +131,7 @@ def export_ollama(
         template=prompted.template,
         system=system,
         check=check if checks else None,
+        in_llama_cpp=checks,
     )
 
 

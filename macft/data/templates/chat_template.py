@@ -74,6 +74,10 @@ class ChatTemplate:
         # a compiled template cannot be sent to another process
         return ChatTemplate, (self.source, self.name, self._special_map)
 
+    def with_source(self, source: str) -> ChatTemplate:
+        """Another text under the same name and with the same special tokens."""
+        return ChatTemplate(source, self.name, self._special_map)
+
     def syntax(self) -> nodes.Template:
         """The template as Jinja's tree of nodes."""
         return _environment().parse(self.source)
