@@ -36,7 +36,7 @@ from macft.text import plural, size
 logger = logging.getLogger("macft")
 
 # Part of every key: raise it when the same rows give different tokens, masks, counts or files.
-VERSION = 1
+VERSION = 2
 
 # this many chunks, at most 8,000 rows, are encoded before processes would have started
 SMALL = 4

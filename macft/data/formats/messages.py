@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from macft.data.formats.columns import PLAIN, MessageKeys
-from macft.data.sources.rows import kind_of
+from macft.data.sources.rows import kind_of, parse_json
 from macft.data.templates.chat_template import Message
 
 Tools = tuple[dict[str, Any], ...]
@@ -150,7 +149,7 @@ def _split_calls(content: str, place: str, errors: RowErrors) -> tuple[str, list
     """(the thought before the calls, the calls) of a function_call message, whose content is JSON."""
     thought = _THOUGHT.match(content)
     try:
-        calls = json.loads(content[thought.end() :] if thought else content)
+        calls = parse_json(content[thought.end() :] if thought else content)
     except (ValueError, RecursionError) as error:
         errors.problems.append(f"{place}: found {_short(content)}, expected tool calls as JSON ({error})")
         return "", []
@@ -173,7 +172,7 @@ def _call(value: Any, place: str, errors: RowErrors) -> dict[str, Any] | None:
     arguments = function["arguments"]
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = parse_json(arguments or "{}")
         except (ValueError, RecursionError) as error:
             errors.problems.append(f'{place} "arguments": found {_short(arguments)}, expected JSON ({error})')
             return None
@@ -188,7 +187,7 @@ def read_tools(value: Any, key: str, errors: RowErrors) -> Tools | None:
     """The tools that a row defines, as a list or as JSON text, each in OpenAI's form; None if there are none."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except (ValueError, RecursionError) as error:
             errors.problems.append(f'"{key}": found {_short(value)}, expected a list of tools as JSON ({error})')
             return None

@@ -11,7 +11,7 @@ from typing import Any
 
 from macft.data.formats.columns import ALPACA, PLAIN, SHAREGPT, SIDES, MessageKeys, RowFormat
 from macft.data.notes import Note
-from macft.data.sources.rows import kind_of, not_json
+from macft.data.sources.rows import DoubleKeyError, kind_of, not_json, parse_json
 from macft.data.sources.text import read_text
 from macft.errors import DataError, join_problems
 from macft.text import plural
@@ -69,9 +69,11 @@ def read_dataset_info(path: Path) -> dict[str, Any]:
     """The entries, unparsed. Raises DataError when the file is not JSON or holds something else."""
     text = read_text(path)
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: line {error.lineno}: {not_json(text, error)}") from None
+    except DoubleKeyError as error:
+        raise DataError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: found {kind_of(value)}, expected an object with a data set under each name")
     if "builder_name" in value or isinstance(value.get("features"), list):
