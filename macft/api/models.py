@@ -83,7 +83,8 @@ class LanguageModel:
         """The text as the model reads it, where each token ends in it, and its tokens with those to score."""
         tokenizer, template = self.chat.tokenizer, self.chat.template
         if isinstance(text, str):
-            encoded = tokenizer.encode(text)
+            text = tokenizer.opened(text)
+            encoded = tokenizer.encode(text, is_input=True)
             tokens = np.asarray(encoded.ids, dtype=np.int32)
             return text, list(encoded.ends), TokenizedExample(tokens, np.arange(len(tokens)) > 0)
         if template is None:

@@ -37,7 +37,7 @@ def load_chat_model(
     chat_template = None
     if not raw:
         source = template_folder(base.path, trained.folder if trained is not None else None)
-        chat_template = load_template(source, tokenizer.special_map, template)
+        chat_template = load_template(source, tokenizer.special_map, template, opening=tokenizer.opening)
     stop_ids = tokenizer.eos_ids
     if chat_template is not None:
         stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)

@@ -99,6 +99,9 @@ def cache_key(request: Request, encoding: Encoding) -> str:
         "max_samples": request.max_samples,
         "tokenizer": encoding.tokenizer.fingerprint,
     }
+    if not kind.has_template and encoding.tokenizer.opening:
+        # the tokenizer's fingerprint leaves out what is put around a text
+        parts["opening"] = encoding.tokenizer.opening
     if kind.has_template and template is not None:
         parts["template"] = template.source
         # such a template writes the date into the text

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from macft.data.templates.chat_template import ChatTemplate
-from macft.data.tokenization.tokenizer import Tokenizer
+from macft.data.tokenization.tokenizer import Encoded, Placed, Tokenizer
 
 # rows that are encoded at once: keeps all cores busy, and the memory of the encodings small
 CHUNK = 1000
@@ -26,3 +27,19 @@ class Encoding:
         """The template, for rows that need one."""
         assert self.template is not None, "conversations need a chat template"
         return self.template
+
+    @property
+    def _is_input(self) -> bool:
+        return self.template is not None and self.template.is_bare
+
+    def encode(self, text: str) -> Encoded:
+        """The tokens of a rendered conversation."""
+        return self.tokenizer.encode(text, is_input=self._is_input)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
+        """`encode` for many conversations."""
+        return self.tokenizer.encode_batch(texts, is_input=self._is_input)
+
+    def place_batch(self, texts: Sequence[str], borders: Sequence[Sequence[int]]) -> list[Placed]:
+        """See Tokenizer."""
+        return self.tokenizer.place_batch(texts, borders, is_input=self._is_input)
