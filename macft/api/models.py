@@ -16,6 +16,7 @@ from macft.data.batches import collate
 from macft.data.formats.conversations import Example
 from macft.data.templates.chat_template import Message
 from macft.data.tokenization.conversations import fit_examples
+from macft.data.tokenization.embedding import check_input
 from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.table import TokenizedExample
 from macft.errors import DataError
@@ -67,6 +68,7 @@ class LanguageModel:
         the model allows, or the template refuses the messages.
         """
         scored, ends, row = self._scored(text)
+        check_input(row.tokens.tolist(), self.chat.tokenizer, self.chat.embedding_rows)
         limit = self.chat.context_length
         if limit is not None and len(row.tokens) > limit:
             raise DataError(f"the text has {len(row.tokens)} tokens, the model holds {limit}; shorten it")

@@ -12,14 +12,13 @@ from macft.backends.base import Model, ModelSpec
 from macft.data.templates.chat_template import Message, load_template, template_end_ids, template_folder
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
-from macft.inference.answer import encode_prompt
-from macft.inference.chat import ChatModel, FittedPrompt, answer
+from macft.inference.chat import ChatModel, FittedPrompt, answer, prompt_ids
 from macft.models.locate import resolve_adapter, resolve_model
 from macft.process_group import ONE_PROCESS
 from macft.weights.adapters.formats import read_any_adapter
 from macft.weights.adapters.peft import Adapter, naming_adapter
 from macft.weights.folder import ModelFolder
-from macft.weights.model_config import read_config
+from macft.weights.model_config import embedding_rows, read_config
 
 logger = logging.getLogger("macft")
 
@@ -41,13 +40,15 @@ def load_chat_model(
     stop_ids = tokenizer.eos_ids
     if chat_template is not None:
         stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)
-    length = read_config(base.path).get("max_position_embeddings")
+    config = read_config(base.path)
+    length = config.get("max_position_embeddings")
     return ChatModel(
         model=_load_with_adapter(base, trained, backend_name),
         tokenizer=tokenizer,
         template=chat_template,
         stop_ids=stop_ids,
         context_length=length if isinstance(length, int) else None,
+        embedding_rows=embedding_rows(config),
     )
 
 
@@ -76,8 +77,7 @@ def compare_answers(
 
 
 def _answer(chat: ChatModel, messages: list[Message]) -> str:
-    prompt = encode_prompt(chat.tokenizer, chat.template, messages)
-    return "".join(answer(chat, FittedPrompt(prompt, chat.max_new_tokens, dropped=0)))
+    return "".join(answer(chat, FittedPrompt(prompt_ids(chat, messages), chat.max_new_tokens, dropped=0)))
 
 
 def _load_with_adapter(base: ModelFolder, adapter: Adapter | None, backend: str) -> Model:

@@ -99,6 +99,9 @@ def cache_key(request: Request, encoding: Encoding) -> str:
         "max_samples": request.max_samples,
         "tokenizer": encoding.tokenizer.fingerprint,
     }
+    if encoding.embedding_rows is not None and encoding.tokenizer.last_id >= encoding.embedding_rows:
+        # a table that another model could read
+        parts["embedding_rows"] = encoding.embedding_rows
     if not kind.has_template and encoding.tokenizer.opening:
         # the tokenizer's fingerprint leaves out what is put around a text
         parts["opening"] = encoding.tokenizer.opening

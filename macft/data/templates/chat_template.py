@@ -101,8 +101,8 @@ def load_template(
 
     A file in the working directory takes precedence over a name. `empty` joins the contents, with the eos token after
     those of an assistant, and begins with `opening`, as the tokenizer's inputs do. `default_system` is the system text
-    of conversations without one; it and `enable_thinking` become part of the source. Raises ModelError when the template
-    does not exist or is not valid Jinja, or the model lacks the eos token that it needs.
+    of conversations without one; it and `enable_thinking` become part of the source. Raises ModelError when the
+    template does not exist or is not valid Jinja, or the model lacks the eos token that it needs.
     """
     source, name, is_named = _find_source(folder, special_map, template, default_system, enable_thinking)
     if not enable_thinking and "enable_thinking" not in source:

@@ -21,6 +21,7 @@ class Encoding:
     cutoff_len: int
     train_on_prompt: bool = False
     mask_history: bool = False
+    embedding_rows: int | None = None  # ids from here on are unknown to the model; None: not known
 
     @property
     def chat(self) -> ChatTemplate:

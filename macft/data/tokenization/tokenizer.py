@@ -9,6 +9,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,11 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Every token's text with its id."""
         return dict(self._core.get_vocab(with_added_tokens=True))
+
+    @cached_property
+    def last_id(self) -> int:
+        """The largest id of any token."""
+        return max(self.vocabulary.values(), default=-1)
 
     @property
     def fingerprint(self) -> str:
