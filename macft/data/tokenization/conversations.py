@@ -35,6 +35,7 @@ _LEFT_OUT = "have nothing to train on and are left out"
 SKIP_REASONS = (
     SkipReason(_LEFT_OUT, "it has no answer"),
     SkipReason(_LEFT_OUT, "cutoff_len {cutoff_len} leaves no answer, or the template renders none"),
+    SkipReason(_LEFT_OUT, "its answers are marked as not trained on"),
 )
 
 AnyRow = TypeVar("AnyRow", bound=DataRow)
@@ -93,12 +94,21 @@ def encode_examples(examples: Sequence[Example], encoding: Encoding, files: Mapp
             builder.add(
                 example.source,
                 [row],
-                skip_reason=0 if row.loss_mask.any() else 2 if example.answers else 1,
+                skip_reason=0 if row.loss_mask.any() else _skip_reason(example, encoding),
                 flags=flags,
                 boundary_tokens=boundary_tokens,
                 special=special.first_in(example),
             )
     return builder.table()
+
+
+def _skip_reason(example: Example, encoding: Encoding) -> int:
+    """The number in SKIP_REASONS for an example without a target."""
+    answers = [message for message in example.messages if message["role"] == "assistant"]
+    if not answers:
+        return 1
+    meant = answers[-1:] if encoding.mask_history else answers
+    return 2 if encoding.train_on_prompt or any(message.get("weight", 1) for message in meant) else 3
 
 
 def _rows(placed: Sequence[Placed]) -> Iterator[TokenizedExample]:

@@ -184,10 +184,10 @@ def test_problems_of_messages_rows_are_all_named(tmp_path: Path) -> None:
         'line 3: "messages": the list is empty, expected at least one user and one assistant message',
         'line 4: "messages": found a string, expected a list',
         'line 5: "messages"[0]: found a string, expected an object with role and content',
-        'line 5: "messages"[1] "role": found \'human\', expected one of system, user, assistant, tool',
+        'line 5: "messages"[1] "role": found \'human\', expected one of system, user, assistant, tool, function',
         'line 5: "messages"[2]: no "content"; found the keys role',
         'line 6: "messages"[0] "content": found null, expected a string',
-        'line 6: "messages"[1] "role": found a number, expected one of system, user, assistant, tool',
+        'line 6: "messages"[1] "role": found a number, expected one of system, user, assistant, tool, function',
         'line 6: "messages"[1] "content": found a list, expected a string',
         'line 7: "tools"[0]: found the keys none, expected an object with a name',
         'line 7: "messages"[0] "tool_calls"[0]: found a number, expected an object with name and arguments',
@@ -240,10 +240,10 @@ def test_format_and_oddities_are_said_once(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_unused_keys_inside_messages_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    row = {"messages": [{"role": "assistant", "content": "a", "weight": 0}], "tools": None}
+    row = {"messages": [{"role": "assistant", "content": "a", "mood": 0}], "tools": None}
     path = written(tmp_path / "a.jsonl", json.dumps(row))
     list(to_examples(path))
-    assert caplog.messages == [f"{path}: unused keys: messages[].weight"]
+    assert caplog.messages == [f"{path}: unused keys: messages[].mood"]
 
 
 # --- dataset
