@@ -184,7 +184,8 @@ def _prompted(model: StrPath, adapters: Sequence[StrPath], template: StrPath | N
         folder = template_folder(folder, adapter.folder)
     chat = None
     if template is not None or has_template(folder):
-        chat = load_template(folder, tokenizer.special_map, os.fspath(template) if template is not None else None)
+        name = os.fspath(template) if template is not None else None
+        chat = load_template(folder, tokenizer.special_map, name, opening=tokenizer.opening)
     return _Prompted(base, read, tokenizer, chat)
 
 

@@ -23,15 +23,14 @@ from macft.data.templates.chat_template import (
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
 from macft.files import cache_dir
-from macft.inference.answer import encode_prompt
-from macft.inference.chat import ChatModel, FittedPrompt, answer
+from macft.inference.chat import ChatModel, FittedPrompt, answer, prompt_ids
 from macft.models.locate import resolve_adapter, resolve_model
 from macft.process_group import ONE_PROCESS
 from macft.weights.adapters.base_model import other_base_note
 from macft.weights.adapters.fitting import read_on
 from macft.weights.adapters.peft import Adapter, naming_adapter
 from macft.weights.folder import ModelFolder
-from macft.weights.model_config import read_config
+from macft.weights.model_config import embedding_rows, read_config
 
 logger = logging.getLogger("macft")
 
@@ -73,8 +72,7 @@ def compare_answers(
 
 
 def _answer(chat: ChatModel, messages: list[Message]) -> str:
-    prompt = encode_prompt(chat.tokenizer, chat.template, messages)
-    return "".join(answer(chat, FittedPrompt(prompt, chat.max_new_tokens, dropped=0)))
+    return "".join(answer(chat, FittedPrompt(prompt_ids(chat, messages), chat.max_new_tokens, dropped=0)))
 
 
 def _read_adapter(name: str, base: ModelFolder) -> Adapter:
@@ -94,17 +92,21 @@ def _chat_model(
         )
     with _mergeable(base, adapter) as (merged, attached):
         tokenizer = load_tokenizer(merged.path)
-        chat_template = None if raw else load_template(source, tokenizer.special_map, template)
+        chat_template = (
+            None if raw else load_template(source, tokenizer.special_map, template, opening=tokenizer.opening)
+        )
         stop_ids = tokenizer.eos_ids
         if chat_template is not None:
             stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)
-        length = read_config(merged.path).get("max_position_embeddings")
+        config = read_config(merged.path)
+        length = config.get("max_position_embeddings")
         return ChatModel(
             model=_load_with_adapter(merged, attached, backend_name),
             tokenizer=tokenizer,
             template=chat_template,
             stop_ids=stop_ids,
             context_length=length if isinstance(length, int) else None,
+            embedding_rows=embedding_rows(config),
         )
 
 

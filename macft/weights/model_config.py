@@ -82,6 +82,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def embedding_rows(config: dict[str, Any]) -> int | None:
+    """How many rows the embedding has, one for each token id from 0; None if the config does not say."""
+    size = config.get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
 def check_text_model(config: dict[str, Any]) -> None:
     """Raise ModelError for a model that wraps a text model: the engines name the parts of such a model differently."""
     wrapped = next((key for key in ("text_config", "vision_config", "audio_config") if key in config), None)

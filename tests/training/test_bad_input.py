@@ -128,7 +128,7 @@ def test_rows_that_lack_a_key_all_at_once(folder):
         "bad.jsonl: 3 problems in messages rows",
         '  line 1: "messages"[0]: no "content"; found the keys role',
         '  line 2: no "messages"; found the keys text',
-        '  line 3: "messages"[0] "role": found \'bot\', expected one of system, user, assistant, tool',
+        '  line 3: "messages"[0] "role": found \'bot\', expected one of system, user, assistant, tool, function',
     ]
 
 

@@ -63,6 +63,8 @@ class ChatTemplate:
         # a named template reads a thought in the content
         slots = slots_of(source)
         self._thought_tags = None if slots is None else slots.thought
+        # whether it renders only the contents, so that the text is an input like any other
+        self.is_bare = source.endswith(_EMPTY_SOURCE)
         self._special_map = special_map
         try:
             self._compiled = _environment().from_string(source)
@@ -110,19 +112,22 @@ def load_template(
     *,
     default_system: str | None = None,
     enable_thinking: bool = True,
+    opening: str = "",
 ) -> ChatTemplate:
     """The chat template of a model folder, or `template`: a Jinja file, or one of LLaMA-Factory's names.
 
     A file in the working directory takes precedence over a name. `empty` joins the contents, with the eos token after
-    those of an assistant. `default_system` is the system text of conversations without one; it and `enable_thinking`
-    become part of the source. Raises ModelError when the template does not exist or is not valid Jinja, or the model
-    lacks the eos token that it needs.
+    those of an assistant, and begins with `opening`, as the tokenizer's inputs do. `default_system` is the system text
+    of conversations without one; it and `enable_thinking` become part of the source. Raises ModelError when the
+    template does not exist or is not valid Jinja, or the model lacks the eos token that it needs.
     """
     source, name, is_named = _find_source(folder, special_map, template, default_system, enable_thinking)
     if not enable_thinking and "enable_thinking" not in source:
         logger.warning("the chat template (%s) does not use enable_thinking: it has no effect", name)
     if is_named:
         return ChatTemplate(source, name, special_map)
+    if source == _EMPTY_SOURCE and opening:
+        source = _opened_source(opening)
     whole = ChatTemplate(_with_defaults(source, default_system, enable_thinking), name, special_map)
     if default_system:
         _check_default_system(whole, ChatTemplate(source, name, special_map), default_system)
@@ -177,6 +182,13 @@ def _names() -> list[str]:
 def _check_eos(folder: Path, special_map: dict[str, str], name: str) -> None:
     if "eos_token" not in special_map:
         raise ModelError(f"{folder}: no eos_token, which template: {name} needs to end an answer; give a Jinja file")
+
+
+def _opened_source(opening: str) -> str:
+    """The source of `empty` that begins with this text, unless the first content does."""
+    text = literal(opening)
+    has_it = f"messages and messages[0]['content'].startswith({text})"
+    return f"{{% if not ({has_it}) %}}{{{{ {text} }}}}{{% endif %}}{_EMPTY_SOURCE}"
 
 
 def _with_defaults(source: str, default_system: str | None, enable_thinking: bool) -> str:

@@ -36,21 +36,41 @@ def render_with_spans(
 ) -> Rendered:
     """Render once; a trained span is what the template adds when an assistant turn is appended.
 
-    With `mask_history` only the last assistant turn is trained, with `train_on_prompt` all text.
-    Raises DataError when the template refuses the conversation, has no place for `tools`, or renders a turn so
-    differently once others follow that it cannot be found, or without its thought.
+    With `mask_history` only the last assistant turn is trained, with `train_on_prompt` all text, an answer of weight 0
+    never. Raises DataError when a weight cannot be heeded, when the template refuses the conversation, has no place for
+    `tools`, or renders a turn so differently once others follow that it cannot be found, or without its thought.
     """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if template.one_answer is not None and len(turns) > 1 and not mask_history:
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [i for i in answers[-1 if mask_history else 0 :] if messages[i].get("weight", 1)]
+    unweighted = _without_weights(messages, train_on_prompt=train_on_prompt)
+    if template.one_answer is not None and any(turn != answers[-1] for turn in turns):
         raise DataError(
             f"the chat template ({template.name}) can be trained on only one answer per conversation, found "
-            f"{len(turns)}: {template.one_answer}; use mask_history, split the conversation, or give another "
+            f"{len(answers)}: {template.one_answer}; use mask_history, split the conversation, or give another "
             "template"
         )
-    if mask_history:
-        turns = turns[-1:]
-    check_thoughts(template, with_objects(messages), turns, list(tools) if tools else None)
-    return _render(template, messages, tools, None if train_on_prompt else turns)
+    check_thoughts(template, with_objects(unweighted), turns, list(tools) if tools else None)
+    untrained = [i for i in answers if not messages[i].get("weight", 1)]
+    if not (train_on_prompt and untrained):
+        return _render(template, unweighted, tools, None if train_on_prompt else turns)
+    rendered = _render(template, unweighted, tools, untrained)
+    borders = [0, *(border for span in rendered.spans for border in span), len(rendered.text)]
+    return Rendered(rendered.text, tuple(zip(borders[::2], borders[1::2], strict=True)))
+
+
+def _without_weights(messages: Sequence[Message], *, train_on_prompt: bool) -> Sequence[Message]:
+    """The messages as the template takes them. Raises DataError for the weight of one that is not an answer."""
+    if not any("weight" in message for message in messages):
+        return messages
+    for i, message in enumerate(messages, 1):
+        if message["role"] != "assistant" and message.get("weight", train_on_prompt) != train_on_prompt:
+            why = (
+                "is marked as trained on, but only answers are; remove the mark, or set train_on_prompt"
+                if message["weight"]
+                else "is marked as not trained on, but train_on_prompt trains on all but answers of weight 0; unset it"
+            )
+            raise DataError(f"message {i} ({message['role']}) {why}")
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
 def render_turn(template: ChatTemplate, messages: Sequence[Message], turn: int) -> Rendered:
