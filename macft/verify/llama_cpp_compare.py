@@ -85,6 +85,8 @@ def verify_gguf(
         fields, opening = read_gguf(path).fields, _opening(tokenizer, template)
         read = check_token_ids(server, tokenizer, fields, name=name, opening=opening)
         prompts, others = (0, []) if template is None else _compare_prompts(server, tokenizer, template)
+        if read.keeping and not _drops_space(server, tokenizer, template, read.keeping):
+            others.insert(0, _space_warning(read.keeping))
         tokens = (_added_in_front(server) + tokenizer.encode(TEXT).ids)[:_MAX_TOKENS]
         count = max(tokenizer.vocab_size, max(tokens) + 1)
         engines = [engine for engine in BACKENDS if is_installed(engine)]
@@ -94,7 +96,7 @@ def verify_gguf(
             answer = server.chat(conversation, max_new_tokens=_ANSWER_TOKENS)
         else:
             answer = server.complete(str(conversation[-1]["content"]), max_new_tokens=_ANSWER_TOKENS)
-    warnings = (*read.warnings, *others)
+    warnings = (*others, *read.warnings)
     compared = (
         f"token ids of {read.texts} texts and around {read.added} added tokens are the tokenizer's, "
         f"prompts of {prompts} conversations the template's"
@@ -123,20 +125,43 @@ def _compare_prompts(server: LlamaCpp, tokenizer: Tokenizer, template: ChatTempl
     for written in _CONVERSATIONS:
         messages = [{"role": _ROLES[turn[0]], "content": turn[2:]} for turn in written.split("|")]
         try:
-            ours = template.render(messages, add_generation_prompt=True)
+            difference = _prompt_difference(server, tokenizer, template, messages)
         except DataError:
             continue  # a role that this template refuses
-        ids = tokenizer.encode(ours).ids
-        # the server removes a leading BOS from the text and puts its own in front of the ids
-        difference = first_difference(
-            tokenizer, ids, server.tokenize(server.apply_template(messages), add_special=True)
-        )
         if difference:
             roles = ", ".join(str(message["role"]) for message in messages)
             warnings.append(f"llama.cpp renders this prompt differently from the template ({roles}): {difference}")
         else:
             equal += 1
     return equal, warnings
+
+
+def _prompt_difference(
+    server: LlamaCpp, tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]
+) -> str | None:
+    """A sentence on the first token of a prompt that differs, or None; DataError where the template refuses it."""
+    ids = tokenizer.encode(template.render(messages, add_generation_prompt=True)).ids
+    # the server removes a leading BOS from the text and puts its own in front of the ids
+    return first_difference(tokenizer, ids, server.tokenize(server.apply_template(messages), add_special=True))
+
+
+def _drops_space(server: LlamaCpp, tokenizer: Tokenizer, template: ChatTemplate | None, tokens: Sequence[str]) -> bool:
+    """Whether the template in the file writes no white space beside these tokens, so that prompts have the right ids."""
+    if template is None:
+        return False
+    content = "".join(f" \n x {token} \n y" for token in tokens) + " \n "
+    try:
+        return _prompt_difference(server, tokenizer, template, [{"role": "user", "content": content}]) is None
+    except DataError:
+        return False
+
+
+def _space_warning(tokens: Sequence[str]) -> str:
+    listed = ", ".join(tokens[:5]) + (f" and {len(tokens) - 5} more" if len(tokens) > 5 else "")
+    return (
+        f"llama.cpp keeps the white space beside {listed}, which the tokenizer drops: contents that begin or end with "
+        "some there are read with tokens that training did not have"
+    )
 
 
 def _opening(tokenizer: Tokenizer, template: ChatTemplate | None) -> str:

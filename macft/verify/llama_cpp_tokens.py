@@ -45,10 +45,14 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True)
 class TokenCheck:
-    """How many texts had equal ids; `added` counts tokens that had them in each of theirs, `warnings` names others."""
+    """How many texts had equal ids; `added` counts tokens that had them in each of theirs, `warnings` names others.
+
+    `keeping` are the tokens beside which llama.cpp keeps white space that the tokenizer drops.
+    """
 
     texts: int
     added: int
+    keeping: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -57,20 +61,13 @@ def check_token_ids(
 ) -> TokenCheck:
     """Compare the ids of all texts; VerifyError with the text and its first token that differs.
 
-    `fields` are the file's, and `opening` goes before every text: the special token that a chat begins with. Of white
-    space beside a special token that drops it, and of marks where llama.cpp's source knows none, a difference is a
-    warning.
+    `fields` are the file's, and `opening` goes before every text: the special token that a chat begins with. White
+    space beside a special token that drops it is no error, and marks are a warning where llama.cpp's source knows none.
     """
     added = _Added(server, tokenizer, name, opening, "▁" if fields.get("tokenizer.ggml.model") == "llama" else " ")
     tokens = [token for token in tokenizer.added_tokens if token.content]
     keeping = added.keeping_space(tokens)
-    warnings = []
-    if keeping:
-        warnings.append(
-            f"llama.cpp keeps the white space beside {_listed(keeping)}, which the tokenizer drops: contents that "
-            "begin or end with some there are read with tokens that training did not have"
-        )
-    equal = 0
+    equal, warnings = 0, []
     for text in (*TEXTS, MARKED_TEXT):
         difference = ids_difference(tokenizer, server, opening + text)
         if difference is None:
@@ -83,7 +80,7 @@ def check_token_ids(
             f"llama.cpp cuts words with marks (Hindi, Thai, Bengali, Tamil) differently from this tokenizer: its {pre} "
             "pre-tokenizer knows no marks; in these scripts answers may be worse than in training"
         )
-    return TokenCheck(equal, len(tokens) - len(keeping), tuple(warnings))
+    return TokenCheck(equal, len(tokens) - len(keeping), tuple(keeping), tuple(warnings))
 
 
 def ids_difference(tokenizer: Tokenizer, server: LlamaCpp, text: str) -> str | None:
@@ -146,11 +143,6 @@ class _Added:
 
 def _refusal(name: Path, difference: str, text: str) -> str:
     return f"{name}: llama.cpp reads text differently from the tokenizer: {difference}; the text is {text!r}"
-
-
-def _listed(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - 5} more" if len(texts) > 5 else ""
-    return ", ".join(texts[:5]) + more
 
 
 def _named(tokenizer: Tokenizer, ids: list[int], place: int) -> str:

@@ -84,6 +84,8 @@ def test_white_space_that_the_tokenizer_drops_is_a_warning_that_names_the_tokens
         "or end with some there are read with tokens that training did not have",
     )
     assert found.added == len(core.get_added_tokens_decoder()) - 2
+    writes = "{% for m in messages %}<|user|>{{ m.content }}<|mask|>{% endfor %}"
+    assert verified(tmp_path, core, writes).warnings == found.warnings
 
 
 def test_texts_are_compared_as_they_come_in_a_chat(tmp_path: Path) -> None:
