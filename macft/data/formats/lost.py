@@ -11,6 +11,7 @@ MARKS = ("weight", "train", "training", "loss", "loss_weight", "loss_scale")
 _OTHERS = {
     "train_detail": "parts of an answer cannot be left out of training; remove it, or split the message",
     "chat_template_kwargs": "rows have no settings; set enable_thinking in the configuration, and remove it",
+    "reasoning_content": "a thought is read only inside its message; give the answer as one, or remove it",
     "system_prompt": "it is not read; rename it to system, or map it in dataset_info.json",
 }
 # keys of a table that are read only to find out whether they hold anything

@@ -282,6 +282,10 @@ RATED = '"label": rates the answer, which would be trained on all the same; set 
             '"system_prompt": it is not read; rename it to system, or map it in dataset_info.json',
         ),
         (
+            {"reasoning_content": "hm"},
+            '"reasoning_content": a thought is read only inside its message; give the answer as one, or remove it',
+        ),
+        (
             {"chat_template_kwargs": {"enable_thinking": False}},
             '"chat_template_kwargs": rows have no settings; set enable_thinking in the configuration, and remove it',
         ),
