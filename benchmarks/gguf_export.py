@@ -125,7 +125,8 @@ def run_ggml(model: Path, _out: Path) -> float | None:
     from macft.gguf.writing.quantize import pack, plan_types
 
     folder = ModelFolder(str(model), model)
-    gguf, _ = read_gguf_model(folder, [], template=load_template(model, load_tokenizer(model).special_map).source)
+    template = load_template(model, load_tokenizer(model).special_map).source
+    gguf, _ = read_gguf_model(folder, [], template=template, quants=["q4_k_m"])
     types = plan_types(gguf, "q4_k_m").types
     parts = []
     for tensor in gguf.tensors:

@@ -12,7 +12,7 @@ import warnings
 import click
 
 from macft import __version__
-from macft.errors import MacftError, StoppedError
+from macft.errors import MacftError, StoppedError, as_typed
 
 # each is a module of macft.commands with a command of its name
 _COMMANDS = ("chat", "compare", "config", "convert", "data", "doctor", "export", "train")
@@ -40,7 +40,7 @@ def cli() -> None:
 class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        return prefix + record.getMessage()
+        return prefix + as_typed(record.getMessage())
 
 
 def _set_up() -> None:
@@ -74,10 +74,10 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except StoppedError as error:
-        click.echo(f"\n{error}", err=True)
+        click.echo(f"\n{as_typed(str(error))}", err=True)
         code = error.exit_code
     except MacftError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {as_typed(str(error))}", err=True)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("\nstopped", err=True)

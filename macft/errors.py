@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+_TYPED: dict[str, str] = {}  # folder -> the name that the user gave for it
+
 
 class MacftError(Exception):
     """Something failed; the message names the thing, what was found, what was expected, what to do."""
@@ -35,6 +39,18 @@ class ModelError(MacftError):
 
 class MissingPackageError(MacftError):
     """A package that this job needs is not installed; the message holds the command to install it."""
+
+
+def call_by_name(folder: Path, name: str) -> None:
+    """Have messages name what the user typed, a .gguf file for example, not the folder in the cache it stands for."""
+    _TYPED[str(folder)] = name
+
+
+def as_typed(message: str) -> str:
+    """The message with the names that the user typed."""
+    for folder, name in _TYPED.items():
+        message = message.replace(folder, name)
+    return message
 
 
 def join_problems(headline: str, problems: list[str], limit: int = 20) -> str:

@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from macft.api.conversions import read_adapters
-from macft.data.templates.chat_template import ChatTemplate, load_template, template_folder
-from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer, read_json
+from macft.data.templates.chat_template import ChatTemplate, has_template, load_template, template_folder
+from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import MissingPackageError, ModelError, UsageError
 from macft.files import StrPath
 from macft.gguf.exporter.export import GgufReport, export_lora
 from macft.gguf.exporter.export import export_gguf as write_gguf_files
+from macft.gguf.swallowed_space import without_swallowed_space
+from macft.gguf.template_variables import pin_variables
 from macft.gguf.writing.quantize import QUANTS
 from macft.models.locate import resolve_model
 from macft.ollama.client import Created, Upload, create_model
-from macft.ollama.export import OllamaReport, default_name
+from macft.ollama.export import default_name
 from macft.ollama.export import export_ollama as write_folder
+from macft.ollama.report import OllamaReport
 from macft.progress import counting_bytes
 from macft.verify.llama_cpp import is_installed
 from macft.verify.llama_cpp_compare import GgufCheck, verify_gguf
-from macft.verify.logits import Subject
+from macft.verify.logits import Subject, VerifyError
 from macft.weights.adapters.fitting import tokenizer_folder
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
@@ -57,27 +60,29 @@ def export_gguf(
     """Write a model, adapters merged, as the GGUF file `output`; several `quants` (with commas) give FILE-QUANT.gguf.
 
     `template` names the chat template to embed: a Jinja file or LLaMA-Factory's name. `verify` loads each file in
-    llama.cpp and compares it with its source; by default where xllamacpp is installed. Raises UsageError for an output
-    that exists or a quantization that is not known, ModelError for what cannot be exported, VerifyError.
+    llama.cpp and compares it with its source before it gets its name; by default where xllamacpp is installed. Raises
+    UsageError for an output that exists or a quantization that is not known, ModelError for what cannot be exported,
+    VerifyError; no file is then left behind.
     """
     outputs = _outputs(_gguf_path(output), quants)
     checks = _checks(verify)
     prompted = _prompted(model, adapters, template)
     if prompted.template is None:
         logger.warning("%s has no chat template: the file will continue texts; --template names one to chat", model)
+
+    def check(quant: str, path: Path) -> None:
+        _tell(_check(prompted, path, quant, outputs[quant]))
+
+    embedded = None
+    if prompted.template is not None:
+        folder = tokenizer_folder(prompted.model.path, prompted.adapters)
+        embedded = pin_variables(without_swallowed_space(prompted.template, folder))
     report = write_gguf_files(
-        prompted.model,
-        prompted.adapters,
-        outputs,
-        template=prompted.template.source if prompted.template is not None else None,
+        prompted.model, prompted.adapters, outputs, template=embedded, check=check if checks else None
     )
-    for note in report.notes:
-        logger.warning(note)
     for written in report.files:
         for fallback in written.fallbacks:
             logger.info("%s: %s", written.quant, fallback)
-        if checks:
-            _tell(_check(prompted, written.path, written.quant))
     return report
 
 
@@ -126,6 +131,7 @@ def export_ollama(
         template=prompted.template,
         system=system,
         check=check if checks else None,
+        in_llama_cpp=checks,
     )
 
 
@@ -177,8 +183,9 @@ def _prompted(model: StrPath, adapters: Sequence[StrPath], template: StrPath | N
     for adapter in read:
         folder = template_folder(folder, adapter.folder)
     chat = None
-    if template is not None or _has_template(folder):
-        chat = load_template(folder, tokenizer.special_map, os.fspath(template) if template is not None else None)
+    if template is not None or has_template(folder):
+        name = os.fspath(template) if template is not None else None
+        chat = load_template(folder, tokenizer.special_map, name, opening=tokenizer.opening)
     return _Prompted(base, read, tokenizer, chat)
 
 
@@ -192,15 +199,16 @@ def _resolved(model: str) -> ModelFolder:
         raise ModelError(f"{model}: a litgpt checkpoint, which cannot be exported as it is; {advice}") from None
 
 
-def _has_template(folder: Path) -> bool:
-    own = read_json(folder / "tokenizer_config.json").get("chat_template")
-    return (folder / "chat_template.jinja").is_file() or bool(own)
-
-
-def _check(prompted: _Prompted, path: Path, quant: str, name: Path | None = None) -> GgufCheck:
-    logger.info("loading %s in llama.cpp", path.name)
+def _check(prompted: _Prompted, path: Path, quant: str, name: Path) -> GgufCheck:
+    """Compare the file at `path`, which will be `name`, with its source; an error says that no file is left."""
+    logger.info("loading %s in llama.cpp", name.name)
     subject = Subject(prompted.model.path, prompted.adapters)
-    return verify_gguf(path, subject, quant=quant, tokenizer=prompted.tokenizer, template=prompted.template, name=name)
+    try:
+        return verify_gguf(
+            path, subject, quant=quant, tokenizer=prompted.tokenizer, template=prompted.template, name=name
+        )
+    except (ModelError, VerifyError) as error:
+        raise type(error)(f"{error}; nothing was written (--no-verify writes it without this check)") from None
 
 
 def _tell(check: GgufCheck) -> None:

@@ -16,6 +16,7 @@ from macft.data.batches import collate
 from macft.data.formats.conversations import Example
 from macft.data.templates.chat_template import Message
 from macft.data.tokenization.conversations import fit_examples
+from macft.data.tokenization.embedding import check_input
 from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.table import TokenizedExample
 from macft.errors import DataError
@@ -67,6 +68,7 @@ class LanguageModel:
         the model allows, or the template refuses the messages.
         """
         scored, ends, row = self._scored(text)
+        check_input(row.tokens.tolist(), self.chat.tokenizer, self.chat.embedding_rows)
         limit = self.chat.context_length
         if limit is not None and len(row.tokens) > limit:
             raise DataError(f"the text has {len(row.tokens)} tokens, the model holds {limit}; shorten it")
@@ -83,7 +85,8 @@ class LanguageModel:
         """The text as the model reads it, where each token ends in it, and its tokens with those to score."""
         tokenizer, template = self.chat.tokenizer, self.chat.template
         if isinstance(text, str):
-            encoded = tokenizer.encode(text)
+            text = tokenizer.opened(text)
+            encoded = tokenizer.encode(text, is_input=True)
             tokens = np.asarray(encoded.ids, dtype=np.int32)
             return text, list(encoded.ends), TokenizedExample(tokens, np.arange(len(tokens)) > 0)
         if template is None:

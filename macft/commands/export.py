@@ -124,7 +124,7 @@ def ollama(
     """Write MODEL, adapters merged, as a folder for `ollama create`: the GGUF, a Modelfile, what was proven."""
     from macft.api import exports
     from macft.ollama.client import check_server
-    from macft.ollama.export import report_lines
+    from macft.ollama.report import report_lines
 
     if create:
         check_server()

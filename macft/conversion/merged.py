@@ -65,6 +65,8 @@ def export_merged(
             f"{model.name} is quantized, the merged model is not: quantizing it again (--requantize --to mlx) would "
             "erase part of what the adapter adds"
         )
+    if source.is_fp8:
+        notes.append(f"{model.name} is held in fp8, the merged model in {source.config.get('dtype') or 'bfloat16'}")
     if layout == "mlx":
         lists = [to_mlx(config, tensors) for tensors in (versions.base, versions.merged, versions.rounded)]
         config, versions = mlx_config(config, versions.base), Versions(*lists)

@@ -67,7 +67,7 @@ def convert_model(
     return ConvertReport(
         came_as="litgpt" if is_lit else source.layout,
         model_type=source.config["model_type"],
-        was_quantized=source.quantization is not None,
+        was_quantized=source.quantization is not None or source.is_fp8,
         lost=tuple(lost),
         notes=litgpt_notes(folder) if is_lit else (),
     )

@@ -125,7 +125,7 @@ _qwen3_5 = replace(
 # By the model_type of config.json.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _llama,
-    "mistral": replace(_llama, imports=None),  # a mistral file says "llama": without its window it is one
+    "mistral": replace(_llama, imports=None),  # its files say "llama"
     "mixtral": Architecture(
         "llama", rules.MIXTRAL, write.llama, _normalized,
         preparation=(SPARSE_BLOCK, stack_experts("block_sparse_moe", ("w1", "w3", "w2"))),

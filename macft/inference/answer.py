@@ -15,8 +15,9 @@ _LONGEST_WAIT = 64
 def encode_prompt(tokenizer: Tokenizer, template: ChatTemplate | None, messages: Sequence[Message]) -> list[int]:
     """The ids that prompt the next turn; without a template, those of the last message's text as it is."""
     if template is None:
-        return tokenizer.encode(str(messages[-1]["content"])).ids
-    return tokenizer.encode(template.render(messages, add_generation_prompt=True)).ids
+        return tokenizer.encode(tokenizer.opened(str(messages[-1]["content"])), is_input=True).ids
+    text = template.render(messages, add_generation_prompt=True)
+    return tokenizer.encode(text, is_input=template.is_bare).ids
 
 
 def stream_text(token_ids: Iterator[int], decode: Callable[[list[int]], str]) -> Generator[str, None, None]:

@@ -13,8 +13,9 @@ from typing import TextIO
 
 from macft.backends.base import Model, Sampling
 from macft.data.templates.chat_template import ChatTemplate, Message
+from macft.data.tokenization.embedding import check_input
 from macft.data.tokenization.tokenizer import Tokenizer
-from macft.errors import DataError, MacftError
+from macft.errors import DataError, MacftError, as_typed
 from macft.files import write_text
 from macft.inference.answer import encode_prompt, stream_text
 from macft.inference.prompts import user_turn, with_system
@@ -39,6 +40,7 @@ class ChatModel:
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = MAX_NEW_TOKENS
     context_length: int | None = None  # tokens the model can hold; None: unknown
+    embedding_rows: int | None = None  # see Encoding
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def fit_prompt(model: ChatModel, messages: Sequence[Message], dropped: int = 0) 
     num_system = int(model.template is not None and messages[0]["role"] == "system")
     system, turns = messages[:num_system], messages[num_system:]
     while True:
-        prompt = encode_prompt(model.tokenizer, model.template, [*system, *turns[dropped:]])
+        prompt = prompt_ids(model, [*system, *turns[dropped:]])
         if limit is None:
             return FittedPrompt(prompt, model.max_new_tokens, dropped)
         if len(prompt) + min(model.max_new_tokens, limit // 2) <= limit:
@@ -74,6 +76,13 @@ def fit_prompt(model: ChatModel, messages: Sequence[Message], dropped: int = 0) 
             raise DataError(
                 f"the prompt has {len(prompt)} tokens, the model holds {limit} including its answer; shorten it"
             )
+
+
+def prompt_ids(model: ChatModel, messages: Sequence[Message]) -> list[int]:
+    """The ids that prompt the answer. Raises DataError where the template or the embedding refuses the messages."""
+    ids = encode_prompt(model.tokenizer, model.template, messages)
+    check_input(ids, model.tokenizer, model.embedding_rows)
+    return ids
 
 
 def answer(model: ChatModel, fitted: FittedPrompt) -> Generator[str, None, None]:
@@ -254,6 +263,7 @@ def _warn_of_special_tokens(tokenizer: Tokenizer, messages: Sequence[Message], n
 
 
 def _note(notes: TextIO, text: str) -> None:
+    text = as_typed(text)
     # an empty NO_COLOR does not count: https://no-color.org
     dim = notes.isatty() and not os.environ.get("NO_COLOR")
     notes.write(f"\x1b[2m{text}\x1b[0m\n" if dim else f"{text}\n")

@@ -16,19 +16,24 @@ from macft.backends import load_model
 from macft.backends.adapters import can_be_attached, check_base, spec_of_adapter
 from macft.backends.base import Model, ModelSpec
 from macft.conversion.merged import export_merged
-from macft.data.templates.chat_template import Message, load_template, template_end_ids, template_folder
+from macft.data.templates.chat_template import (
+    Message,
+    has_template,
+    load_template,
+    template_end_ids,
+    template_folder,
+)
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ConfigError, ModelError
 from macft.files import cache_dir
-from macft.inference.answer import encode_prompt
-from macft.inference.chat import ChatModel, FittedPrompt, answer
+from macft.inference.chat import ChatModel, FittedPrompt, answer, prompt_ids
 from macft.models.locate import resolve_adapter, resolve_model
 from macft.process_group import ONE_PROCESS
 from macft.weights.adapters.base_model import other_base_note
 from macft.weights.adapters.fitting import read_on
 from macft.weights.adapters.peft import Adapter, naming_adapter
 from macft.weights.folder import ModelFolder
-from macft.weights.model_config import read_config
+from macft.weights.model_config import embedding_rows, read_config
 
 logger = logging.getLogger("macft")
 
@@ -80,8 +85,7 @@ def compare_answers(
 
 
 def _answer(chat: ChatModel, messages: list[Message]) -> str:
-    prompt = encode_prompt(chat.tokenizer, chat.template, messages)
-    return "".join(answer(chat, FittedPrompt(prompt, chat.max_new_tokens, dropped=0)))
+    return "".join(answer(chat, FittedPrompt(prompt_ids(chat, messages), chat.max_new_tokens, dropped=0)))
 
 
 def _read_adapter(name: str, base: ModelFolder) -> Adapter:
@@ -107,22 +111,30 @@ def _trained_bits(adapter: Adapter | None) -> int | None:
 
 
 def _chat_model(base: ModelFolder, adapter: Adapter | None, options: ChatOptions, bits: int | None) -> ChatModel:
+    source = template_folder(base.path, adapter.folder if adapter is not None else None)
+    if not options.raw and options.template is None and not has_template(source):
+        raise ModelError(
+            f"{base.name}: no chat template; give a Jinja file or a name as --template, or continue text as it is "
+            "with macft chat --raw"
+        )
     with _mergeable(base, adapter) as (merged, attached):
         tokenizer = load_tokenizer(merged.path)
         chat_template = None
         if not options.raw:
-            source = template_folder(merged.path, attached.folder if attached is not None else None)
-            chat_template = load_template(source, tokenizer.special_map, options.template)
+            special, opening = tokenizer.special_map, tokenizer.opening
+            chat_template = load_template(source, special, options.template, opening=opening)
         stop_ids = tokenizer.eos_ids
         if chat_template is not None:
             stop_ids = stop_ids | template_end_ids(chat_template, tokenizer)
-        length = read_config(merged.path).get("max_position_embeddings")
+        config = read_config(merged.path)
+        length = config.get("max_position_embeddings")
         return ChatModel(
             model=_load_with_adapter(merged, attached, options.backend, bits),
             tokenizer=tokenizer,
             template=chat_template,
             stop_ids=stop_ids,
             context_length=length if isinstance(length, int) else None,
+            embedding_rows=embedding_rows(config),
         )
 
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from macft.data.formats.columns import RowFormat
+from macft.data.formats.conversations import with_beside
+from macft.data.formats.lost import MEDIA, lost_key
+from macft.data.formats.messages import RowErrors
 from macft.data.sources.rows import Row, read_rows
 from macft.data.sources.text import nearest_file
 from macft.data.templates.chat_template import Message
 from macft.errors import DataError, join_problems
 
+# a system text and earlier turns may stand beside the prompt, as in training
+_BESIDE = RowFormat("prompt", "conversation", {"system": "system", "history": "history"})
 _EXPECTED = 'expected {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
 
 def read_prompts(path: Path) -> list[list[Message]]:
     """Read the conversations to answer: one prompt per line, or in a .jsonl file `prompt` or `messages` rows.
 
-    Answers at the end of a `messages` row are left out. Raises DataError naming every invalid line.
+    Answers at the end of a `messages` row are left out; `system` and `history` may stand beside both. Raises DataError
+    naming every invalid line.
     """
     if path.suffix == ".jsonl":
         return _from_rows(path, read_rows(path))
@@ -51,14 +58,24 @@ def last_question(messages: list[Message]) -> str:
 def _from_rows(path: Path, rows: list[Row]) -> list[list[Message]]:
     prompts, problems = [], []
     for row in rows:
+        errors = RowErrors()
         prompt = _conversation(row)
         if prompt is None:
-            problems.append(f"line {row.number}: found keys {', '.join(row.value) or 'none'}; {_EXPECTED}")
+            errors.problems.append(f"found keys {', '.join(row.value) or 'none'}; {_EXPECTED}")
         else:
-            prompts.append(prompt)
+            prompts.append(with_beside(_BESIDE, row.value, "messages", prompt, errors))
+        lost = (_lost(key, value) for key, value in row.value.items())
+        problems += [f"line {row.number}: {problem}" for problem in (*errors.problems, *filter(None, lost))]
     if problems:
         raise DataError(join_problems(f"{path}: {len(problems)} lines hold no prompt", problems))
     return prompts
+
+
+def _lost(key: str, value: object) -> str | None:
+    """Why a row that holds this is not answered."""
+    if key in ("tools", "functions") and value and value != "[]":
+        return f'"{key}": a model that answers prompts here is offered no tools; remove it, or the row'
+    return lost_key(key, value) if key in MEDIA else None
 
 
 def _conversation(row: Row) -> list[Message] | None:

@@ -26,7 +26,7 @@ from macft.data.sources.rows import Unread, scan
 from macft.data.templates.chat_template import Message
 from macft.data.tokenization.report import RefusedError, SpecialTokens
 from macft.data.tokenization.table import ANSWER_CUT, IDENTICAL, SHORTENED
-from macft.errors import DataError
+from macft.errors import DataError, as_typed
 from macft.text import plural
 
 # rows examined together
@@ -258,7 +258,7 @@ def _note_tokens(chunk: Sequence[DataRow], encoder: Encoder, report: DataCheck) 
             for row in chunk:
                 _note_tokens([row], encoder, report)
             return
-        detail = next(iter(error.problems)) if isinstance(error, RefusedError) else str(error)
+        detail = as_typed(next(iter(error.problems)) if isinstance(error, RefusedError) else str(error))
         report.add("refused", chunk[0].source, detail.removeprefix(f"{chunk[0].source}: "))
         return
     columns = table.columns

@@ -21,7 +21,7 @@ from macft.data.notes import Note, log_notes
 from macft.data.sources.resolve import resolve_sources
 from macft.data.templates.chat_template import template_folder
 from macft.data.tokenization.encoding import Encoding
-from macft.data.tokenization.tokenizer import load_tokenizer
+from macft.data.tokenization.tokenizer import load_tokenizer, read_json
 from macft.errors import UsageError
 from macft.inspection.check import as_json as check_json
 from macft.inspection.check import check
@@ -35,6 +35,7 @@ from macft.models.locate import resolve_adapter, resolve_model
 from macft.progress import counting
 from macft.training.data import encoding_of, held_out_request, request_of, template_notes
 from macft.training.model import resolve_template
+from macft.weights.model_config import embedding_rows
 
 DEFAULT_MODEL = "smollm2-135m"
 # the values that stats tries, as multiples of cutoff_len
@@ -67,7 +68,8 @@ def inspect(source: str, overrides: Sequence[str], model: str | None) -> Inspect
     adapter = settings.adapter_name_or_path
     source_folder = template_folder(folder, resolve_adapter(adapter) if adapter is not None else None)
     template = resolve_template(settings, source_folder, tokenizer)
-    inspected = Inspected(settings, request_of(settings, found), encoding_of(settings, tokenizer, template))
+    encoding = encoding_of(settings, tokenizer, template, _embedding_rows(settings, folder))
+    inspected = Inspected(settings, request_of(settings, found), encoding)
     log_notes([*found.notes, *template_notes(inspected.request, inspected.encoding)])
     return inspected
 
@@ -136,6 +138,12 @@ def _tokenizer_folder(settings: Settings) -> Path:
     if folder.is_dir():
         return folder
     return (locate_shape if settings.train_from_scratch else resolve_model)(name, settings.hub).path
+
+
+def _embedding_rows(settings: Settings, folder: Path) -> int | None:
+    """Those of the model whose tokenizer this is; another tokenizer must fit as a whole, which training checks."""
+    config = {} if settings.tokenizer_name_or_path is not None else read_json(folder / "config.json")
+    return embedding_rows({**config, **settings.model_overrides})
 
 
 def _is_config(source: str) -> bool:

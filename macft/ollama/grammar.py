@@ -126,6 +126,16 @@ def with_answer_first(grammar: Grammar) -> Grammar:
     return extended
 
 
+def with_system_alone(grammar: Grammar) -> Grammar:
+    """Extend a grammar to a conversation of nothing but a system message, as if an empty question followed it."""
+    extended = dict(grammar)
+    for system in (GIVEN, EMPTY):
+        question, end = Context(system, START, "user", 1), Context(system, "user", END, 0)
+        if question in grammar and end in grammar:
+            extended[Context(system, START, END, 0)] = _joined(grammar[question], grammar[end])
+    return extended
+
+
 def _opening(messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:
     if messages[0]["role"] == "system":
         return messages[0]["content"], messages[1:]

@@ -7,23 +7,27 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from macft.data.templates.chat_template import ChatTemplate
+from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.errors import DataError
 from macft.ollama import conversations, grammar
-from macft.ollama.conversations import ConversationCase
+from macft.ollama.comparison import Writer, compare, excluded_sentences, sentence
+from macft.ollama.conversations import ConversationCase, Kind
 from macft.ollama.go import go_template
 from macft.ollama.grammar import EMPTY, GIVEN, NONE, START, Grammar, NotDerivableError
 
 # messages in the conversations that a grammar is learned from: every context occurs at two or more lengths
 _LEARNED = 8
 _RANDOM = 300
-_SPECIAL = re.compile(r"\s*(<[^<>\s]{1,80}>|\[/?[A-Z_]{2,40}\])")
+_CLOCK = re.compile(r"strftime_now\(\s*(?:\"([^\"]*)\"|'([^']*)')\s*\)")
+_TIME = re.compile(r"%-?[HIMSfpcXsTR]")
+# what ends a turn, or marks a part of one
+SPECIAL = re.compile(r"\s*(<[^<>\s]{1,80}>|\[/?[A-Z_]{2,40}\])")
 
 _PLAIN = (
     "Proven for an optional system message and turns of user and assistant, up to the next answer or within one that "
     "was begun."
 )
-_COLLATED = "Ollama joins messages of one role in a row by an empty line before any template sees them."
+_COLLATED = "Ollama joins messages of one role in a row by an empty line before a TEMPLATE sees them."
 _NO_END = "No special token ends an answer in this template: generation stops only where the model ends it."
 
 
@@ -32,7 +36,8 @@ class Proof:
     """What is known of a chat template in Ollama: `go` is its TEMPLATE, or None, for the `reason` given.
 
     `cases` conversations were rendered by both to the same text; `limits` are sentences about what they do not cover;
-    `stops` the texts that end an assistant's turn; `takes_system` whether a system message reaches the prompt.
+    `excluded` the kinds of content for which the two differ; `date` the date in `go` where the chat template writes
+    today's; `stops` the texts that end an assistant's turn; `takes_system` whether a system message reaches the prompt.
     """
 
     go: str | None
@@ -41,6 +46,8 @@ class Proof:
     limits: tuple[str, ...]
     stops: tuple[str, ...]
     takes_system: bool = True
+    excluded: tuple[str, ...] = ()
+    date: str | None = None
 
 
 def prove_template(template: ChatTemplate, *, bos: str | None) -> Proof:
@@ -49,42 +56,44 @@ def prove_template(template: ChatTemplate, *, bos: str | None) -> Proof:
     `bos` is the text of the token that llama.cpp puts before a prompt by itself; the Go template does not hold it.
     """
     try:
-        known, learned_limits, later_system, answer_first = _learn(template)
+        learned = _learn(template)
     except (NotDerivableError, DataError) as error:
-        return Proof(None, _sentence(error), 0, (), _stops(template, {}))
+        return Proof(None, sentence(error), 0, (), _stops(template, {}))
+    known = learned.grammar
     stops = _stops(template, known)
-    if _writes_date(template.source, known):
-        return Proof(None, "The template writes today's date, which a Go template cannot.", 0, (), stops)
+    date, is_held = _date(template.source, known)
+    if not is_held:
+        return Proof(None, "The template writes the time, which a Go template cannot.", 0, (), stops)
     own_texts = _own_texts(known)
     system = any(context.system == GIVEN for context in known)
-    limits = [_PLAIN, *learned_limits, _COLLATED]
-
-    main = _compare(template, known, conversations.grammar_cases(own_texts, system=system))
+    main = compare(template, _go(known), conversations.grammar_cases(own_texts, system=system))
+    if main.differs is None:
+        random = conversations.random_cases(_RANDOM, own_texts, system=system, without=main.excluded)
+        main = compare(template, _go(known), random, main)
     if main.differs is not None:
-        return Proof(None, main.differs, 0, (), stops)
-    if main.spaced is not None:
-        limits.append(f"Equal only for contents without outer white space, as Go cannot trim: {main.spaced}")
-    random = conversations.random_cases(_RANDOM, own_texts, system=system, spaced=main.spaced is None)
-    mixed = _compare(template, known, random)
-    if mixed.differs is not None or mixed.spaced is not None:
-        return Proof(None, mixed.differs or mixed.spaced, 0, (), stops)
-    cases = main.equal + mixed.equal
+        return Proof(None, sentence(main.differs), 0, (), stops)
 
-    proven = known
-    later = _compare(template, proven, conversations.later_system_cases()) if later_system else None
-    if later is None or later.differs is not None:
-        proven = {c: piece for c, piece in proven.items() if "system" not in (c.role, c.before)}
-        limits.append("A system message after the first message is left out.")
-    answers = _compare(template, proven, conversations.answer_first_cases(system=system)) if answer_first else None
-    if answers is None or answers.differs is not None:
-        limits.append("A conversation that begins with an answer is written as if an empty question came first.")
-        kept = {c: piece for c, piece in proven.items() if (c.before, c.role) != (START, "assistant")}
-        proven = grammar.with_answer_first(kept)
-    cases += sum(found.equal for found in (later, answers) if found is not None and found.differs is None)
-
-    limits += [*_overridden(template.source), *_about_bos(proven, bos), *([] if stops else [_NO_END])]
-    takes_system = any(len(piece) > 1 for piece in proven.values())
-    return Proof(go_template(proven, bos=bos), None, cases, tuple(limits), stops, takes_system)
+    shapes = _prove_shapes(template, learned, own_texts, main.excluded)
+    limits = [
+        _PLAIN,
+        *learned.limits,
+        _COLLATED,
+        *excluded_sentences(main.excluded, _cause),
+        *shapes.limits,
+        *([f"The date in the TEMPLATE stays {date}, where the chat template writes today's."] if date else []),
+        *_about_bos(shapes.grammar, bos),
+        *([] if stops else [_NO_END]),
+    ]
+    return Proof(
+        go_template(shapes.grammar, bos=bos),
+        None,
+        main.equal + shapes.equal,
+        tuple(limits),
+        stops,
+        takes_system=any(len(piece) > 1 for piece in shapes.grammar.values()),
+        excluded=tuple(conversations.where(*kind) for kind in main.excluded),
+        date=date,
+    )
 
 
 def needed_stops(proof: Proof, eog_texts: Collection[str]) -> tuple[str, ...]:
@@ -92,8 +101,18 @@ def needed_stops(proof: Proof, eog_texts: Collection[str]) -> tuple[str, ...]:
     return tuple(stop for stop in proof.stops if stop not in eog_texts)
 
 
-def _learn(template: ChatTemplate) -> tuple[Grammar, list[str], bool, bool]:
-    """(the grammar, its limits, whether it holds later system messages, whether answers that come first)."""
+@dataclass(frozen=True)
+class _Learned:
+    """A grammar, its limits, and which further shapes of a conversation it holds."""
+
+    grammar: Grammar
+    limits: tuple[str, ...]
+    system_alone: bool
+    later_system: bool
+    answer_first: bool
+
+
+def _learn(template: ChatTemplate) -> _Learned:
     limits = []
     shapes = grammar.alternating("user", _LEARNED)
     known = grammar.learn(template, shapes, NONE, {})
@@ -101,15 +120,16 @@ def _learn(template: ChatTemplate) -> tuple[Grammar, list[str], bool, bool]:
     try:
         known = grammar.learn(template, shapes, GIVEN, known)
     except DataError as error:
-        limits.append(f"{_sentence(error)} Ollama passes system messages anyway: they are left out.")
+        limits.append(f"{sentence(error)} Ollama passes system messages anyway: they are left out.")
         states = [NONE]
     else:
         known = grammar.learn(template, shapes, EMPTY, known)
         if all(len(piece) == 1 for piece in known.values()):
             limits.append("The template leaves system messages out.")
+    known, system_alone = _more(template, [[]], states[1:], known)
     known, later_system = _more(template, grammar.later_system(5), states, known)
     known, answer_first = _more(template, grammar.alternating("assistant", _LEARNED), states, known)
-    return known, limits, later_system, answer_first
+    return _Learned(known, tuple(limits), system_alone, later_system, answer_first)
 
 
 def _more(
@@ -125,55 +145,68 @@ def _more(
     return more, True
 
 
-@dataclass
-class _Comparison:
-    equal: int = 0
-    differs: str | None = None
-    spaced: str | None = None
+@dataclass(frozen=True)
+class _Shapes:
+    """A grammar of all shapes that reach Ollama, how many cases of the further ones are proven, and limits."""
+
+    grammar: Grammar
+    equal: int
+    limits: tuple[str, ...]
 
 
-def _compare(template: ChatTemplate, known: Grammar, cases: Iterable[ConversationCase]) -> _Comparison:
-    """Compare up to the first difference; those of contents with outer white space are noted and passed over."""
-    found = _Comparison()
-    for case in cases:
-        try:
-            asked = grammar.expected(template, case.messages)
-        except (DataError, NotDerivableError) as error:
-            found.differs = f"With {case.name}: {_sentence(error)}"
-            return found
-        covered = all(context in known for context in grammar.contexts(case.messages))
-        written = grammar.render(known, case.messages) if covered else ""
-        if written == asked:
-            found.equal += 1
-            continue
-        difference = f"with {case.name}, the template {_first_difference(asked, written)}."
-        if not case.is_spaced:
-            found.differs = difference[0].upper() + difference[1:]
-            return found
-        found.spaced = found.spaced or difference
-    return found
+def _prove_shapes(
+    template: ChatTemplate, learned: _Learned, own_texts: Sequence[str], without: Collection[Kind]
+) -> _Shapes:
+    """Keep what was learned of further shapes where it is proven; else write them as the nearest that is."""
+    proven, equal, limits = dict(learned.grammar), 0, []
+    states = {context.system for context in proven}
+
+    def holds(is_learned: bool, cases: Iterable[ConversationCase]) -> bool:
+        nonlocal equal
+        found = compare(template, _go(proven), cases) if is_learned else None
+        equal += found.equal if found is not None and found.differs is None else 0
+        return found is not None and found.differs is None
+
+    if not holds(learned.later_system, conversations.later_system_cases()):
+        proven = {c: piece for c, piece in proven.items() if "system" not in (c.role, c.before)}
+        limits.append("A system message after the first message is left out.")
+    if GIVEN in states and not holds(learned.system_alone, conversations.system_alone_cases(own_texts, without)):
+        limits.append("A system message alone is written as if an empty question followed it.")
+        proven = dict(grammar.with_system_alone(proven))
+    if not holds(learned.answer_first, conversations.answer_first_cases(system=GIVEN in states)):
+        limits.append("A conversation that begins with an answer is written as if an empty question came first.")
+        kept = {c: piece for c, piece in proven.items() if (c.before, c.role) != (START, "assistant")}
+        proven = dict(grammar.with_answer_first(kept))
+    return _Shapes(proven, equal, tuple(limits))
 
 
-def _first_difference(asked: str, written: str) -> str:
-    pairs = enumerate(zip(asked, written, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), min(len(asked), len(written)))
-    shown = slice(max(0, same - 10), same + 20)
-    return f"writes {asked[shown]!r} where only roles and contents give {written[shown]!r}"
+def _go(known: Grammar) -> Writer:
+    def write(messages: Sequence[Message]) -> str:
+        covered = all(context in known for context in grammar.contexts(messages))
+        return grammar.render(known, messages) if covered else ""
+
+    return Writer("the TEMPLATE", write)
 
 
-def _writes_date(source: str, known: Grammar) -> bool:
+def _cause(kind: str) -> str:
+    return "Go cannot trim: " if kind in (conversations.SPACED, conversations.WIDE) else ""
+
+
+def _date(source: str, known: Grammar) -> tuple[str | None, bool]:
+    """(Today's date as the template writes it, if it does; whether that is all it writes of the time.)"""
     if "strftime_now" not in source:
-        return False
-    patterns = re.findall(r"strftime_now\(\s*(?:\"([^\"]*)\"|'([^']*)')\s*\)", source)
-    if len(patterns) != source.count("strftime_now("):
-        return True
+        return None, True
+    patterns = [one or two for one, two in _CLOCK.findall(source)]
+    if len(patterns) != source.count("strftime_now(") or any(_TIME.search(pattern) for pattern in patterns):
+        return None, False
     texts = "\0".join(part for piece in known.values() for part in piece)
-    return any(datetime.now().strftime(double or single) in texts for double, single in patterns)
+    dates = [datetime.now().strftime(pattern) for pattern in patterns]
+    return next((date for date in dates if date in texts), None), True
 
 
 def _own_texts(known: Grammar) -> list[str]:
     texts = {part.strip() for piece in known.values() for part in piece if len(part) < 200}
-    texts |= {special for text in texts for special in _SPECIAL.findall(text)}
+    texts |= {special for text in texts for special in SPECIAL.findall(text)}
     return sorted(texts - {""})
 
 
@@ -185,20 +218,8 @@ def _stops(template: ChatTemplate, known: Grammar) -> tuple[str, ...]:
     except DataError:
         tails = []
     tails += [piece[0] for context, piece in known.items() if (context.before, context.role) == ("assistant", "user")]
-    ends = [special[1] for tail in tails if (special := _SPECIAL.match(tail))]
+    ends = [special[1] for tail in tails if (special := SPECIAL.match(tail))]
     return tuple(dict.fromkeys(ends))
-
-
-def _overridden(source: str) -> list[str]:
-    has_tools = "tools" in source or "tool_call" in source
-    has_thinking = "<think>" in source and "</think>" in source
-    what = " and ".join(["tools"] * has_tools + ["thinking"] * has_thinking)
-    if not what:
-        return []
-    return [
-        f"{what.capitalize()}, which the chat template knows, are not in the Go template; for their sake Ollama 0.30 "
-        "and later render with the chat template in the GGUF instead, unless OLLAMA_GO_TEMPLATE=1 is set."
-    ]
 
 
 def _about_bos(known: Grammar, bos: str | None) -> list[str]:
@@ -206,8 +227,3 @@ def _about_bos(known: Grammar, bos: str | None) -> list[str]:
     if bos is None or all(start.startswith(bos) for start in starts):
         return []
     return [f"Before every prompt llama.cpp puts {bos}, which the template does not: write add_bos_token as false."]
-
-
-def _sentence(error: Exception) -> str:
-    text = str(error).rstrip(".")
-    return f"{text[:1].upper()}{text[1:]}."

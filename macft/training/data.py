@@ -47,14 +47,17 @@ class Data:
     digest: str
 
 
-def encoding_of(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None) -> Encoding:
-    """How the settings tokenize rows; only `stage: pt` needs no template."""
+def encoding_of(
+    settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None, embedding_rows: int | None = None
+) -> Encoding:
+    """How the settings tokenize rows for a model with this embedding; only `stage: pt` needs no template."""
     return Encoding(
         tokenizer,
         template,
         cutoff_len=settings.cutoff_len,
         train_on_prompt=settings.train_on_prompt,
         mask_history=settings.mask_history,
+        embedding_rows=embedding_rows,
     )
 
 
@@ -85,9 +88,9 @@ def template_notes(request: Request, encoding: Encoding) -> list[Note]:
     return [*marker_notes(template, tokenizer), *end_notes(template, tokenizer)]
 
 
-def read_data(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None) -> Data:
+def read_data(settings: Settings, encoding: Encoding) -> Data:
     """The data sets of the settings, tokenized, and split where `val_size` says so."""
-    encoding, request = encoding_of(settings, tokenizer, template), request_of(settings)
+    request = request_of(settings)
     log_notes(template_notes(request, encoding))
     table = _table(settings, request, encoding)
     if (apart := held_out_request(settings)) is not None:
@@ -118,7 +121,7 @@ class StreamedData:
     digest: str
 
 
-def read_stream(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None) -> StreamedData:
+def read_stream(settings: Settings, encoding: Encoding) -> StreamedData:
     """The data sets of the settings as a stream, read up to its first example.
 
     A `val_size` holds out the first rows. Raises ConfigError for packed conversations, and DataError for data that
@@ -131,7 +134,7 @@ def read_stream(settings: Settings, tokenizer: Tokenizer, template: ChatTemplate
         )
     if settings.group_by_length and "group_by_length" in settings.model_fields_set:
         logger.info("group_by_length: off, because the lengths in a stream are not known")
-    encoding, request = encoding_of(settings, tokenizer, template), request_of(settings)
+    request = request_of(settings)
     skipped = int(settings.val_size)
     log_notes(request.found.notes)
     request.found.check()

@@ -86,6 +86,7 @@ def resolve_template(settings: Settings, folder: Path, tokenizer: Tokenizer) -> 
             settings.template,
             default_system=settings.default_system,
             enable_thinking=settings.enable_thinking,
+            opening=tokenizer.opening,
         )
     except ModelError:
         # a base model has none, and texts need none

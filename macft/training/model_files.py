@@ -20,6 +20,7 @@ from macft.weights.adapters.stack import stack_adapters, unstack_adapter
 from macft.weights.folder import ModelFolder, weights_hash
 from macft.weights.model_config import normalize_config, read_config
 from macft.weights.tensors.safetensors import write_state
+from macft.weights.writer import repeat_template
 
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FULL_WEIGHTS = "model.safetensors"
@@ -84,6 +85,7 @@ class ModelFiles:
             config.pop(key, None)
         write_state(folder / FULL_WEIGHTS, state, dtype=dtype)
         write_json(folder / "config.json", config)
+        repeat_template(folder)
         generation = self.base.path / "generation_config.json"
         if generation.exists():
             write_bytes(folder / generation.name, generation.read_bytes())

@@ -13,6 +13,7 @@ from macft.config.settings import Settings
 from macft.data.batches import lengths_of
 from macft.data.plan import EpochPlan, StepPlan, StreamPlan
 from macft.data.templates.chat_template import ChatTemplate, template_folder
+from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.packing import PackedRows
 from macft.data.tokenization.report import TokenizeReport
 from macft.data.tokenization.table import Rows
@@ -22,12 +23,13 @@ from macft.models.locate import resolve_adapter, resolve_model
 from macft.objectives.batch import NumpyBatch
 from macft.process_group import ONE_PROCESS, ProcessGroup
 from macft.training.checks.machine import check_machine
-from macft.training.data import read_data, read_stream, seed
+from macft.training.data import encoding_of, read_data, read_stream, seed
 from macft.training.model import resolve_start, resolve_template
 from macft.training.model_files import shape_keys
 from macft.weights.adapters.fitting import read_on
 from macft.weights.adapters.peft import Adapter
 from macft.weights.folder import ModelFolder
+from macft.weights.model_config import embedding_rows, read_config
 
 logger = logging.getLogger("macft")
 
@@ -81,9 +83,12 @@ def prepare(settings: Settings, group: ProcessGroup = ONE_PROCESS) -> Prepared:
     loaded = start or merged_adapter
     source = template_folder(found.tokenizer_folder, loaded.folder if loaded is not None else None)
     template = resolve_template(settings, source, tokenizer)
-    train, valid, report, plan, data_hash = _data(settings, tokenizer, template)
+    models = [base, *([reference.base] if reference is not None else [])]
+    known = [rows for model in models if (rows := embedding_rows(read_config(model.path))) is not None]
+    encoding = encoding_of(settings, tokenizer, template, min(known, default=None))
+    train, valid, report, plan, data_hash = _data(settings, encoding)
     examples = train.examples if isinstance(train, PackedRows) else train
-    known = max((int(lengths_of(rows).max()) for rows in (examples, valid) if len(rows)), default=0)
+    longest = max((int(lengths_of(rows).max()) for rows in (examples, valid) if len(rows)), default=0)
     return Prepared(
         group=group,
         base=base,
@@ -97,21 +102,19 @@ def prepare(settings: Settings, group: ProcessGroup = ONE_PROCESS) -> Prepared:
         valid=valid,
         report=report,
         plan=plan,
-        max_length=settings.cutoff_len if settings.streaming else known,
+        max_length=settings.cutoff_len if settings.streaming else longest,
         data_hash=data_hash,
     )
 
 
-def _data(
-    settings: Settings, tokenizer: Tokenizer, template: ChatTemplate | None
-) -> tuple[Rows | PackedRows, Rows, TokenizeReport, StepPlan, str]:
+def _data(settings: Settings, encoding: Encoding) -> tuple[Rows | PackedRows, Rows, TokenizeReport, StepPlan, str]:
     """The fields of Prepared about the data: train, valid, report, plan, data_hash."""
     batch_size, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     if settings.streaming:
-        streamed = read_stream(settings, tokenizer, template)
+        streamed = read_stream(settings, encoding)
         steps = StreamPlan(streamed.stream, batch_size, accumulation, settings.max_steps)
         return [], streamed.valid, TokenizeReport(), steps, _hash(f"stream {steps.step_size} {streamed.digest}")
-    data = read_data(settings, tokenizer, template)
+    data = read_data(settings, encoding)
     plan = EpochPlan(
         lengths=lengths_of(data.train),
         batch_size=batch_size,

@@ -46,9 +46,12 @@ class LlamaCpp:
         content = {"content": text, "add_special": add_special, "parse_special": True}
         return list(self.post("/tokenize", content)["tokens"])
 
-    def apply_template(self, messages: Sequence[Message]) -> str:
+    def apply_template(self, messages: Sequence[Message], *, enable_thinking: bool | None = None) -> str:
         """The prompt of a conversation, by the file's own template, as llama.cpp renders it."""
-        return str(self.post("/apply-template", {"messages": list(messages)})["prompt"])
+        content: dict[str, Any] = {"messages": list(messages)}
+        if enable_thinking is not None:
+            content["chat_template_kwargs"] = {"enable_thinking": enable_thinking}
+        return str(self.post("/apply-template", content)["prompt"])
 
     def next_logps(self, tokens: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
         """The `count` likeliest next tokens: ids int64 [count] and log-probabilities float64 [count]."""
@@ -78,9 +81,17 @@ def is_installed() -> bool:
 
 @contextmanager
 def llama_cpp(
-    path: Path, *, loras: Sequence[Path] = (), context: int = 1024, threads: int = 0, name: Path | None = None
+    path: Path,
+    *,
+    loras: Sequence[Path] = (),
+    context: int = 1024,
+    threads: int = 0,
+    continues_answers: bool = False,
+    name: Path | None = None,
 ) -> Iterator[LlamaCpp]:
     """Run llama.cpp with the model at `path`; `threads` 0 leaves their number to it, `name` is for errors.
+
+    With `continues_answers` a conversation that ends in an answer is prompted to go on within it, as by Ollama.
 
     It runs in its own process: its output does not reach the terminal, a crash becomes an error line, and its
     memory is given back. Raises ModelError with llama.cpp's reason when it does not load.
@@ -92,6 +103,7 @@ def llama_cpp(
         "loras": [str(lora.absolute()) for lora in loras],
         "context": context,
         "threads": threads,
+        "continues_answers": continues_answers,
     }
     command = [sys.executable, "-m", "macft.verify.llama_cpp_server", json.dumps(settings)]
     root = Path(__file__).resolve().parents[2]  # where the process finds this package

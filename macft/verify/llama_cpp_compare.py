@@ -13,7 +13,9 @@ from macft.data.templates.chat_template import ChatTemplate, Message
 from macft.data.tokenization.tokenizer import Tokenizer
 from macft.engines import BACKENDS
 from macft.errors import DataError
+from macft.gguf.format import read_gguf
 from macft.verify.llama_cpp import LlamaCpp, llama_cpp
+from macft.verify.llama_cpp_tokens import check_token_ids, first_difference
 from macft.verify.logits import TEXT, Subject, VerifyError, logits_of
 
 # quant -> the largest mean KL(source || file) in nats: twice or more of what SmolLM2-135M has, which is small and so
@@ -27,11 +29,6 @@ LIMITS = {
 }  # fmt: skip
 HELLO: tuple[Message, ...] = ({"role": "user", "content": "Hello"},)
 
-_TEXTS = (
-    TEXT,
-    "  two spaces, a tab\tand\n\n\n  lines\r\n1234567 3.14159 don't WE'LL I'm\n",
-    "春眠不觉晓，处处闻啼鸟。ありがとう！ 👩‍👩‍👧 ½ © ‑ … “quoted” <html>&amp;</html> {{x}}\n",
-)
 _CONVERSATIONS = (
     "u:What is 2 + 2?",
     "s:Answer in one word.|u:What is 2 + 2?",
@@ -49,10 +46,12 @@ _LEAST = -110.0  # below it a probability underflows float32, and the server wri
 class GgufCheck:
     """How a file does in llama.cpp; `top1` (share) and `kl` (nats, mean) are None when no engine could compare.
 
-    `texts` and `prompts` count those with equal token ids; `warnings` are lines on prompts with others.
+    `texts`, `added` (tokens, each in texts of its own) and `prompts` count those with equal token ids; `warnings` are
+    lines on those with others.
     """
 
     texts: int
+    added: int
     prompts: int
     warnings: tuple[str, ...]
     positions: int
@@ -83,8 +82,11 @@ def verify_gguf(
     """
     name = name or path
     with llama_cpp(path, loras=loras, threads=threads, name=name) as server:
-        texts = _check_token_ids(name, server, tokenizer)
-        prompts, warnings = (0, []) if template is None else _compare_prompts(server, tokenizer, template)
+        fields, opening = read_gguf(path).fields, _opening(tokenizer, template)
+        read = check_token_ids(server, tokenizer, fields, name=name, opening=opening)
+        prompts, others = (0, []) if template is None else _compare_prompts(server, tokenizer, template)
+        if read.keeping and not _drops_space(server, tokenizer, template, read.keeping):
+            others.insert(0, _space_warning(read.keeping))
         tokens = (_added_in_front(server) + tokenizer.encode(TEXT).ids)[:_MAX_TOKENS]
         count = max(tokenizer.vocab_size, max(tokens) + 1)
         engines = [engine for engine in BACKENDS if is_installed(engine)]
@@ -94,36 +96,27 @@ def verify_gguf(
             answer = server.chat(conversation, max_new_tokens=_ANSWER_TOKENS)
         else:
             answer = server.complete(str(conversation[-1]["content"]), max_new_tokens=_ANSWER_TOKENS)
-    compared = f"token ids of {texts} texts are the tokenizer's, prompts of {prompts} conversations the template's"
+    warnings = (*others, *read.warnings)
+    compared = (
+        f"token ids of {read.texts} texts and around {read.added} added tokens are the tokenizer's, "
+        f"prompts of {prompts} conversations the template's"
+    )
     if not places or source is None:
         why = "no training engine is installed" if source is not None else "no source was given"
         note = f"llama.cpp loads it; {compared}; {why}, so its numbers were not compared"
-        return GgufCheck(texts, prompts, tuple(warnings), 0, None, None, None, answer, note)
+        return GgufCheck(read.texts, read.added, prompts, warnings, 0, None, None, None, answer, note)
     engine, logits = logits_of(source, tokens[: places[-1]])
     top1, kl = _divergence(logits, places, found)
     limit = LIMITS[quant]
     said = f"next tokens at {len(places)} positions: top-1 agrees with {engine} at {top1:.1%}, KL {kl:.2g}"
     if not kl <= limit:  # NaN fails too
         raise VerifyError(
-            f"{name}: verification in llama.cpp failed: {said}, expected up to {limit:g} for {quant}; do not use it, "
-            "and report this"
+            f"{name}: verification in llama.cpp failed: {said}, expected up to {limit:g} for {quant}: please "
+            "report this"
         )
-    note = f"verified in llama.cpp: {compared}; {said} ({quant}: up to {limit:g})"
-    return GgufCheck(texts, prompts, tuple(warnings), len(places), engine, top1, kl, answer, note)
-
-
-def _check_token_ids(name: Path, server: LlamaCpp, tokenizer: Tokenizer) -> int:
-    """How many texts were compared; VerifyError for the first token that differs."""
-    specials = "word".join(["", *tokenizer.special_strings[:64], ""])
-    texts = [*_TEXTS, specials] if tokenizer.special_strings else list(_TEXTS)
-    for text in texts:
-        difference = _difference(tokenizer, tokenizer.encode(text).ids, server.tokenize(text))
-        if difference:
-            raise VerifyError(
-                f"{name}: llama.cpp reads text differently from the tokenizer: {difference}; do not use it, and "
-                "report this"
-            )
-    return len(texts)
+    judged = "compared in llama.cpp, with differences (see the warnings)" if warnings else "verified in llama.cpp"
+    note = f"{judged}: {compared}; {said} ({quant}: up to {limit:g})"
+    return GgufCheck(read.texts, read.added, prompts, warnings, len(places), engine, top1, kl, answer, note)
 
 
 def _compare_prompts(server: LlamaCpp, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, list[str]]:
@@ -132,12 +125,9 @@ def _compare_prompts(server: LlamaCpp, tokenizer: Tokenizer, template: ChatTempl
     for written in _CONVERSATIONS:
         messages = [{"role": _ROLES[turn[0]], "content": turn[2:]} for turn in written.split("|")]
         try:
-            ours = template.render(messages, add_generation_prompt=True)
+            difference = _prompt_difference(server, tokenizer, template, messages)
         except DataError:
             continue  # a role that this template refuses
-        ids = tokenizer.encode(ours).ids
-        # the server removes a leading BOS from the text and puts its own in front of the ids
-        difference = _difference(tokenizer, ids, server.tokenize(server.apply_template(messages), add_special=True))
         if difference:
             roles = ", ".join(str(message["role"]) for message in messages)
             warnings.append(f"llama.cpp renders this prompt differently from the template ({roles}): {difference}")
@@ -146,18 +136,44 @@ def _compare_prompts(server: LlamaCpp, tokenizer: Tokenizer, template: ChatTempl
     return equal, warnings
 
 
-def _difference(tokenizer: Tokenizer, ours: list[int], theirs: list[int]) -> str | None:
-    """A sentence on the first different token, or None."""
-    if ours == theirs:
-        return None
-    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    named = [_named(tokenizer, ids, place) for ids in (ours, theirs)]
-    before = tokenizer.decode(ours[max(0, place - 8) : place], skip_special=False)
-    return f"token {place} after {before!r} is {named[1]} in llama.cpp, {named[0]} in the tokenizer"
+def _prompt_difference(
+    server: LlamaCpp, tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]
+) -> str | None:
+    """A sentence on the first token of a prompt that differs, or None; DataError where the template refuses it."""
+    ids = tokenizer.encode(template.render(messages, add_generation_prompt=True)).ids
+    # the server removes a leading BOS from the text and puts its own in front of the ids
+    return first_difference(tokenizer, ids, server.tokenize(server.apply_template(messages), add_special=True))
 
 
-def _named(tokenizer: Tokenizer, ids: list[int], place: int) -> str:
-    return f"{ids[place]} {tokenizer.decode([ids[place]], skip_special=False)!r}" if place < len(ids) else "missing"
+def _drops_space(server: LlamaCpp, tokenizer: Tokenizer, template: ChatTemplate | None, tokens: Sequence[str]) -> bool:
+    """Whether the template in the file writes no white space beside these tokens, so that prompts have the right ids."""
+    if template is None:
+        return False
+    content = "".join(f" \n x {token} \n y" for token in tokens) + " \n "
+    try:
+        return _prompt_difference(server, tokenizer, template, [{"role": "user", "content": content}]) is None
+    except DataError:
+        return False
+
+
+def _space_warning(tokens: Sequence[str]) -> str:
+    listed = ", ".join(tokens[:5]) + (f" and {len(tokens) - 5} more" if len(tokens) > 5 else "")
+    return (
+        f"llama.cpp keeps the white space beside {listed}, which the tokenizer drops: contents that begin or end with "
+        "some there are read with tokens that training did not have"
+    )
+
+
+def _opening(tokenizer: Tokenizer, template: ChatTemplate | None) -> str:
+    """The special token that a chat begins with; none if it would drop the white space that a text begins with."""
+    if template is None:
+        return ""
+    try:
+        ids = tokenizer.encode(template.render(HELLO, add_generation_prompt=True)).ids[:1]
+    except DataError:
+        return ""
+    text = tokenizer.decode(ids, skip_special=False)
+    return next((token.content for token in tokenizer.added_tokens if token.content == text and not token.rstrip), "")
 
 
 def _added_in_front(server: LlamaCpp) -> list[int]:

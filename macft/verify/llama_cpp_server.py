@@ -34,9 +34,9 @@ def _server(settings: dict[str, Any]) -> Any:
     params.port = 0
     params.ui = False
     params.verbosity = 1  # errors only
-    # text as the model writes it; a conversation that ends in an answer is rendered like any other
+    # text as the model writes it
     params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
-    params.prefill_assistant = False
+    params.prefill_assistant = settings["continues_answers"]
     # the processor computes in float32 and keeps what it has seen in float32: differences are the file's own
     params.n_gpu_layers = 0
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from macft.errors import ModelError
+from macft.errors import ModelError, raise_problems
 from macft.weights.tensors.safetensors import MAX_HEADER
 
 _POINTER = b"version https://git-lfs"
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -25,10 +27,10 @@ class ModelFolder:
 def weights_hash(folder: Path) -> str:
     """A SHA-256 (hex) that identifies a model's weights, without reading all of them.
 
-    It covers, of each *.safetensors file in order of name: name, size, header, 64 spread samples of 4 KiB.
+    It covers, of each file that counts, in order of name: name, size, header, 64 spread samples of 4 KiB.
     """
     digest = hashlib.sha256()
-    paths = sorted(weight_files(folder))
+    paths = sorted(model_files(folder)[0]) if any(weight_files(folder)) else []
     if not paths:
         raise ModelError(f"{folder}: no *.safetensors files to hash; {listing(folder)}")
     for path in paths:
@@ -100,3 +102,66 @@ def token_ids(folder: Path) -> dict[str, int] | None:
         return {**known, **{token["content"]: token["id"] for token in content.get("added_tokens") or ()}}
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
+
+
+def model_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that hold the model, and the file of each tensor where only an index says which they are.
+
+    A whole model.safetensors counts before an index and its shards, as in transformers; without either all
+    model*.safetensors do, else all but adapters. ModelError where files are missing, pickled or outside the folder.
+    """
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE], {}
+    index = _read_index(folder)
+    if index:
+        return _indexed_files(folder, index), index
+    found = sorted(folder.glob("model*.safetensors")) or sorted(weight_files(folder))
+    if found:
+        return found, {}
+    raise ModelError(f"{folder}: {pickle_problem(folder) or 'no *.safetensors weights; expected a model folder'}")
+
+
+def has_two_sets(folder: Path) -> bool:
+    """Whether an index beside a whole model.safetensors names other files, which are not read."""
+    try:
+        return (folder / WHOLE).is_file() and bool({*_read_index(folder).values()} - {WHOLE})
+    except ModelError:
+        return True
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor according to the index; empty without an index."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}); download it again") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ModelError(f'{path}: no "weight_map" from tensors to file names; download it again')
+    return weight_map
+
+
+def _indexed_files(folder: Path, index: dict[str, str]) -> list[Path]:
+    names = sorted(set(index.values()))
+    outside = [f"{name!r} is not a file name inside the folder" for name in names if not _is_inside(name)]
+    raise_problems(f"{folder / INDEX}: refused", outside)
+    foreign = [name for name in names if not name.endswith(".safetensors")]
+    if foreign:
+        raise ModelError(
+            f"{folder / INDEX}: names {foreign[0]}, which is not a .safetensors file; nothing else is read"
+        )
+    missing = [name for name in names if not (folder / name).is_file()]
+    headline = f"{folder}: {len(missing)} of {len(names)} weight files are missing; download it again"
+    raise_problems(headline, missing)
+    return [folder / name for name in names]
+
+
+def _is_inside(name: str) -> bool:
+    # judged by the name only: the hub cache links its files to another folder
+    if "\\" in name or PureWindowsPath(name).drive:
+        return False
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts

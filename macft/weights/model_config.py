@@ -21,6 +21,44 @@ _DEFAULT_THETA = {
     "gemma3_text": 1_000_000.0,
 }
 _LOCAL_THETA = 10_000.0
+# What transformers assumes where a config says nothing: rms_norm_eps, max_position_embeddings, tie_word_embeddings.
+ASSUMED: dict[str, tuple[float, int, bool]] = {
+    "llama": (1e-06, 2048, False),
+    "mistral": (1e-06, 131_072, False),
+    "mixtral": (1e-05, 131_072, False),
+    "qwen2": (1e-06, 32_768, False),
+    "qwen2_moe": (1e-06, 32_768, False),
+    "qwen3": (1e-06, 32_768, False),
+    "qwen3_moe": (1e-06, 32_768, False),
+    "qwen3_next": (1e-06, 32_768, False),
+    "qwen3_5_text": (1e-06, 32_768, False),
+    "gemma": (1e-06, 8192, True),
+    "gemma2": (1e-06, 8192, True),
+    "gemma3_text": (1e-06, 131_072, True),
+    "phi3": (1e-05, 4096, False),
+    "smollm3": (1e-06, 32_768, True),
+    "glm4": (1.5625e-07, 131_072, False),
+    "gpt_oss": (1e-05, 131_072, False),
+    "olmo2": (1e-05, 2048, False),
+    "olmo3": (1e-05, 2048, False),
+    "olmoe": (1e-05, 4096, False),
+    "granite": (1e-06, 2048, False),
+    "granitemoe": (1e-06, 2048, False),
+    "seed_oss": (1e-06, 524_288, False),
+    "helium": (1e-08, 4096, False),
+    "hunyuan_v1_dense": (1e-05, 2048, False),
+    "ernie4_5": (1e-05, 131_072, True),
+}
+# and where mlx-lm would assume something else, or refuse
+_OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4096},
+    "qwen3_next": {"norm_topk_prob": True},
+    "gemma": {"head_dim": 256},
+    "gemma2": {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096},
+    "gemma3_text": {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096},
+    "qwen3": {"head_dim": 128},
+    "seed_oss": {"attention_bias": True},
+}
 # Model types whose sliding window mlx-lm ignores: always on, or on with "use_sliding_window".
 _WINDOW_ALWAYS = frozenset({"mistral", "mixtral", "gemma2", "phi3", "starcoder2"})
 _WINDOW_BY_FLAG = frozenset({"qwen2", "qwen3", "qwen2_moe", "qwen3_moe"})
@@ -44,6 +82,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def embedding_rows(config: dict[str, Any]) -> int | None:
+    """How many rows the embedding has, one for each token id from 0; None if the config does not say."""
+    size = config.get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
 def check_text_model(config: dict[str, Any]) -> None:
     """Raise ModelError for a model that wraps a text model: the engines name the parts of such a model differently."""
     wrapped = next((key for key in ("text_config", "vision_config", "audio_config") if key in config), None)
@@ -55,7 +99,7 @@ def check_text_model(config: dict[str, Any]) -> None:
 
 
 def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy that holds both spellings of every key on which mlx-lm and transformers v5 differ.
+    """A copy that holds both spellings of every key on which mlx-lm and transformers v5 differ, and what v5 assumes.
 
     Raises ModelError where a config holds both spellings already and they disagree.
     """
@@ -63,11 +107,18 @@ def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
     for new, old in _RENAMED:
         _mirror(normalized, new, old)
     _rope(normalized)
+    for key, value in _assumed(normalized).items():
+        normalized.setdefault(key, value)
     if normalized.get("model_type") == "gemma3_text" and normalized.get("layer_types"):
         pattern = _window_pattern(normalized)
         if pattern is not None:
             normalized["sliding_window_pattern"] = pattern
     return normalized
+
+
+def ties_by_default(config: Config) -> bool:
+    """Whether transformers ties the head of this model type where its config does not say."""
+    return ASSUMED.get(str(config.get("model_type")), (0, 0, False))[2]
 
 
 def check_window(config: dict[str, Any], cutoff_len: int) -> None:
@@ -93,6 +144,15 @@ def check_window(config: dict[str, Any], cutoff_len: int) -> None:
             "config.json: the rope type is longrope, of which the MLX backend knows only the long factors; "
             "use --backend torch"
         )
+
+
+def _assumed(config: Config) -> dict[str, Any]:
+    """All but the tie of the head, which the files show."""
+    model_type = str(config.get("model_type"))
+    if model_type not in ASSUMED:
+        return {}
+    eps, positions, _ = ASSUMED[model_type]
+    return {"rms_norm_eps": eps, "max_position_embeddings": positions, **_OTHER_DEFAULTS.get(model_type, {})}
 
 
 def _mirror(config: dict[str, Any], new: str, old: str) -> None:

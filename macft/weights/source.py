@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
 from macft.errors import ModelError, raise_problems
-from macft.weights.folder import pickle_problem, weight_files
+from macft.weights.folder import INDEX, model_files
 from macft.weights.model_config import normalize_config, read_config
 from macft.weights.quantization.affine import MXFP4, Quantization, dequantize_affine, dequantize_mxfp4, quantization_of
 from macft.weights.quantization.foreign import described
-from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows
+from macft.weights.quantization.fp8 import FP8, dequantize_fp8, fp8_of
+from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows, renamed
 from macft.weights.tensors.safetensors import open_safetensors
 
 WeightLayout = Literal["hf", "mlx"]
 
-INDEX = "model.safetensors.index.json"
+_PREFIX = "model."
 _MODES = ("affine", "mxfp4")
 
 
@@ -29,6 +29,7 @@ class Source:
     """A model on disk: `config` (both spellings, without quantization) describes `tensors`.
 
     `quantized` names the modules that the folder holds quantized; each has one dequantized `X.weight` in `tensors`.
+    `is_fp8`: the folder holds matrices in fp8, which are dequantized too.
     """
 
     folder: Path
@@ -37,14 +38,16 @@ class Source:
     tensors: list[LazyTensor]
     quantization: Quantization | None
     quantized: frozenset[str]
+    is_fp8: bool = False
 
 
 def open_model(folder: Path, *, exact: bool = False) -> Source:
     """Open and check a model folder; only the headers of its weights are read.
 
     Dequantized weights have the type of their scales (mxfp4: bfloat16), as MLX computes with them, or float32
-    if `exact`, for a sum that is rounded only once. Raises ModelError for files that are damaged, missing or
-    pickled, for an index that points outside the folder and for quantization that MLX does not have.
+    if `exact`, for a sum that is rounded only once; those held in fp8 have the type that the config names. Names
+    of a model saved without its head get the prefix that they lack. Raises ModelError for files that are damaged,
+    missing or pickled, for an index that points outside the folder and for quantization that is not read.
     """
     config = normalize_config(read_config(folder))
     refuse_foreign_quantization(folder, config)
@@ -53,8 +56,8 @@ def open_model(folder: Path, *, exact: bool = False) -> Source:
     is_mlx = quantization is not None
     places: dict[str, Path] = {}
     problems: list[str] = []
-    index = _read_index(folder)
-    for path in _indexed_files(folder, index) if index else _model_files(folder):
+    paths, index = model_files(folder)
+    for path in paths:
         file = open_safetensors(path)
         is_mlx |= file.metadata.get("format") == "mlx"
         for tensor in file.tensors:
@@ -70,66 +73,58 @@ def open_model(folder: Path, *, exact: bool = False) -> Source:
     if quantization is not None:
         quantized = frozenset(name.removesuffix(".scales") for name in places if name.endswith(".scales"))
         tensors = _dequantized(folder, quantization, tensors, exact)
+    else:
+        tensors = _with_prefix(_without_fp8(folder, config, tensors, exact))
+    is_fp8 = fp8_of(config) is not None
+    if quantization is not None or is_fp8:
         config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-    return Source(folder, config, "mlx" if is_mlx else "hf", tensors, quantization, quantized)
+    return Source(folder, config, "mlx" if is_mlx else "hf", tensors, quantization, quantized, is_fp8)
 
 
-def _model_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model without an index, in order of name: model*, else all but adapters."""
-    found = sorted(folder.glob("model*.safetensors")) or sorted(weight_files(folder))
-    if (folder / "model.safetensors") in found:
-        return [folder / "model.safetensors"]
-    if found:
-        return found
-    raise ModelError(f"{folder}: {pickle_problem(folder) or 'no *.safetensors weights; expected a model folder'}")
+def rewritten(folder: Path) -> Source | None:
+    """The model as `open_model` gives it (exact), where an engine's own loader would read its folder otherwise.
+
+    That is a model held in fp8, one whose names lack their prefix, and files beside those that count. None where the
+    loader can be left to the folder.
+    """
+    config = read_config(folder)
+    paths, _ = model_files(folder)
+    is_usual = set(paths) == set(folder.glob("model*.safetensors")) and fp8_of(config) is None
+    if is_usual and not _lacks_prefix({tensor.name for path in paths for tensor in open_safetensors(path).tensors}):
+        return None
+    return open_model(folder, exact=True)
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """The file of each tensor according to the index; empty without an index."""
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}); download it again") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ModelError(f'{path}: no "weight_map" from tensors to file names; download it again')
-    return weight_map
+def _lacks_prefix(names: set[str]) -> bool:
+    return "embed_tokens.weight" in names and not any(name.startswith(_PREFIX) for name in names)
 
 
-def _indexed_files(folder: Path, index: dict[str, str]) -> list[Path]:
-    names = sorted(set(index.values()))
-    outside = [f"{name!r} is not a file name inside the folder" for name in names if not _is_inside(name)]
-    raise_problems(f"{folder / INDEX}: refused", outside)
-    foreign = [name for name in names if not name.endswith(".safetensors")]
-    if foreign:
-        raise ModelError(
-            f"{folder / INDEX}: names {foreign[0]}, which is not a .safetensors file; nothing else is read"
-        )
-    missing = [name for name in names if not (folder / name).is_file()]
-    headline = f"{folder}: {len(missing)} of {len(names)} weight files are missing; download it again"
-    raise_problems(headline, missing)
-    return [folder / name for name in names]
+def _with_prefix(tensors: list[LazyTensor]) -> list[LazyTensor]:
+    """Under the names of a causal language model, which a backbone saved by itself lacks, as in embedding models."""
+    if not _lacks_prefix({tensor.name for tensor in tensors}):
+        return tensors
+    return [t if t.name.startswith("lm_head.") else renamed(t, _PREFIX + t.name) for t in tensors]
 
 
-def _is_inside(name: str) -> bool:
-    # judged by the name only: the hub cache links its files to another folder
-    if "\\" in name or PureWindowsPath(name).drive:
-        return False
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts
+def _without_fp8(folder: Path, config: dict[str, Any], tensors: list[LazyTensor], exact: bool) -> list[LazyTensor]:
+    fp8 = fp8_of(config)
+    if fp8 is not None:
+        named = np.dtype(ml_dtypes.bfloat16) if config.get("dtype") != "float16" else np.dtype(np.float16)
+        dtype = np.dtype(np.float32) if exact or config.get("dtype") == "float32" else named
+        return dequantize_fp8(f"{folder}: its fp8 weights and scales do not fit", fp8, tensors, dtype)
+    stray = [f"{tensor.name} is {tensor.dtype}" for tensor in tensors if tensor.dtype in FP8]
+    raise_problems(f"{folder}: fp8 weights, of which config.json says nothing; take the unquantized model", stray)
+    return tensors
 
 
 def refuse_foreign_quantization(folder: Path, config: dict[str, Any]) -> None:
     """Raise ModelError for weights that another program quantized, in a way that is not read."""
     found = described(folder, config)
     method = found.get("quant_method") if isinstance(found, dict) else None
-    if method is not None and config.get("quantization") is None:
+    if method is not None and config.get("quantization") is None and fp8_of(config) is None:
         raise ModelError(
-            f"{folder}: its weights are quantized by {method}, which is not read; take the unquantized model, or one "
-            f"quantized by MLX ({', '.join(_MODES)})"
+            f"{folder}: its weights are quantized by {method}, which is not read; take the unquantized model, one in "
+            f"fp8, or one quantized by MLX ({', '.join(_MODES)})"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections import Counter
@@ -16,8 +17,9 @@ import numpy as np
 
 from macft.errors import ModelError, raise_problems
 from macft.files import new_dir, write_json, write_text
+from macft.weights.folder import INDEX
 from macft.weights.model_config import normalize_config
-from macft.weights.source import INDEX, WeightLayout
+from macft.weights.source import WeightLayout
 from macft.weights.tensors.chunks import Chunk, count_broken, iter_chunks, ordered_map, read_chunk
 from macft.weights.tensors.disk import HashedFile, check_room, disk_problems
 from macft.weights.tensors.lazy import Array, LazyTensor
@@ -83,6 +85,7 @@ def write_model(
             _copy_files(source_folder, folder, _COPIED)
             if template is not None:
                 shutil.copyfile(template, folder / TEMPLATE)
+            repeat_template(folder)
             _write_sums(folder, sums)
 
 
@@ -170,3 +173,21 @@ def _write_sums(folder: Path, sums: dict[str, str]) -> None:
         digest = sums.get(name) or hashlib.sha256(path.read_bytes()).hexdigest()
         lines.append(f"{digest}  {name}\n")
     write_text(folder / SUMS, "".join(lines))
+
+
+def repeat_template(folder: Path) -> None:
+    """Make `chat_template` in tokenizer_config.json that of chat_template.jinja, if there is one.
+
+    transformers prefers the latter; `ollama create` and other readers of model folders know only the former, which
+    would be missing, or another: the base's, where an adapter was trained with its own.
+    """
+    path = folder / TEMPLATE
+    if not path.is_file():
+        return
+    template, settings_path = path.read_text(encoding="utf-8"), folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(settings_path.read_bytes()) if settings_path.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"tokenizer_config.json: not JSON ({error}); download the model again") from None
+    if settings.get("chat_template") != template:
+        write_json(settings_path, settings | {"chat_template": template})

@@ -65,8 +65,43 @@ def test_several_quantizations_are_several_files(model, tmp_path):
 def test_the_check_is_told_before_the_file(model, tmp_path):
     done = macft("export", "gguf", model, "--output", tmp_path / "x.gguf", "--quant", "f16")
     assert done.code == 0
-    assert "verified in llama.cpp: token ids of 4 texts are the tokenizer's" in done.err and "answers: " in done.err
+    assert (
+        "verified in llama.cpp: token ids of 16 texts and around 7 added tokens are" in done.err
+        and "answers: " in done.err
+    )
     assert done.out.startswith(f"{tmp_path / 'x.gguf'}: f16, ")
+
+
+def test_a_small_model_in_few_bits_is_told_what_that_costs(model, tmp_path):
+    done = macft("export", "gguf", model, "--output", tmp_path / "x.gguf", "--quant", "q8_0,q6_k", "--no-verify")
+    assert done.code == 0 and "so small a model" not in done.err
+    told = (
+        "q4_k_m: this hurts so small a model (105K parameters): the likeliest next token of SmolLM2-135M stays the "
+        "same at 67 to 86% of positions with q4_k_m, at 94% with q8_0; take --quant q8_0"
+    )
+    done = macft("export", "gguf", model, "--output", tmp_path / "y.gguf", "--quant", "q8_0,q4_k_m", "--no-verify")
+    assert done.code == 0 and f"warning: {told}\n" in done.err
+    done = macft("export", "ollama", model, "--output", tmp_path / "o", "--no-verify")
+    assert done.code == 0 and f"note: {told}\n" in done.out
+
+
+def test_a_file_that_fails_its_check_is_not_left_under_its_name(copy, tmp_path):
+    """llama.cpp cuts a token of whole words out of other words too; of two files neither stays."""
+    core = json.loads((copy / "tokenizer.json").read_text())
+    for token in core["added_tokens"]:
+        token["single_word"] = token["content"] == "<|eot_id|>"
+    edit(copy / "tokenizer.json", **core)
+    output = tmp_path / "new" / "x.gguf"
+    said = refusal("gguf", copy, "--output", output, "--quant", "f16,q8_0", code=1)
+    assert said.startswith(
+        f"loading x-f16.gguf in llama.cpp\nerror: {tmp_path / 'new' / 'x-f16.gguf'}: llama.cpp reads "
+    )
+    assert "around the added token '<|eot_id|>' (single_word, special)" in said
+    assert said.endswith("; nothing was written (--no-verify writes it without this check)")
+    assert not output.parent.exists()
+    said = refusal("ollama", copy, "--output", tmp_path / "o", "--quant", "f16", code=1)
+    assert "around the added token '<|eot_id|>' (single_word, special)" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 def test_one_existing_file_of_two_is_refused_and_nothing_written(model, tmp_path):

@@ -167,7 +167,7 @@ def test_p49_files_that_disagree_on_other_columns_are_read_together(tmp_path: Pa
 
 def test_p49_a_column_that_cannot_be_read_does_not_matter_if_nothing_needs_it(tmp_path: Path) -> None:
     path = tmp_path / "d.parquet"
-    table = pa.table({"instruction": ["q"], "output": ["a"], "label": ["x" * 4000]})
+    table = pa.table({"instruction": ["q"], "output": ["a"], "comment": ["x" * 4000]})
     pq.write_table(table, path, compression="snappy", use_dictionary=False)
     column = pq.ParquetFile(path).metadata.row_group(0).column(2)
     content = bytearray(path.read_bytes())

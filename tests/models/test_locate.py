@@ -210,7 +210,8 @@ def test_folders_that_lack_something_say_what_and_what_is_there(tmp_path: Path) 
 
 def test_missing_shards_are_counted(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "sharded")
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors", "c": "model-3.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-3.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "2 of 3 weight files are missing, model-2.safetensors first" in refusal(str(folder))
     (folder / "model.safetensors.index.json").write_text("[]")

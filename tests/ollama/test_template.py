@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ PROVEN = {
     "chatml": "<|im_end|>", "smollm2": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>",
     "mistral": "</s>", "mistral_last": "</s>", "phi3": "<|end|>", "qwen2.5": "<|im_end|>",
     "qwen3_instruct": "<|im_end|>", "llamafactory_default": "</s>", "llamafactory_alpaca": "</s>",
+    "qwen3_thinking": "<|im_end|>", "llama3_dated": "<|eot_id|>",
 }  # fmt: skip
-TRIMMING = {"llama3", "gemma"}
+TRIMMING = {"llama3", "gemma", "qwen3_thinking", "llama3_dated"}
+THINKING = {"qwen3_thinking"}
 WITHOUT_SYSTEM = {"gemma"}
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -45,17 +48,24 @@ def published(name: str) -> ChatTemplate:
     return chat_template((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"), name)
 
 
-def random_chats(count: int, *, system: bool, trimmed: bool, seed: int = 7) -> list[list[dict[str, Any]]]:
-    """Conversations made apart from those of the proof; a last answer is not empty and ends with a letter."""
+def random_chats(
+    count: int, *, system: bool, trimmed: bool, tagged: bool = True, seed: int = 7
+) -> list[list[dict[str, Any]]]:
+    """Conversations made apart from those of the proof; a last answer is not empty and ends with a letter.
+
+    Without `tagged` no content holds tags of thoughts or tools, and none is empty.
+    """
     rng = random.Random(seed)
+    fragments = FRAGMENTS if tagged else [text for text in FRAGMENTS if "think" not in text and "tool" not in text]
     chats = []
     for _ in range(count):
         roles = ["system"] * (system and rng.random() < 0.5) + ["user", "assistant"] * 6
         roles = roles[: rng.randint(1 + (roles[0] == "system"), len(roles))]
-        chat = [{"role": role, "content": "".join(rng.choices(FRAGMENTS, k=rng.randint(0, 5)))} for role in roles]
+        chat = [{"role": role, "content": "".join(rng.choices(fragments, k=rng.randint(0, 5)))} for role in roles]
         if chat[-1]["role"] == "assistant":
             chat[-1]["content"] += "xyzzy"
-        chats.append([{**m, "content": m["content"].strip()} for m in chat] if trimmed else chat)
+        chat = [{**m, "content": m["content"].strip()} for m in chat] if trimmed else chat
+        chats.append([{**m, "content": m["content"] or ("" if tagged else "x")} for m in chat])
     return chats
 
 
@@ -83,7 +93,9 @@ def test_real_go_writes_the_prompts_of_published_templates(name: str, bos: str |
     template = published(name)
     proof = prove_template(template, bos=bos)
     assert proof.reason is None and proof.cases > 500
-    chats = random_chats(300, system=name not in WITHOUT_SYSTEM, trimmed=name in TRIMMING)
+    chats = random_chats(300, system=name not in WITHOUT_SYSTEM, trimmed=name in TRIMMING, tagged=name not in THINKING)
+    if name not in WITHOUT_SYSTEM:
+        chats.append([{"role": "system", "content": "Be terse."}])
     got = go_render((through_a_modelfile(proof.go), chat) for chat in chats)
     assert got == [prompt(template, chat).removeprefix(own_start(template, bos)) for chat in chats]
 
@@ -95,7 +107,11 @@ def test_real_go_agrees_with_the_proof_on_its_own_conversations(name: str):
     cases = list(conversations.grammar_cases(["<|im_end|>", "</s>"], system=name not in WITHOUT_SYSTEM))
     if not any("A system message after the first" in limit for limit in proof.limits):
         cases += conversations.later_system_cases()
-    cases = [case for case in cases if not (case.is_spaced and name in TRIMMING)]
+    cases += conversations.system_alone_cases([], ()) if name not in WITHOUT_SYSTEM else []
+    excluded = {*proof.excluded}
+    cases = [case for case in cases if case.seldom is None or conversations.where(*case.seldom) not in excluded]
+    if name in TRIMMING:
+        cases = [case for case in cases if all(m["content"] == m["content"].strip() for m in case.messages)]
     got = go_render((str(proof.go), case.messages) for case in cases)
     assert got == [grammar.expected(template, case.messages) for case in cases]
     assert len(got) > 300
@@ -108,18 +124,21 @@ def test_real_go_agrees_on_the_templates_that_trl_carries():
         pytest.skip("trl, whose chat templates this reads, is not installed (pip install trl)")
     paths = sorted((Path(next(iter(spec.submodule_search_locations))) / "chat_templates").glob("*.jinja"))
     paths = [path for path in paths if not path.stem.endswith("_training")]
-    jobs, want = [], []
+    jobs, want, refused = [], [], []
     for path in paths:
         template = chat_template(path.read_text(encoding="utf-8"), path.name)
         proof = prove_template(template, bos="<s>")
         assert (proof.go is None) != (proof.reason is None)
+        refused += [path.stem] * (proof.go is None)
         if proof.go is not None:
             trims = any("cannot trim" in limit for limit in proof.limits)
-            for chat in random_chats(15, system=proof.takes_system, trimmed=trims):
+            tagged = all("white space" in kind for kind in proof.excluded)
+            for chat in random_chats(15, system=proof.takes_system, trimmed=trims, tagged=tagged):
                 jobs.append((proof.go, chat))
                 want.append(prompt(template, chat).removeprefix(own_start(template, "<s>")))
     assert go_render(jobs) == want
-    assert len(jobs) >= 15 * 10
+    assert len(jobs) >= 15 * 30
+    assert refused == ["idefics3", "llava_next", "smolvlm"]  # their contents are lists
 
 
 def test_real_go_reads_every_grammar_as_it_is_meant():
@@ -144,7 +163,7 @@ def test_real_go_reads_every_grammar_as_it_is_meant():
             piece = table.setdefault(key, tuple(rng.choices(texts, k=rng.choice((1, 1, 2)))))
             known[c] = ("".join(piece),) if c.system == grammar.NONE else piece
         cases = [*conversations.answer_first_cases(system=True), *conversations.later_system_cases()]
-        cases += conversations.random_cases(10, texts, system=True, spaced=True)
+        cases += conversations.random_cases(10, texts, system=True, without=())
         go = go_template(known, bos=None)
         for case in rng.sample(cases, 40):
             jobs.append((go, case.messages))
@@ -202,14 +221,13 @@ def test_role_words_are_no_stops():
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ((FOLDER / "qwen3_thinking.jinja").read_text(encoding="utf-8"), "With a </think> tag in an assistant message"),
-        ((FOLDER / "llama3_dated.jinja").read_text(encoding="utf-8"), "The template writes today's date"),
-        ("{% set d = '%Y' %}{{ strftime_now(d) }}" + CHATML + PROMPT, "The template writes today's date"),
+        ("{% set d = '%Y' %}{{ strftime_now(d) }}" + CHATML + PROMPT, "The template writes the time"),
+        ("{{ strftime_now('%Y-%m-%d %H:%M') }}" + CHATML + PROMPT, "The template writes the time"),
         (CHATML.replace("{{ m.role }}", "{{ loop.index }}") + PROMPT, "depends on more than the roles"),
         (CHATML.replace("m.content", "m.content | upper") + PROMPT, "does not write the content of a user message"),
         (CHATML.replace("m.content", "m.content * 2") + PROMPT, "does not write the content of a user message once"),
         (CHATML.replace("m.content", "m.content | replace('``', '')") + PROMPT, "With several lines in a user message"),
-        (CHATML.replace("{{ m.content", "{{ m.content or '-'") + PROMPT, "With an empty text in a user message"),
+        (CHATML.replace("m.content", "m.content | replace('<b>', '')") + PROMPT, "With tags in a user message"),
         (
             CHATML + "{{ messages[-1].content if messages[-1].role == 'assistant' }}" + PROMPT,
             "the last answer exactly once",
@@ -234,8 +252,6 @@ def limits(proof: Proof) -> str:
 
 
 def test_limits_say_what_is_not_covered():
-    assert "OLLAMA_GO_TEMPLATE=1" in limits(prove_template(published("qwen2.5"), bos=None))
-    assert "OLLAMA_GO_TEMPLATE" not in limits(prove_template(published("chatml"), bos=None))
     for name in PROVEN:
         proof = prove_template(published(name), bos=None)
         assert ("cannot trim" in limits(proof)) == (name in TRIMMING)
@@ -246,6 +262,48 @@ def test_limits_say_what_is_not_covered():
     )
     proof = prove_template(chat_template(silent.replace("<|assistant|>", "{{ '' }}")), bos=None)
     assert "leaves system messages out" in limits(proof) and not proof.takes_system
+
+
+def test_contents_that_plain_chat_seldom_has_are_left_out_of_the_proof_by_name():
+    proof = prove_template(published("qwen3_thinking"), bos=None)
+    assert proof.cases > 1000 and [kind for kind in proof.excluded if "white space" not in kind] == [
+        "<think> or </think> in an assistant message",
+        "the template's own tags in an assistant message",
+    ]
+    assert (
+        "Not equal with <think> or </think> in an assistant message, the template writes "
+        r"'t\n<think>\nno\n</think>\n\nyes' and the TEMPLATE 't\n<think>\n\n</think>\n\nno</think'." in limits(proof)
+    )
+    empty = chat_template(CHATML.replace("{{ m.content", "{{ m.content or '-'") + PROMPT)
+    assert set(prove_template(empty, bos=None).excluded) == {
+        "an empty text in a user message",
+        "an empty text in an assistant message",
+    }
+
+
+def test_a_date_is_held_and_told():
+    proof = prove_template(published("llama3_dated"), bos=None)
+    today = datetime.now().strftime("%d %b %Y")
+    assert proof.date == today and f"Today Date: {today}" in str(proof.go)
+    assert f"The date in the TEMPLATE stays {today}, where the chat template writes today's." in limits(proof)
+    unread = "{% set date = strftime_now('%Y') %}" + CHATML + PROMPT
+    assert prove_template(chat_template(unread), bos=None).date is None
+
+
+def test_a_system_message_alone_is_written_as_the_template_does_or_before_an_empty_question():
+    alone = [{"role": "system", "content": "Be terse."}]
+    chatml = prove_template(published("chatml"), bos=None)
+    assert go_render([(str(chatml.go), alone)]) == ["<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>assistant\n"]
+    assert "system message alone" not in limits(chatml)
+    strict = (
+        "{% if messages | length == 1 and messages[0].role == 'system' %}{{ raise_exception('no user') }}{% endif %}"
+    )
+    refusing = prove_template(chat_template(strict + CHATML + PROMPT), bos=None)
+    empty = "<|im_start|>user\n<|im_end|>\n"
+    assert go_render([(str(refusing.go), alone)]) == [
+        f"<|im_start|>system\nBe terse.<|im_end|>\n{empty}<|im_start|>assistant\n"
+    ]
+    assert "A system message alone is written as if an empty question followed it." in limits(refusing)
 
 
 def test_a_start_token_that_the_template_does_not_write_is_told():

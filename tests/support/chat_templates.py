@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from macft.data.templates.chat_template import ChatTemplate
+from support.original_templates import original
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
@@ -28,5 +29,13 @@ CHATS = [
 ]
 
 
-def build(source: str) -> ChatTemplate:
-    return ChatTemplate(source, name="test.jinja", special_map={"bos_token": "<s>", "eos_token": "</s>"})
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def build(source: str, name: str = "test.jinja") -> ChatTemplate:
+    return ChatTemplate(source, name=name, special_map=SPECIAL)
+
+
+def published(name: str) -> ChatTemplate:
+    """A model's own template, as TRL ships it."""
+    return build(original(name), f"{name}.jinja")

@@ -41,13 +41,15 @@ def written(path: Path, fields: dict[str, Field]) -> Path:
     return write_gguf(path, model, hf_weights(model))
 
 
-def write_byte_level(folder: Path, steps: list[Any], whole_words: bool, *, as_strings: bool = False) -> Tokenizer:
+def write_byte_level(
+    folder: Path, steps: list[Any], whole_words: bool, *, as_strings: bool = False, text: str = TEXT
+) -> Tokenizer:
     """A tokenizer whose merges cross the borders of words, so that another cut gives other ids."""
     core = Tokenizer(models.BPE(ignore_merges=whole_words))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False, max_token_length=6)
-    core.train_from_iterator([TEXT] * 4 + TEXT.split("\n") * 2, trainer)
+    core.train_from_iterator([text] * 4 + text.split("\n") * 2, trainer)
     cuts = [
         pre_tokenizers.ByteLevel(add_prefix_space=False) if step == "gpt2"
         else pre_tokenizers.Split(Regex(step), "isolated") if isinstance(step, str) else step

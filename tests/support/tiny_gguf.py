@@ -91,6 +91,24 @@ def sentencepiece(model: TinyGguf) -> TinyGguf:
     return replace(model, tokens=tuple(tokens), types=tuple(map(int, types)), scores=tuple(scores))
 
 
+def raw_bpe(model: TinyGguf) -> TinyGguf:
+    """With a vocabulary as Gemma 4 has it: merges over characters, "▁" for a space, byte tokens for the rest."""
+    from tokenizers import Tokenizer, models, trainers
+
+    trained = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, max_token_length=8)
+    lines = [line.replace(" ", "▁") for line in TEXT.replace("한국어", "").split("\n")]
+    trained.train_from_iterator([*lines * 2, "\n\n\n\n", "\n\n\n"], trainer)
+    content = json.loads(trained.to_str())["model"]
+    vocab = sorted(content["vocab"], key=content["vocab"].__getitem__)
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = ("<pad>", *CONTROL, *bytes_, *vocab, "<user_defined>")
+    types = [3] * 4 + [6] * 256 + [1] * len(vocab) + [4]
+    merges = tuple(" ".join(merge) for merge in content["merges"])
+    fields = {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.pre": None, **model.fields}
+    return replace(model, tokens=tokens, types=tuple(types), merges=merges, fields=fields)
+
+
 def hf_weights(model: TinyGguf, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     """Random weights under the names, and in the row order, of the Hugging Face llama."""
     rng = np.random.default_rng(seed)

@@ -119,3 +119,31 @@ def write_tiny_model(folder: Path, template: str | None = CHATML, eos: str = "<|
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
+
+
+def surround(folder: Path, single: str) -> Path:
+    """Have the tokenizer of `folder` put tokens around a text, as in `<s> $A`, beside ByteLevel as Llama 3 does."""
+    path = folder / "tokenizer.json"
+    core = Tokenizer.from_file(str(path))
+    names = [name for name in single.split() if name != "$A"]
+    around = processors.TemplateProcessing(
+        single=single, special_tokens=[(name, core.token_to_id(name)) for name in names]
+    )
+    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), around])
+    path.write_text(core.to_str(), encoding="utf-8")
+    return folder
+
+
+def write_word_model(folder: Path) -> Path:
+    """A folder whose tokenizer puts `<s>` and a space before a text, but no space after a token, as Mistral's."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<s>", "</s>"]
+    core.train_from_iterator(_TEXT, trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False))
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(core.to_str(), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder

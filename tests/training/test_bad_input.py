@@ -106,8 +106,8 @@ def test_a_missing_template(folder, model):
     path = copy / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
     assert refused(folder, f"model_name_or_path={copy}") == (
-        f"{copy}: no chat template; looked for chat_template.jinja and for chat_template in tokenizer_config.json; "
-        "give the path of a Jinja file as template"
+        f"{copy}: no chat template; looked for chat_template.jinja and for chat_template in tokenizer_config.json and "
+        "chat_template.json; give the path of a Jinja file as template"
     )
 
 
@@ -128,7 +128,7 @@ def test_rows_that_lack_a_key_all_at_once(folder):
         "bad.jsonl: 3 problems in messages rows",
         '  line 1: "messages"[0]: no "content"; found the keys role',
         '  line 2: no "messages"; found the keys text',
-        '  line 3: "messages"[0] "role": found \'bot\', expected one of system, user, assistant, tool',
+        '  line 3: "messages"[0] "role": found \'bot\', expected one of system, user, assistant, tool, function',
     ]
 
 

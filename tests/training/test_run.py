@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from support.commands import heed_ctrl_c
+from support.tiny_tokenizer import DEFAULT_SYSTEM
 from support.toy_backend import ENGINES, curve, press_ctrl_c_in_step, toy_settings, write_rows, write_toy_model
 from transformers import AutoModelForCausalLM
 
@@ -139,6 +140,16 @@ def test_eval_loss_is_the_loss_per_token_that_transformers_computes(engine, mode
     assert rows[0]["eval_loss"] != rows[1]["eval_loss"]
     results = json.loads((tmp_path / "eval_results.json").read_text())
     assert results["eval_loss"] == rows[-1]["eval_loss"] and results["epoch"] == 2.0
+
+
+@pytest.mark.mlx
+def test_a_full_model_has_its_template_where_each_reader_looks(model, data, tmp_path):
+    """The base's own, which stands in tokenizer_config.json, is not what this run was trained with."""
+    (tmp_path / "mine.jinja").write_text(DEFAULT_SYSTEM)
+    keys = {"finetuning_type": "full", "max_steps": 1, "template": str(tmp_path / "mine.jinja")}
+    train(toy_settings(model, data, tmp_path / "run", "mlx", **keys))
+    assert (tmp_path / "run" / "chat_template.jinja").read_text() == DEFAULT_SYSTEM
+    assert json.loads((tmp_path / "run" / "tokenizer_config.json").read_text())["chat_template"] == DEFAULT_SYSTEM
 
 
 @pytest.mark.mlx

@@ -103,9 +103,11 @@ def test_the_likeliest_token_may_be_a_part_of_a_character(file, tokenizer):
 
 def test_a_good_file_is_told_with_numbers(file, model):
     found = checked(file, model)
-    assert (found.texts, found.prompts, found.warnings, found.positions) == (4, 4, (), 24)
+    assert (found.texts, found.prompts, found.warnings, found.positions) == (16, 4, (), 24)
     assert found.top1 == 1.0 and found.kl < 1e-9 and found.engine in ("mlx", "torch")
-    assert found.note.startswith("verified in llama.cpp: token ids of 4 texts are the tokenizer's, prompts of 4 ")
+    assert found.note.startswith(
+        "verified in llama.cpp: token ids of 16 texts and around 7 added tokens are the tokenizer's, prompts of 4 "
+    )
     assert f"top-1 agrees with {found.engine} at 100.0%" in found.note and "(f32: up to 1e-05)" in found.note
     assert isinstance(found.answer, str)
 
@@ -146,7 +148,7 @@ def test_each_rounding_is_within_its_limit_and_another_model_is_not(quant, tmp_p
     with pytest.raises(VerifyError) as caught:
         checked(written(other, tmp_path / "b.gguf", quant), model, quant=quant)
     text = str(caught.value)
-    assert f"expected up to {LIMITS[quant]:g} for {quant}; do not use it" in text and "\n" not in text
+    assert f"expected up to {LIMITS[quant]:g} for {quant}: please report this" in text and "\n" not in text
 
 
 def rewritten(source: Path, path: Path, change) -> Path:
@@ -177,7 +179,9 @@ def test_other_token_ids_are_an_error_that_names_the_first(tmp_path, file, model
     with pytest.raises(VerifyError) as caught:
         checked(rewritten(file, tmp_path / "swapped.gguf", swapped), model)
     text = str(caught.value)
-    assert f"token 0 after '' is {b} 'c' in llama.cpp, {a} 'T' in the tokenizer" in text and "\n" not in text
+    assert (
+        f"token 1 after '<|im_start|>' is {b} 'c' in llama.cpp, {a} 'T' in the tokenizer" in text and "\n" not in text
+    )
 
 
 def test_another_template_is_a_warning_that_names_the_first_difference(tmp_path, model, tokenizer):
@@ -285,6 +289,6 @@ def test_the_built_in_model_is_verified_at_q8_0(tmp_path):
     path = tmp_path / "q8_0.gguf"
     export_gguf(model, (), {"q8_0": path}, template=template.source)
     found = verify_gguf(path, Subject(model.path), quant="q8_0", tokenizer=tokenizer, template=template, threads=1)
-    assert (found.texts, found.prompts, found.warnings) == (4, 4, ())
+    assert (found.texts, found.prompts, found.warnings) == (16, 4, ())
     assert found.kl < 0.01 and found.top1 > 0.7
     assert found.answer.startswith("Hello!"), json.dumps(found.answer)

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from support.tiny_models import write_mlx_quantized, write_model
 
 from macft.errors import ModelError
+from macft.weights.folder import INDEX
 from macft.weights.quantization.affine import dequantize_mxfp4
-from macft.weights.source import INDEX, open_model
+from macft.weights.source import open_model
 from macft.weights.tensors.safetensors import DTYPES, open_safetensors
 
 CONFIG = {"model_type": "llama"}
@@ -207,7 +208,7 @@ DAMAGED = {
     "bytes shared": ({"x": X, "y": X}, bytes(8), "y: begins at byte 0, expected 8"),
     "a hole": ({"x": {**X, "data_offsets": [4, 12]}}, bytes(12), "x: begins at byte 4, expected 0"),
     "wrong size": ({"x": {**X, "shape": [3]}}, bytes(8), r"x: 8 bytes for F32 \[3\]"),
-    "unknown type": ({"x": {**X, "dtype": "F8_E4M3"}}, bytes(8), "x: dtype 'F8_E4M3' cannot be read"),
+    "unknown type": ({"x": {**X, "dtype": "F4"}}, bytes(8), "x: dtype 'F4' cannot be read"),
     "negative shape": ({"x": {**X, "shape": [-2]}}, bytes(8), r"x: shape \[-2\]"),
     "offsets of text": ({"x": {**X, "data_offsets": ["0", "8"]}}, bytes(8), "x: data_offsets"),
     "not described": ({"x": 7}, bytes(8), "x: described by 7"),
@@ -320,7 +321,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
         open_model(write_folder(tmp_path / "m", {}))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes"])
 def test_other_quantizations_are_refused_by_name(method, tmp_path):
     config = {**CONFIG, "quantization_config": {"quant_method": method, "bits": 4}}
     with pytest.raises(ModelError, match=f"quantized by {method}, which is not read"):

@@ -34,6 +34,7 @@ def source(tmp_path) -> Path:
     (folder / "additional_chat_templates").mkdir(parents=True)
     for name in COPIED + NOT_COPIED:
         (folder / name).write_text(f"content of {name}")
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "content of chat_template.jinja"}')
     return folder
 
 
@@ -158,7 +159,7 @@ def test_mlx_lm_loads_a_folder_of_the_mlx_layout(tmp_path):
 def test_tokenizer_template_and_licence_come_along_and_nothing_else(source, tmp_path):
     write(tmp_path / "out", CONFIG, [from_array("x", np.ones(1))], source_folder=source, layout="hf")
     assert files_of(tmp_path / "out") == {*COPIED, "model.safetensors", "config.json", SUMS}
-    assert all((tmp_path / "out" / name).read_text() == f"content of {name}" for name in COPIED)
+    assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in COPIED)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["dtype"] == written["torch_dtype"] == "float32"
 
@@ -169,6 +170,14 @@ def test_a_template_that_is_given_takes_the_place_of_the_models_own(source, tmp_
     template = tmp_path / "mine.jinja"
     write(tmp_path / "out", CONFIG, tensors, source_folder=source, layout="hf", template=template)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "mine"
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"chat_template": "mine"}
+
+
+def test_settings_that_are_not_json_are_named_and_leave_nothing(source, tmp_path):
+    (source / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"^tokenizer_config.json: not JSON .*; download the model again$"):
+        write(tmp_path / "out", CONFIG, [from_array("x", np.ones(1))], source_folder=source, layout="hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_the_checksums_are_those_of_hashlib_and_cover_every_file(source, tmp_path):

@@ -7,7 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.utils import _get_classes as mlx_lm_classes
 from mlx_lm.utils import load_model as load_mlx_lm_model
 
 from macft.backends.base import ModelSpec
@@ -17,8 +19,15 @@ from macft.backends.mlx.out_of_memory import is_out_of_memory
 from macft.backends.mlx.split import BACKBONES
 from macft.backends.shared import initial_value
 from macft.errors import ModelError
-from macft.weights.model_config import check_text_model, check_window, normalize_config, read_config
+from macft.weights.model_config import (
+    check_text_model,
+    check_window,
+    normalize_config,
+    read_config,
+    ties_by_default,
+)
 from macft.weights.quantization.affine import LOAD_GROUP_SIZE
+from macft.weights.source import Source, open_model, rewritten
 
 
 @dataclass(frozen=True)
@@ -36,9 +45,16 @@ def load(spec: ModelSpec) -> LoadedMlxModel:
     config = normalize_config(read_config(spec.folder))
     check_text_model(config)
     check_window(config, spec.max_length)
+    source = None if spec.from_scratch else rewritten(spec.folder)
+    if "tie_word_embeddings" not in config:
+        # mlx-lm would tie the head of any model, and drop the one in the file
+        config["tie_word_embeddings"] = _is_tied(spec, config)
     notes: list[str] = []
     try:
-        model, _ = load_mlx_lm_model(spec.folder, lazy=True, strict=not spec.from_scratch, model_config=config)
+        if source is None:
+            model, _ = load_mlx_lm_model(spec.folder, lazy=True, strict=not spec.from_scratch, model_config=config)
+        else:
+            model = _from_tensors(source, config)
     except Exception as error:  # any problem of a foreign loader
         if is_out_of_memory(error):
             raise
@@ -57,6 +73,24 @@ def load(spec: ModelSpec) -> LoadedMlxModel:
     model.train()
     mx.eval(model.parameters())
     return LoadedMlxModel(model, dtype, notes, rope_problem(config, spec.max_length))
+
+
+def _is_tied(spec: ModelSpec, config: dict[str, Any]) -> bool:
+    if spec.from_scratch:
+        return ties_by_default(config)
+    return not any(tensor.name.endswith("lm_head.weight") for tensor in open_model(spec.folder).tensors)
+
+
+def _from_tensors(source: Source, config: dict[str, Any]) -> nn.Module:
+    """A model with the tensors of a folder that mlx-lm would read otherwise, or not at all."""
+    dense = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    model_class, arguments = mlx_lm_classes(config=dense)
+    model = model_class(arguments.from_dict(dense))
+    weights = {tensor.name: mx.array(tensor.read().astype(np.float32)) for tensor in source.tensors}
+    if hasattr(model, "sanitize"):
+        weights = model.sanitize(weights)
+    model.load_weights(list(weights.items()))
+    return model
 
 
 def _start(model: nn.Module, config: dict[str, Any], seed: int) -> None:

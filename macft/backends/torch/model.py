@@ -26,7 +26,8 @@ from macft.errors import MacftError, MissingPackageError, ModelError
 from macft.weights.layouts.mlx import LAYOUTS, as_hf
 from macft.weights.model_config import check_text_model, read_config
 from macft.weights.quantization.affine import LOAD_GROUP_SIZE, quantization_of, roundtrip_affine
-from macft.weights.source import open_model
+from macft.weights.quantization.fp8 import fp8_of
+from macft.weights.source import open_model, rewritten
 from macft.weights.tensors.lazy import Array, LazyTensor, from_rows, read_rows
 
 
@@ -80,8 +81,16 @@ def _from_folder(spec: ModelSpec, device: torch.device, dtype: torch.dtype, note
         notes.append("the MLX-quantized base is dequantized: PyTorch has no kernels for it")
         return _from_tensors(spec.folder, *_dequantized(spec.folder), dtype)
     if spec.quantization_bit is None:
-        return _pretrained(spec, dtype, device)
+        source = rewritten(spec.folder)
+        if source is None:
+            return _pretrained(spec, dtype, device)
+        return _from_tensors(spec.folder, source.config, source.tensors, dtype)
     if device.type == "cuda":
+        if fp8_of(config) is not None:
+            raise ModelError(
+                f"{spec.folder}: held in fp8, which bitsandbytes cannot quantize again; leave quantization_bit out, or "
+                f"write it unquantized first: macft convert model {spec.folder} NEW --to hf"
+            )
         return _pretrained(spec, dtype, device, _bitsandbytes(spec.quantization_bit, dtype))
     notes.append(
         f"quantization_bit {spec.quantization_bit}: values are rounded to MLX's affine groups, then computed dense"

@@ -36,7 +36,7 @@ from macft.text import plural, size
 logger = logging.getLogger("macft")
 
 # Part of every key: raise it when the same rows give different tokens, masks, counts or files.
-VERSION = 2
+VERSION = 3
 
 # this many chunks, at most 8,000 rows, are encoded before processes would have started
 SMALL = 4
@@ -99,6 +99,12 @@ def cache_key(request: Request, encoding: Encoding) -> str:
         "max_samples": request.max_samples,
         "tokenizer": encoding.tokenizer.fingerprint,
     }
+    if encoding.embedding_rows is not None and encoding.tokenizer.last_id >= encoding.embedding_rows:
+        # a table that another model could read
+        parts["embedding_rows"] = encoding.embedding_rows
+    if not kind.has_template and encoding.tokenizer.opening:
+        # the tokenizer's fingerprint leaves out what is put around a text
+        parts["opening"] = encoding.tokenizer.opening
     if kind.has_template and template is not None:
         parts["template"] = template.source
         # such a template writes the date into the text

@@ -17,6 +17,7 @@ from typing import Any
 from macft.data.cache.store import read_part, write_part
 from macft.data.formats.reader import DataRow
 from macft.data.kinds import Kind
+from macft.data.tokenization.embedding import check_table
 from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.report import RefusedError
 from macft.data.tokenization.table import Table
@@ -36,8 +37,10 @@ class Encoder:
     files: Mapping[str, int]
 
     def __call__(self, rows: Sequence[Any]) -> Table:
-        """The rows as a table. Raises RefusedError naming those that the template refuses."""
-        return self.kind.encode(rows, self.encoding, self.files)
+        """The rows as a table. Raises RefusedError naming those that the template refuses, or the model cannot read."""
+        table = self.kind.encode(rows, self.encoding, self.files)
+        check_table(table, [row.source for row in rows], self.encoding)
+        return table
 
 
 def chunks(rows: Iterable[DataRow], limit: int = CHUNK_ROWS) -> Iterator[list[DataRow]]:

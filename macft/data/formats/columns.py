@@ -27,7 +27,9 @@ class MessageKeys:
         return " or ".join(name for name, meaning in self.roles.items() if meaning in meanings)
 
 
-PLAIN = MessageKeys("role", "content", {role: role for role in ("system", "user", "assistant", "tool")})
+PLAIN = MessageKeys(
+    "role", "content", {role: role for role in ("system", "user", "assistant", "tool")} | {"function": "tool"}
+)
 SHAREGPT = MessageKeys(
     "from",
     "value",
@@ -37,8 +39,8 @@ SHAREGPT = MessageKeys(
 # the columns of alpaca rows, and their default keys
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system"}
 SIDES = ("chosen", "rejected")
-# the default keys for the rating of a single answer
-RATINGS = ("label", "kto_tag")
+# what may stand beside the messages, or question and answer, of every format
+BESIDE = {"system": "system", "history": "history", "tools": "tools", "functions": "functions"}
 
 # keys that may hold a missing column, most likely first
 _LIKELY = {
@@ -65,6 +67,7 @@ class RowFormat:
     alternates: bool = False  # whether questions and answers must take turns
     is_declared: bool = False  # whether dataset_info.json says so
     unmapped: Mapping[str, str] = field(default_factory=dict)  # key to meaning, of keys that `columns` left out
+    ignored: tuple[str, ...] = ()  # keys left out on purpose
 
     @property
     def keys(self) -> frozenset[str]:
@@ -106,28 +109,28 @@ def likely_key(column: str, key: str, names: Sequence[str]) -> str | None:
 def recognize_format(keys: Collection[str]) -> RowFormat | None:
     """The format of conversations with these keys; None if it is unknown."""
     if "messages" in keys:
-        return RowFormat("messages", "conversation", {"messages": "messages", "tools": "tools"}, PLAIN)
+        return RowFormat("messages", "conversation", {"messages": "messages", **BESIDE}, PLAIN)
     if "instruction" in keys and ("output" in keys or "chosen" not in keys):
-        return RowFormat("alpaca", "alpaca", ALPACA)
+        return RowFormat("alpaca", "alpaca", ALPACA | BESIDE)
     if set(SIDES) <= set(keys):
         return None
     if "conversations" in keys:
-        columns = {"messages": "conversations", "system": "system", "tools": "tools"}
+        columns = {"messages": "conversations", **BESIDE}
         return RowFormat("ShareGPT", "conversation", columns, alternates=True)
     if "completion" in keys and "prompt" in keys:
-        columns = {"prompt": "prompt", "response": "completion", "tools": "tools"}
+        columns = {"prompt": "prompt", "response": "completion", **BESIDE}
         return RowFormat("prompt and completion", "completion", columns)
     for prompt in ("query", "prompt"):
         if prompt in keys and "response" in keys:
-            columns = {"prompt": prompt, "response": "response", "system": "system", "history": "history"}
+            columns = {"prompt": prompt, "response": "response", **BESIDE}
             return RowFormat(f"{prompt} and response", "alpaca", columns)
     return None
 
 
 # every key that a recognized format reads: no other column of a table is read from disk
 KNOWN_KEYS = frozenset(
-    {"messages", "conversations", "tools", "prompt", "completion", "query", "response", "text", *SIDES}
-    | set(ALPACA.values())
+    {"messages", "conversations", "prompt", "completion", "query", "response", "text", *SIDES}
+    | {*ALPACA.values(), *BESIDE.values()}
 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from macft.data.formats.columns import SIDES, RowFormat, likely_key, message_keys_of, recognize_format
+from macft.data.formats.lost import lost_key_or_rating
 from macft.data.formats.messages import RowErrors, Tools, check_alternation, check_messages, check_text, read_tools
 from macft.data.formats.reader import DataRow, RowReader
 from macft.data.sources.resolve import DataSource
@@ -92,7 +93,7 @@ def refuse_pairs(at: str, row: dict[str, Any]) -> None:
 
 
 def _read(row_format: RowFormat, row: dict[str, Any], source: str, errors: RowErrors) -> Example | None:
-    tools = read_tools(row.get(row_format.columns.get("tools", "")), row_format.columns.get("tools", ""), errors)
+    tools = _tools(row_format, row, errors)
     if row_format.style == "conversation":
         messages = conversation_turns(row_format, row, errors, open_end=False)
     elif row_format.style == "completion" and isinstance(row.get(row_format.columns["prompt"]), list):
@@ -117,12 +118,31 @@ def conversation_turns(
         check_alternation(messages, key, errors, naming, open_end=open_end)
     elif row[key] == []:
         errors.problems.append(f'"{key}": the list is empty, expected at least one user and one assistant message')
+    return with_beside(row_format, row, key, messages, errors)
+
+
+def with_beside(
+    row_format: RowFormat, row: dict[str, Any], key: str, messages: list[Message], errors: RowErrors
+) -> list[Message]:
+    """The messages under `key` after the system text and the earlier turns that stand beside them."""
     system = optional_text(row_format, row, "system", errors)
-    if system and any(message["role"] == "system" for message in messages):
-        errors.problems.append(
-            f'"{row_format.columns["system"]}": "{key}" also hold a system message; keep one of the two'
-        )
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    earlier = _history(row_format, row, errors)
+    own = messages[:1] if messages and messages[0]["role"] == "system" else []
+    if system and system != (own[0]["content"] if own else None):
+        if any(message["role"] == "system" for message in messages):
+            errors.problems.append(
+                f'"{row_format.columns["system"]}": "{key}" also hold a system message; keep one of the two'
+            )
+        return [{"role": "system", "content": system}, *earlier, *messages]
+    return [*own, *earlier, *messages[len(own) :]]
+
+
+def _tools(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> Tools | None:
+    keys = [row_format.columns[column] for column in ("tools", "functions") if column in row_format.columns]
+    found = [key for key in keys if row.get(key)]
+    if len(found) > 1:
+        errors.problems.append(f'"{found[1]}": "{found[0]}" are given too; keep one of the two')
+    return read_tools(row[found[0]], found[0], errors) if found else None
 
 
 def _completion_turns(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> list[Message]:
@@ -131,7 +151,8 @@ def _completion_turns(row_format: RowFormat, row: dict[str, Any], errors: RowErr
     if key not in row:
         errors.problems.append(row_format.missing("response", row))
         return []
-    prompt = check_messages(row[row_format.columns["prompt"]], row_format.columns["prompt"], errors)
+    prompt_key = row_format.columns["prompt"]
+    prompt = with_beside(row_format, row, prompt_key, check_messages(row[prompt_key], prompt_key, errors), errors)
     if not isinstance(row[key], str):
         return [*prompt, *check_messages(row[key], key, errors)]
     return [*prompt, {"role": "assistant", "content": check_text(row[key], f'"{key}"', errors)}]
@@ -154,12 +175,11 @@ def alpaca_turns(
             texts[column] = check_text(row[key], f'"{key}"', errors)
     question = [texts.get("prompt", ""), texts.get("query", "") or optional_text(row_format, row, "query", errors)]
     system = optional_text(row_format, row, "system", errors)
-    turns = _history(row.get(columns.get("history", "")), columns.get("history", ""), errors)
+    turns = _history(row_format, row, errors)
     if errors.problems:
         return [], [""] * len(answers)
     prompt: list[Message] = [{"role": "system", "content": system}] if system else []
-    for asked, answer in turns:
-        prompt += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    prompt += turns
     prompt.append({"role": "user", "content": "\n".join(filter(None, question))})
     return prompt, [texts[column] for column in answers]
 
@@ -171,21 +191,24 @@ def optional_text(row_format: RowFormat, row: dict[str, Any], column: str, error
     return "" if value is None else check_text(value, f'"{key}"', errors)
 
 
-def _history(value: Any, key: str, errors: RowErrors) -> list[tuple[str, str]]:
-    if value is None:
+def _history(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> list[Message]:
+    key = row_format.columns.get("history", "")
+    value = row.get(key)
+    # an empty cell of a CSV file
+    if value is None or value == "":
         return []
     if not isinstance(value, list):
         errors.problems.append(f'"{key}": found {kind_of(value)}, expected a list of [question, answer] pairs')
         return []
-    turns: list[tuple[str, str]] = []
+    turns: list[Message] = []
     for i, pair in enumerate(value):
         if not isinstance(pair, list) or len(pair) != 2:
             shown = f"a list of {len(pair)}" if isinstance(pair, list) else kind_of(pair)
             errors.problems.append(f'"{key}"[{i}]: found {shown}, expected a list of question and answer')
             continue
         question, answer = (check_text(text, f'"{key}"[{i}][{j}]', errors) for j, text in enumerate(pair))
-        turns.append((question, answer))
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return turns
 
 
-EXAMPLES: RowReader[Example] = RowReader(_check_source, _recognize, _read)
+EXAMPLES: RowReader[Example] = RowReader(_check_source, _recognize, _read, lost_key_or_rating)

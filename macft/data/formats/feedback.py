@@ -6,8 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from macft.data.formats.columns import RATINGS, RowFormat, recognize_format
+from macft.data.formats.columns import RowFormat, recognize_format
 from macft.data.formats.conversations import EXAMPLES, Example, refuse_pairs, refuse_ranking
+from macft.data.formats.lost import RATINGS, lost_key
 from macft.data.formats.messages import RowErrors
 from macft.data.formats.reader import RowReader
 from macft.data.sources.resolve import DataSource
@@ -92,4 +93,4 @@ def _check_answer(example: Example, errors: RowErrors) -> None:
         errors.problems.append("there is no prompt before the rated answer")
 
 
-FEEDBACK: RowReader[FeedbackExample] = RowReader(_check_source, _recognize, _read, frozenset(RATINGS))
+FEEDBACK: RowReader[FeedbackExample] = RowReader(_check_source, _recognize, _read, lost_key, frozenset(RATINGS))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from macft.data.formats.columns import PLAIN, MessageKeys
-from macft.data.sources.rows import kind_of
+from macft.data.formats.lost import MARKS, lost_key
+from macft.data.sources.rows import kind_of, parse_json
 from macft.data.templates.chat_template import Message
 from macft.data.templates.thoughts import THOUGHT, THOUGHT_KEYS
 
@@ -18,7 +18,7 @@ Tools = tuple[dict[str, Any], ...]
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _THOUGHT = re.compile(r"\s*(<think>.*?</think>\s*)(?=[\[{])", re.DOTALL)
 _PLAIN_ROLES = ("user", "assistant", "system")
-_MESSAGE_KEYS = {"tool_calls", "tool_call_id", "name", *THOUGHT_KEYS}
+_MESSAGE_KEYS = {"tool_calls", "tool_call_id", "name", "function_call", *MARKS, *THOUGHT_KEYS}
 # the tag for a role name that the user's tags leave out
 _TAGS = {
     **{"human": "user_tag", "user": "user_tag", "gpt": "assistant_tag", "assistant": "assistant_tag"},
@@ -85,7 +85,7 @@ def check_message(value: Any, place: str, errors: RowErrors, naming: MessageKeys
         errors.problems.append(f"{place}: found {kind_of(value)}, expected {expected}")
         return None
     before = len(errors.problems)
-    calls = value.get("tool_calls") or None
+    calls = _given_calls(value, place, errors)
     role = _role(value, place, errors, naming)
     if naming.content in value or calls is None:
         content = _content(value, place, errors, naming, may_be_null=calls is not None)
@@ -95,6 +95,8 @@ def check_message(value: Any, place: str, errors: RowErrors, naming: MessageKeys
     unused = value.keys() - _MESSAGE_KEYS - {naming.role, naming.content}
     list_key = place.split('"')[1]
     errors.unused |= {f"{list_key}[].{key}" for key in unused}
+    errors.problems += [f"{place} {lost}" for key in sorted(unused) if (lost := lost_key(key, value[key]))]
+    weight = _weight(value, place, errors)
     if role == "function" and calls is None and len(errors.problems) == before:
         content, calls = _split_calls(content, f'{place} "{naming.content}"', errors)
     elif calls is not None:
@@ -110,7 +112,31 @@ def check_message(value: Any, place: str, errors: RowErrors, naming: MessageKeys
         message["tool_calls"] = calls
     if role == "tool":
         message |= {key: value[key] for key in ("tool_call_id", "name") if isinstance(value.get(key), str)}
-    return message
+    # answers are trained on, all other messages are not, unless a mark says otherwise
+    return message if weight is None or (role in ("assistant", "function") and weight) else message | {"weight": weight}
+
+
+def _given_calls(value: dict[str, Any], place: str, errors: RowErrors) -> Any:
+    """The tool calls of a message as a list, the single one of OpenAI's older format too; None if there are none."""
+    calls, single = value.get("tool_calls") or None, value.get("function_call") or None
+    if calls is not None and single is not None:
+        errors.problems.append(f'{place} "function_call": "tool_calls" are given too; keep one of the two')
+    return calls if calls is not None or single is None else [single]
+
+
+def _weight(value: dict[str, Any], place: str, errors: RowErrors) -> int | None:
+    """Whether the message is marked to be trained on, 1 or 0; None if it is not marked."""
+    found = {key: value[key] for key in MARKS if value.get(key) is not None} if len(value) > 2 else {}
+    for key, mark in found.items():
+        if not isinstance(mark, bool | int | float) or mark not in (0, 1):
+            errors.problems.append(f'{place} "{key}": found {_mark(mark)}, expected 0 or 1, or false or true')
+    if len({mark == 1 for mark in found.values() if isinstance(mark, bool | int | float)}) > 1:
+        errors.problems.append(f"{place}: {' and '.join(found)} contradict each other; keep one of them")
+    return int(next(iter(found.values())) == 1) if found else None
+
+
+def _mark(mark: Any) -> str:
+    return repr(mark) if isinstance(mark, str | int | float) else kind_of(mark)
 
 
 def _role(value: dict[str, Any], place: str, errors: RowErrors, naming: MessageKeys) -> str | None:
@@ -167,7 +193,7 @@ def _split_calls(content: str, place: str, errors: RowErrors) -> tuple[str, list
     """(the thought before the calls, the calls) of a function_call message, whose content is JSON."""
     thought = _THOUGHT.match(content)
     try:
-        calls = json.loads(content[thought.end() :] if thought else content)
+        calls = parse_json(content[thought.end() :] if thought else content)
     except (ValueError, RecursionError) as error:
         errors.problems.append(f"{place}: found {_short(content)}, expected tool calls as JSON ({error})")
         return "", []
@@ -190,7 +216,7 @@ def _call(value: Any, place: str, errors: RowErrors) -> dict[str, Any] | None:
     arguments = function["arguments"]
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = parse_json(arguments or "{}")
         except (ValueError, RecursionError) as error:
             errors.problems.append(f'{place} "arguments": found {_short(arguments)}, expected JSON ({error})')
             return None
@@ -205,7 +231,7 @@ def read_tools(value: Any, key: str, errors: RowErrors) -> Tools | None:
     """The tools that a row defines, as a list or as JSON text, each in OpenAI's form; None if there are none."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except (ValueError, RecursionError) as error:
             errors.problems.append(f'"{key}": found {_short(value)}, expected a list of tools as JSON ({error})')
             return None

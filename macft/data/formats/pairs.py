@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from macft.data.formats.columns import ALPACA, SIDES, RowFormat, message_keys_of
-from macft.data.formats.conversations import alpaca_turns, conversation_turns
+from macft.data.formats.columns import ALPACA, BESIDE, SIDES, RowFormat, message_keys_of
+from macft.data.formats.conversations import alpaca_turns, conversation_turns, with_beside
+from macft.data.formats.lost import lost_key
 from macft.data.formats.messages import RowErrors, check_message, check_messages, check_text
 from macft.data.formats.reader import DataRow, RowReader
 from macft.data.sources.resolve import DataSource
@@ -90,12 +91,12 @@ def _recognize(at: str, row: dict[str, Any]) -> RowFormat:
     # unread columns of a table are present as null
     has_prompt = row.get("prompt") is not None
     if has_prompt or not keys & {"conversations", "instruction"}:
-        return RowFormat("preference", "preference", {"prompt": "prompt", **_SIDE_COLUMNS, "tools": "tools"})
+        return RowFormat("preference", "preference", {"prompt": "prompt", **_SIDE_COLUMNS, **BESIDE})
     if "conversations" in keys:
-        columns = {"messages": "conversations", **_SIDE_COLUMNS, "system": "system", "tools": "tools"}
+        columns = {"messages": "conversations", **_SIDE_COLUMNS, **BESIDE}
         return RowFormat("ShareGPT preference", "conversation", columns, alternates=True)
     columns = {key: ALPACA[key] for key in ("prompt", "query", "system", "history")}
-    return RowFormat("alpaca preference", "alpaca", columns | _SIDE_COLUMNS)
+    return RowFormat("alpaca preference", "alpaca", columns | _SIDE_COLUMNS | BESIDE)
 
 
 def _read(row_format: RowFormat, row: dict[str, Any], source: str, errors: RowErrors) -> PairExample | None:
@@ -107,13 +108,20 @@ def _read(row_format: RowFormat, row: dict[str, Any], source: str, errors: RowEr
         _check_turns(row_format, turns, errors)
     if errors.problems:
         return None
-    return PairExample(tuple(turns.prompt), tuple(turns.chosen), tuple(turns.rejected), source)
+    prompt, chosen, rejected = (
+        tuple(map(_without_weight, side)) for side in (turns.prompt, turns.chosen, turns.rejected)
+    )
+    return PairExample(prompt, chosen, rejected, source)
+
+
+def _without_weight(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "weight"}
 
 
 def _refuse_tools(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> None:
-    key = row_format.columns.get("tools", "")
-    if row.get(key) and row[key] != "[]":
-        errors.problems.append(f'"{key}": tool definitions are not supported in preference pairs; remove them')
+    for key in (row_format.columns.get(column, "") for column in ("tools", "functions")):
+        if row.get(key) and row[key] != "[]":
+            errors.problems.append(f'"{key}": tool definitions are not supported in preference pairs; remove them')
 
 
 def _from_alpaca(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> _Turns:
@@ -144,6 +152,11 @@ def _from_conversation(row_format: RowFormat, row: dict[str, Any], errors: RowEr
 
 def _from_preference(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> _Turns:
     """TRL's rows: messages or texts; where the answers begin with the prompt, `prompt` may be missing or repeat it."""
+    turns = _split_preference(row_format, row, errors)
+    return replace(turns, prompt=with_beside(row_format, row, "prompt", turns.prompt, errors))
+
+
+def _split_preference(row_format: RowFormat, row: dict[str, Any], errors: RowErrors) -> _Turns:
     chosen, rejected = (_side(row, row_format.columns[side], errors) for side in SIDES)
     prompt = _turns(row["prompt"], "prompt", "user", errors) if row.get("prompt") is not None else []
     if errors.problems:
@@ -214,6 +227,8 @@ def _check_turns(row_format: RowFormat, turns: _Turns, errors: RowErrors) -> Non
             errors.problems.append(f'"{key}": ends in a {last["role"]} message, expected an assistant message')
         elif not last["content"].strip():
             errors.problems.append(f'"{key}": the answer is empty')
+        elif any(not message.get("weight", 1) for message in messages if message["role"] == "assistant"):
+            errors.problems.append(f'"{key}": an answer is marked as not trained on; remove the mark, or the row')
 
 
-PAIRS: RowReader[PairExample] = RowReader(_check_source, _recognize, _read)
+PAIRS: RowReader[PairExample] = RowReader(_check_source, _recognize, _read, lost_key)

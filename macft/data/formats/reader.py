@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from macft.data.formats.columns import KNOWN_KEYS, RowFormat
+from macft.data.formats.lost import LOOKED_AT
 from macft.data.formats.messages import RowErrors
 from macft.data.notes import Note
 from macft.data.sources.resolve import DataSource
@@ -87,12 +88,14 @@ class RowReader(Generic[T]):
 
     `check` returns the data set as it will be read, or raises DataError if it holds another kind; `recognize` finds
     the format from the first row, and names its place in errors; `read` returns None where it adds a problem.
-    `own_keys` are read besides those of conversations.
+    `lost` says why a row with this key and value, which is not read, is invalid, or None; `own_keys` are read besides
+    those of conversations.
     """
 
     check: Callable[[DataSource], DataSource]
     recognize: Callable[[str, dict[str, Any]], RowFormat]
     read: Callable[[RowFormat, dict[str, Any], str, RowErrors], T | None]
+    lost: Callable[[str, Any], str | None]
     own_keys: frozenset[str] = frozenset()
 
 
@@ -129,7 +132,7 @@ def read_file(
     expected = None
     if names is not None:
         known = KNOWN_KEYS | reader.own_keys if row_format is None else row_format.keys | row_format.unmapped.keys()
-        expected = [name for name in names if name in known]
+        expected = [name for name in names if name in known | LOOKED_AT]
     items = scan(path, expected)
     first: list[Row | Unread] = []
     if row_format is None:
@@ -176,9 +179,9 @@ def _rows(
         source = f"{name}:{item.number}"
         if row_format.unmapped:
             _note_unmapped(row_format, item.value, errors, seen)
-        value = reader.read(row_format, item.value, source, errors)
         if not item.value.keys() <= known:
-            seen.unused |= item.value.keys() - known
+            _note_unread(row_format, item.value, reader, errors, seen)
+        value = reader.read(row_format, item.value, source, errors)
         if errors.problems:
             seen.are_row_problems = True
             seen.add(f"{place} {item.number}", errors.problems)
@@ -202,6 +205,18 @@ def _note_unmapped(row_format: RowFormat, row: dict[str, Any], errors: RowErrors
                 f'"{key}" would be lost: the columns in dataset_info.json do not map it; '
                 f'add "{column}": "{key}", or "{column}": null to leave it out'
             )
+
+
+def _note_unread(
+    row_format: RowFormat, row: dict[str, Any], reader: RowReader[Any], errors: RowErrors, seen: _Seen
+) -> None:
+    """Add a problem, once per file, for a key that is not read although the result depends on it."""
+    unread = row.keys() - row_format.keys - row_format.unmapped.keys()
+    seen.unused |= unread
+    for key in sorted(unread.difference(seen.once, row_format.ignored)):
+        if problem := reader.lost(key, row[key]):
+            seen.once.add(key)
+            errors.problems.append(problem)
 
 
 def _notes(path: Path, row_format: RowFormat, seen: _Seen) -> Iterator[Note]:

@@ -77,4 +77,4 @@ def _read(row_format: RowFormat, row: dict[str, Any], source: str, errors: RowEr
     return None if errors.problems else PlainText(text, source)
 
 
-TEXTS: RowReader[PlainText] = RowReader(_check_source, _recognize, _read)
+TEXTS: RowReader[PlainText] = RowReader(_check_source, _recognize, _read, lambda *_: None)

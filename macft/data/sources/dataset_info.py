@@ -9,9 +9,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from macft.data.formats.columns import ALPACA, PLAIN, SHAREGPT, SIDES, MessageKeys, RowFormat
+from macft.data.formats.columns import ALPACA, BESIDE, PLAIN, SHAREGPT, SIDES, MessageKeys, RowFormat
+from macft.data.formats.lost import RATINGS
 from macft.data.notes import Note
-from macft.data.sources.rows import kind_of, not_json
+from macft.data.sources.rows import DoubleKeyError, kind_of, not_json, parse_json
 from macft.data.sources.text import read_text
 from macft.errors import DataError, join_problems
 from macft.text import plural
@@ -69,9 +70,11 @@ def read_dataset_info(path: Path) -> dict[str, Any]:
     """The entries, unparsed. Raises DataError when the file is not JSON or holds something else."""
     text = read_text(path)
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: line {error.lineno}: {not_json(text, error)}") from None
+    except DoubleKeyError as error:
+        raise DataError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: found {kind_of(value)}, expected an object with a data set under each name")
     if "builder_name" in value or isinstance(value.get("features"), list):
@@ -153,6 +156,7 @@ def _row_format(value: dict[str, Any], problems: list[str]) -> RowFormat:
     if value.get("columns") is None:
         defaults = {key: ALPACA[key] for key in ("prompt", "query", "response")}
         columns = defaults if is_alpaca else {"messages": "messages" if formatting == "openai" else "conversations"}
+        columns |= BESIDE
     if is_ranking:
         columns = {key: name for key, name in columns.items() if key != "response"}
         if value.get("columns") is None:
@@ -169,6 +173,7 @@ def _row_format(value: dict[str, Any], problems: list[str]) -> RowFormat:
         alternates=not is_alpaca,
         is_declared=value.get("columns") is not None,
         unmapped=unmapped,
+        ignored=(*(key for key in _MEDIA if key in given), *(RATINGS if "kto_tag" in given else ())),
     )
 
 
@@ -197,11 +202,11 @@ def _check_columns(
 
 def _unmapped(given: dict[str, str | None], columns: dict[str, str], *, is_alpaca: bool) -> dict[str, str]:
     """The usual keys that these columns leave out, each with its column."""
-    usual = dict(ALPACA) if is_alpaca else {"system": "system"}
-    usual["tools"] = "tools"
+    usual = (ALPACA if is_alpaca else {}) | {column: key for column, key in BESIDE.items() if column != "functions"}
     if SIDES[0] in columns:
         usual.pop("response", None)
-    return {key: column for column, key in usual.items() if column not in given and key not in columns.values()}
+    unmapped = {key: column for column, key in usual.items() if column not in given and key not in columns.values()}
+    return unmapped | ({"functions": "tools"} if "tools" in unmapped else {})
 
 
 def _naming(tags: dict[str, Any] | None, default: MessageKeys, problems: list[str]) -> MessageKeys:

@@ -94,6 +94,31 @@ def kind_of(value: object) -> str:
     return kinds.get(type(value), "a number")
 
 
+class DoubleKeyError(ValueError):
+    """An object of a JSON text holds a key twice, so that one of its values would be lost."""
+
+
+_TWICE = "the key "
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in keys if keys.count(key) > 1)
+        raise DoubleKeyError(f"{_TWICE}{json.dumps(double, ensure_ascii=False)} stands twice in one object; keep one")
+    return value
+
+
+# making a decoder for each text would take as long again as reading a short one
+_STRICT, _LENIENT = json.JSONDecoder(object_pairs_hook=_without_doubles), json.JSONDecoder()
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError, and DoubleKeyError where an object holds a key twice."""
+    return _STRICT.decode(text)
+
+
 # (line, value, problem): the problem is empty where a value was read
 _Item = tuple[int, Any, str]
 
@@ -111,8 +136,8 @@ def _is_jsonl(path: Path) -> bool:
     """Whether a .json file holds one object per line, as many on the hubs do."""
     for _, text, _ in lines(path):
         if text.strip():
-            value, _ = _parsed(text)
-            return isinstance(value, dict)
+            value, problem = _parsed(text)
+            return isinstance(value, dict) or problem.startswith(_TWICE)
     return False
 
 
@@ -128,9 +153,11 @@ def _jsonl_items(path: Path) -> Iterator[_Item]:
 
 def _parsed(text: str) -> tuple[Any, str]:
     try:
-        return json.loads(text), ""
+        return parse_json(text), ""
     except json.JSONDecodeError as error:
         return None, not_json(text, error)
+    except DoubleKeyError as error:
+        return None, str(error)
     except (ValueError, RecursionError) as error:
         return None, f"not JSON that can be read ({error})"
 
@@ -157,21 +184,26 @@ def _json_items(text: str) -> Iterator[_Item]:
         hint = "; one object a line belongs in a .jsonl file" if text[at] == "{" else ""
         yield _line(text, at), None, f"starts with {text[at]!r}, expected a list of objects{hint}"
         return
-    decoder = json.JSONDecoder()
     line, seen = 1, 0
     at = _skip(text, at + 1)
     closed = text.startswith("]", at)
     while not closed:
         line, seen = line + text.count("\n", seen, at), at
+        problem = ""
         try:
-            value, at = decoder.raw_decode(text, at)
+            try:
+                value, at = _STRICT.raw_decode(text, at)
+            except DoubleKeyError as error:
+                # the rows after it can still be read
+                problem = str(error)
+                value, at = None, _LENIENT.raw_decode(text, at)[1]
         except json.JSONDecodeError as error:
             yield error.lineno, None, not_json(text, error)
             return
         except (ValueError, RecursionError) as error:
             yield line, None, f"not JSON that can be read ({error})"
             return
-        yield line, value, ""
+        yield line, value, problem
         at = _skip(text, at)
         closed = text.startswith("]", at)
         if not closed:

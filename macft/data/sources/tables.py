@@ -31,10 +31,10 @@ def table_columns(path: Path) -> list[str]:
     """The names of a table's columns. Raises DataError when the file is missing or damaged."""
     if kind(path) == ".csv":
         for _, header, _ in _csv_records(path):
-            return header
+            return _without_doubles(path, header)
         raise DataError(f"{path}: the file is empty, expected a header and rows")
     with _problems_named(path), _arrow(path) as source:
-        return list(source.names)
+        return _without_doubles(path, source.names)
 
 
 def count_table(path: Path) -> int | None:
@@ -57,7 +57,7 @@ def table_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[int,
         return
     number = 0
     with _problems_named(path), _arrow(path) as source:
-        expected = [name for name in source.names if columns is None or name in columns]
+        expected = [name for name in _without_doubles(path, source.names) if columns is None or name in columns]
         for batch in source.batches(expected):
             sparse = [field.name for field in batch.schema if str(field.type).count("struct<") > 1]
             for row in _plain(batch):
@@ -65,6 +65,14 @@ def table_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[int,
                 for name in sparse:
                     row[name] = _without_nulls(row[name])
                 yield number, row, ""
+
+
+def _without_doubles(path: Path, names: list[str]) -> list[str]:
+    """The names of the columns. Raises DataError where two have the same, so that one would be lost."""
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise DataError(f'{path}: two columns are named "{double}"; rename or remove one')
+    return names
 
 
 def _plain(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
@@ -192,7 +200,7 @@ def _csv_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, 
         if problem:
             yield number, None, problem
         elif header is None:
-            header = fields
+            header = _without_doubles(path, fields)
         elif len(fields) != len(header):
             yield number, None, f"found {len(fields)} fields, expected {len(header)} as in the header"
         else:

@@ -48,7 +48,7 @@ _EMPTY_SOURCE = (
 # <|im_start|>, <｜User｜>, <|turn>, <turn|>, <start_of_turn>, <role>
 _MARKER = re.compile(r"<[|｜][^\s<>]+>|<[^\s<>]+[|｜]>|</?(?:start_of_turn|end_of_turn|role)>")
 # where a model keeps its own template, which is trusted whatever its tokens are
-_OWN = ("chat_template.jinja", "tokenizer_config.json")
+_OWN = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 
 
 class ChatTemplate:
@@ -63,6 +63,8 @@ class ChatTemplate:
         # a named template reads a thought in the content
         slots = slots_of(source)
         self._thought_tags = None if slots is None else slots.thought
+        # whether it renders only the contents, so that the text is an input like any other
+        self.is_bare = source.endswith(_EMPTY_SOURCE)
         self._special_map = special_map
         try:
             self._compiled = _environment().from_string(source)
@@ -73,6 +75,10 @@ class ChatTemplate:
     def __reduce__(self) -> tuple[Any, ...]:
         # a compiled template cannot be sent to another process
         return ChatTemplate, (self.source, self.name, self._special_map)
+
+    def with_source(self, source: str) -> ChatTemplate:
+        """Another text under the same name and with the same special tokens."""
+        return ChatTemplate(source, self.name, self._special_map)
 
     def syntax(self) -> nodes.Template:
         """The template as Jinja's tree of nodes."""
@@ -106,19 +112,22 @@ def load_template(
     *,
     default_system: str | None = None,
     enable_thinking: bool = True,
+    opening: str = "",
 ) -> ChatTemplate:
     """The chat template of a model folder, or `template`: a Jinja file, or one of LLaMA-Factory's names.
 
     A file in the working directory takes precedence over a name. `empty` joins the contents, with the eos token after
-    those of an assistant. `default_system` is the system text of conversations without one; it and `enable_thinking`
-    become part of the source. Raises ModelError when the template does not exist or is not valid Jinja, or the model
-    lacks the eos token that it needs.
+    those of an assistant, and begins with `opening`, as the tokenizer's inputs do. `default_system` is the system text
+    of conversations without one; it and `enable_thinking` become part of the source. Raises ModelError when the
+    template does not exist or is not valid Jinja, or the model lacks the eos token that it needs.
     """
     source, name, is_named = _find_source(folder, special_map, template, default_system, enable_thinking)
     if not enable_thinking and "enable_thinking" not in source:
         logger.warning("the chat template (%s) does not use enable_thinking: it has no effect", name)
     if is_named:
         return ChatTemplate(source, name, special_map)
+    if source == _EMPTY_SOURCE and opening:
+        source = _opened_source(opening)
     whole = ChatTemplate(_with_defaults(source, default_system, enable_thinking), name, special_map)
     if default_system:
         _check_default_system(whole, ChatTemplate(source, name, special_map), default_system)
@@ -137,8 +146,8 @@ def _find_source(
         path = folder / "chat_template.jinja"
         if path.is_file():
             return _read_template(path), str(path), False
-        path = folder / "tokenizer_config.json"
-        return _own_template(path, read_json(path).get("chat_template")), str(path), False
+        path = next((folder / name for name in _OWN[1:] if _entry(folder / name)), folder / _OWN[1])
+        return _own_template(path, _entry(path)), str(path), False
     path = Path(template).expanduser()
     if path.is_file():
         if template in _names():
@@ -175,6 +184,13 @@ def _check_eos(folder: Path, special_map: dict[str, str], name: str) -> None:
         raise ModelError(f"{folder}: no eos_token, which template: {name} needs to end an answer; give a Jinja file")
 
 
+def _opened_source(opening: str) -> str:
+    """The source of `empty` that begins with this text, unless the first content does."""
+    text = literal(opening)
+    has_it = f"messages and messages[0]['content'].startswith({text})"
+    return f"{{% if not ({has_it}) %}}{{{{ {text} }}}}{{% endif %}}{_EMPTY_SOURCE}"
+
+
 def _with_defaults(source: str, default_system: str | None, enable_thinking: bool) -> str:
     """`source`, extended to add the system text and to switch thinking off whatever tool renders it."""
     if default_system is not None:
@@ -204,6 +220,11 @@ def _check_default_system(template: ChatTemplate, bare: ChatTemplate, default_sy
         raise ModelError(f"default_system: {error}; remove it, or give another template") from None
     if default_system.strip() not in text:
         logger.warning("the chat template (%s) writes no system text: default_system has no effect", template.name)
+
+
+def has_template(folder: Path) -> bool:
+    """Whether a model or adapter folder holds a chat template; chat_template.json is what older processors wrote."""
+    return (folder / _OWN[0]).is_file() or any(_entry(folder / name) for name in _OWN[1:])
 
 
 def template_folder(base: Path, adapter: Path | None) -> Path:
@@ -242,6 +263,10 @@ def marker_notes(template: ChatTemplate, tokenizer: Tokenizer) -> list[Note]:
     return list(islice(notes, 1))
 
 
+def _entry(path: Path) -> Any:
+    return read_json(path).get("chat_template")
+
+
 def _own_template(path: Path, value: Any) -> str:
     if isinstance(value, str):
         return value
@@ -255,7 +280,7 @@ def _own_template(path: Path, value: Any) -> str:
         )
     raise ModelError(
         f"{path.parent}: no chat template; looked for chat_template.jinja and for chat_template in "
-        "tokenizer_config.json; give the path of a Jinja file as template"
+        "tokenizer_config.json and chat_template.json; give the path of a Jinja file as template"
     )
 
 

@@ -89,7 +89,8 @@ def close_answers(rendered: Rendered, messages: Sequence[Message], ends: AnswerE
 
     def closed(end: int) -> int:
         if end == len(rendered.text):
-            return len(text)
+            # of a last answer that is not trained on, the end is not either
+            return len(text) if is_open and messages[-1].get("weight", 1) else end
         return end + next((len(marker) for marker in markers if text.startswith(marker, end)), 0)
 
     return Rendered(text, tuple((start, closed(end)) for start, end in rendered.spans))

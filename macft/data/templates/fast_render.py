@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 from jinja2 import nodes
 
 from macft.data.templates.chat_template import ChatTemplate, Message
+from macft.data.templates.overlap import closing_length
 from macft.errors import DataError
 
 # how many orders of roles are kept, and how often one is met before it pays off
@@ -244,14 +245,16 @@ def _make_plan(template: ChatTemplate, roles: tuple[str, ...]) -> _JoinPlan | No
     probes = set(full.probes)
     spans = []
     for turn in (i for i, role in enumerate(roles) if role == "assistant"):
-        prompt = skeleton(template, roles[:turn], add_generation_prompt=True)
+        # no template need prompt for an answer to nothing
+        prompt = skeleton(template, roles[:turn] or ("user",), add_generation_prompt=True)
         answered = skeleton(template, roles[: turn + 1])
         if prompt is None or answered is None:
             return None
-        begin, end = _end_of(prompt.items, full.items), _end_of_turn(answered.items, full.items, turn)
+        begin = _end_of(prompt.items, full.items) if turn else _begin_of_opening(template, prompt.items, full.items)
+        end = _end_of_turn(answered.items, full.items, turn)
         if begin is None or end is None:
             return None
-        probes |= prompt.probes | answered.probes
+        probes |= answered.probes | (prompt.probes if turn else set())
         spans.append((turn, *begin, *end))
     plan = _JoinPlan(full.items, frozenset(probes), tuple(spans))
     return plan if _holds(template, roles, plan) else None
@@ -270,6 +273,28 @@ def _end_of(start: Items, items: Items) -> tuple[int, int] | None:
     return (last + 1, 0) if mine == theirs else None
 
 
+def _begin_of_opening(template: ChatTemplate, prompt: Items, items: Items) -> tuple[int, int] | None:
+    """Where an answer that opens a conversation begins, by what is written between `prompt`, a question's, and it."""
+    answered = skeleton(template, ("user", "assistant"))
+    if answered is None:
+        return None
+    before, here = _before(answered.items, 1), _before(items, 0)
+    if not before or not here or not prompt or before[:-1] != prompt[:-1]:
+        return None
+    asked, written, opening = prompt[-1], before[-1], here[-1]
+    if not isinstance(asked, str) or not isinstance(written, str) or not isinstance(opening, str):
+        return None
+    if not written.startswith(asked):
+        return None
+    return len(here) - 1, len(opening.removesuffix(written[len(asked) :]))
+
+
+def _before(items: Items, message: int) -> Items:
+    """The items before the first slot of a message."""
+    places = [i for i, item in enumerate(items) if isinstance(item, Slot) and item.message == message]
+    return items[: places[0]] if places else ()
+
+
 def _end_of_turn(answered: Items, items: Items, turn: int) -> tuple[int, int] | None:
     """Where the turn that ends `answered` ends in `items`, although it may be rendered differently there."""
     if (end := _end_of(answered, items)) is not None:
@@ -280,10 +305,14 @@ def _end_of_turn(answered: Items, items: Items, turn: int) -> tuple[int, int] | 
     ]
     if [len(found) for found in places] != [1, 1]:
         return None
-    here, there = places[0][0], places[1][0]
-    tail = answered[here + 1 :]
-    end = _end_of(tail, items[there + 1 :])
-    return None if end is None else (there + 1 + end[0], end[1])
+    here, there = places[0][0] + 1, places[1][0] + 1
+    if (end := _end_of(answered[here:], items[there:])) is not None:
+        return there + end[0], end[1]
+    mine, theirs = answered[here:], items[there : there + 1]
+    if len(mine) != 1 or not isinstance(mine[0], str) or not theirs or not isinstance(theirs[0], str):
+        return None
+    length = closing_length(mine[0], theirs[0])
+    return None if length is None else (there, length)
 
 
 def _fill(plan: _JoinPlan, contents: Sequence[str]) -> JoinedText | None:

@@ -36,6 +36,7 @@ _LEFT_OUT = "have nothing to train on and are left out"
 SKIP_REASONS = (
     SkipReason(_LEFT_OUT, "it has no answer"),
     SkipReason(_LEFT_OUT, "cutoff_len {cutoff_len} leaves no answer, or the template renders none"),
+    SkipReason(_LEFT_OUT, "its answers are marked as not trained on"),
 )
 
 AnyRow = TypeVar("AnyRow", bound=DataRow)
@@ -81,7 +82,7 @@ def encode_examples(examples: Sequence[Example], encoding: Encoding, files: Mapp
     rendered = render_all(examples, lambda example: _render(example, example.messages, encoding))
     for start in range(0, len(rendered), CHUNK):
         chunk = rendered[start : start + CHUNK]
-        placed = encoding.tokenizer.place_batch(
+        placed = encoding.place_batch(
             [one.text for one in chunk], [[border for span in one.spans for border in span] for one in chunk]
         )
         for example, text, tokens, row in zip(
@@ -89,18 +90,27 @@ def encode_examples(examples: Sequence[Example], encoding: Encoding, files: Mapp
         ):
             flags, boundary_tokens = 0, sum(is_boundary for _, is_boundary in tokens.borders)
             if len(tokens.ids) > encoding.cutoff_len:
-                fitted = _fit(example, text, encoding.tokenizer.encode(text.text), encoding)
+                fitted = _fit(example, text, encoding.encode(text.text), encoding)
                 flags = SHORTENED * fitted.shortened | EMPTIED * fitted.emptied | ANSWER_CUT * fitted.answer_cut
                 row, boundary_tokens = fitted.row, fitted.boundary_tokens
             builder.add(
                 example.source,
                 [row],
-                skip_reason=0 if row.loss_mask.any() else 2 if example.answers else 1,
+                skip_reason=0 if row.loss_mask.any() else _skip_reason(example, encoding),
                 flags=flags,
                 boundary_tokens=boundary_tokens,
                 special=special.first_in(example),
             )
     return builder.table()
+
+
+def _skip_reason(example: Example, encoding: Encoding) -> int:
+    """The number in SKIP_REASONS for an example without a target."""
+    answers = [message for message in example.messages if message["role"] == "assistant"]
+    if not answers:
+        return 1
+    meant = answers[-1:] if encoding.mask_history else answers
+    return 2 if encoding.train_on_prompt or any(message.get("weight", 1) for message in meant) else 3
 
 
 def _rows(placed: Sequence[Placed]) -> Iterator[TokenizedExample]:
@@ -158,7 +168,7 @@ def fit_examples(examples: Sequence[Example], encoding: Encoding) -> Iterator[Fi
     rendered = render_all(examples, lambda example: _render(example, example.messages, encoding))
     for start in range(0, len(rendered), CHUNK):
         chunk = rendered[start : start + CHUNK]
-        encoded = encoding.tokenizer.encode_batch([one.text for one in chunk])
+        encoded = encoding.encode_batch([one.text for one in chunk])
         for parts in zip(examples[start : start + CHUNK], chunk, encoded, strict=True):
             yield _fit(*parts, encoding)
 
@@ -179,16 +189,16 @@ def render_all(examples: Sequence[AnyRow], render: Callable[[AnyRow], Result]) -
 
 
 def _fit(example: Example, rendered: Rendered, encoded: Encoded, encoding: Encoding) -> FittedRow:
-    messages, tokenizer, cutoff_len = example.messages, encoding.tokenizer, encoding.cutoff_len
+    messages, cutoff_len = example.messages, encoding.cutoff_len
     if len(encoded.ids) > cutoff_len:
 
         def measure(shorter: Sequence[Message]) -> int:
-            return len(tokenizer.encode(_render(example, shorter, encoding).text).ids)
+            return len(encoding.encode(_render(example, shorter, encoding).text).ids)
 
         with naming_shortened(example, encoding):
             messages = shorten(messages, len(encoded.ids), measure, encoding)
             rendered = _render(example, messages, encoding)
-        encoded = tokenizer.encode(rendered.text)
+        encoded = encoding.encode(rendered.text)
     mask, boundary_tokens = _loss_mask(rendered, encoded)
     return FittedRow(
         rendered=rendered,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from macft.data.templates.chat_template import ChatTemplate
 from macft.data.templates.ends import AnswerEnds, find_ends
-from macft.data.tokenization.tokenizer import Tokenizer
+from macft.data.tokenization.tokenizer import Encoded, Placed, Tokenizer
 
 # rows that are encoded at once: keeps all cores busy, and the memory of the encodings small
 CHUNK = 1000
@@ -22,6 +23,7 @@ class Encoding:
     cutoff_len: int
     train_on_prompt: bool = False
     mask_history: bool = False
+    embedding_rows: int | None = None  # ids from here on are unknown to the model; None: not known
 
     @property
     def chat(self) -> ChatTemplate:
@@ -33,3 +35,19 @@ class Encoding:
     def ends(self) -> AnswerEnds:
         """What closes the answers of the template."""
         return find_ends(self.chat, self.tokenizer)
+
+    @property
+    def _is_input(self) -> bool:
+        return self.template is not None and self.template.is_bare
+
+    def encode(self, text: str) -> Encoded:
+        """The tokens of a rendered conversation."""
+        return self.tokenizer.encode(text, is_input=self._is_input)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
+        """`encode` for many conversations."""
+        return self.tokenizer.encode_batch(texts, is_input=self._is_input)
+
+    def place_batch(self, texts: Sequence[str], borders: Sequence[Sequence[int]]) -> list[Placed]:
+        """See Tokenizer."""
+        return self.tokenizer.place_batch(texts, borders, is_input=self._is_input)

@@ -10,7 +10,8 @@ import numpy as np
 from macft.data.formats.pairs import PairExample
 from macft.data.templates.chat_template import Message
 from macft.data.templates.ends import close_answers
-from macft.data.templates.spans import Rendered, common_length, render_turn
+from macft.data.templates.overlap import common_length
+from macft.data.templates.spans import Rendered, render_turn
 from macft.data.tokenization.conversations import FittedRow, cut, is_emptied, naming_shortened, render_all, shorten
 from macft.data.tokenization.encoding import CHUNK, Encoding
 from macft.data.tokenization.report import SkipReason, SpecialTokens, TokenizeReport, and_others, fill_report
@@ -137,7 +138,7 @@ def fit_pairs(examples: Sequence[PairExample], encoding: Encoding) -> Iterator[F
     rendered = render_all(examples, lambda example: _render(example, example.prompt, encoding))
     for start in range(0, len(examples), CHUNK):
         chunk = rendered[start : start + CHUNK]
-        encoded = encoding.tokenizer.encode_batch([row.text for rows in chunk for row in rows])
+        encoded = encoding.encode_batch([row.text for rows in chunk for row in rows])
         pairs = zip(encoded[::2], encoded[1::2], strict=True)
         for parts in zip(examples[start : start + CHUNK], chunk, pairs, strict=True):
             yield _fit(*parts, encoding)
@@ -155,17 +156,17 @@ def _render(example: PairExample, prompt: tuple[Message, ...], encoding: Encodin
 def _fit(
     example: PairExample, rendered: tuple[Rendered, Rendered], encoded: tuple[Encoded, Encoded], encoding: Encoding
 ) -> FittedPair:
-    prompt, tokenizer, cutoff_len = example.prompt, encoding.tokenizer, encoding.cutoff_len
+    prompt, cutoff_len = example.prompt, encoding.cutoff_len
     length = max(len(row.ids) for row in encoded)
     if length > cutoff_len:
 
         def longer_row(prompt: tuple[Message, ...]) -> int:
-            return max(len(tokenizer.encode(row.text).ids) for row in _render(example, prompt, encoding))
+            return max(len(encoding.encode(row.text).ids) for row in _render(example, prompt, encoding))
 
         with naming_shortened(example, encoding):
             prompt = shorten(prompt, length, longer_row, encoding)
             rendered = _render(example, prompt, encoding)
-        encoded = (tokenizer.encode(rendered[0].text), tokenizer.encode(rendered[1].text))
+        encoded = (encoding.encode(rendered[0].text), encoding.encode(rendered[1].text))
     starts = [row.token_after(text.spans[0][0]) for row, text in zip(encoded, rendered, strict=True)]
     # TRL's rule: the earlier start of the two, so that both rows share the prompt
     prompt_length = min(starts[0][0], starts[1][0], common_length(encoded[0].ids, encoded[1].ids))

@@ -152,7 +152,7 @@ class SpecialTokens:
 
 
 class RefusedError(DataError):
-    """The template refuses conversations; `problems`: cause -> (place of the first, how many there are)."""
+    """The template or the embedding refuses rows; `problems`: cause -> (place of the first, how many there are)."""
 
     def __init__(self, problems: Mapping[str, tuple[str, int]]) -> None:
         super().__init__(problems)
@@ -161,7 +161,7 @@ class RefusedError(DataError):
     def __str__(self) -> str:
         lines = [f"{first}{and_others(count)}: {cause}" for cause, (first, count) in self.problems.items()]
         total = sum(count for _, count in self.problems.values())
-        return lines[0] if len(lines) == 1 else join_problems(f"{total} examples cannot be rendered", lines)
+        return lines[0] if len(lines) == 1 else join_problems(f"{total} examples cannot be trained on", lines)
 
 
 def and_others(count: int) -> str:

@@ -16,7 +16,7 @@ from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.feedback import only_last
 from macft.data.tokenization.pairs import SKIP_REASONS, FittedPair, fit_pairs
 from macft.data.tokenization.report import SpecialTokens
-from macft.data.tokenization.texts import end_token
+from macft.data.tokenization.texts import end_tokens
 from macft.text import plural
 
 # runs of text, each {"text": str, "trained": bool}
@@ -63,11 +63,12 @@ def preview_feedback(example: FeedbackExample, encoding: Encoding) -> RowPreview
 def preview_text(text: PlainText, encoding: Encoding) -> RowPreview:
     """Preview a whole text with its end token; `rows` in the value is how many it fills."""
     tokenizer = encoding.tokenizer
-    end, encoded = end_token(tokenizer), tokenizer.encode(text.text)
+    tail, opened = end_tokens(tokenizer), tokenizer.opened(text.text)
+    encoded = tokenizer.encode(opened, is_input=True)
     first = encoded.ends[0] if encoded.ends else 0
-    trained = text.text[first:] + tokenizer.decode([end], skip_special=False)
-    pieces = [{"text": text.text[:first], "trained": False}, {"text": trained, "trained": True}]
-    ids = [*encoded.ids, end]
+    trained = opened[first:] + tokenizer.decode(tail, skip_special=False)
+    pieces = [{"text": opened[:first], "trained": False}, {"text": trained, "trained": True}]
+    ids = [*encoded.ids, *tail]
     value = {
         "source": text.source,
         "pieces": [piece for piece in pieces if piece["text"]],

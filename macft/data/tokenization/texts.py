@@ -1,4 +1,4 @@
-"""Tokenize texts, each closed by the end token, and cut them into pieces of up to `cutoff_len` tokens."""
+"""Tokenize texts as whole inputs, each closed by the end token, and cut them into pieces of up to `cutoff_len`."""
 
 from __future__ import annotations
 
@@ -60,17 +60,18 @@ def encode_texts(texts: Sequence[PlainText], encoding: Encoding, files: Mapping[
     Raises ModelError when the tokenizer has no end token.
     """
     tokenizer = encoding.tokenizer
-    end = end_token(tokenizer)
+    tail = end_tokens(tokenizer)
     special = SpecialTokens(tokenizer)
     builder = TableBuilder(1, files)
     for start in range(0, len(texts), CHUNK):
         chunk = texts[start : start + CHUNK]
-        for text, encoded in zip(chunk, tokenizer.encode_batch([one.text for one in chunk]), strict=True):
-            tokens = np.array([*encoded.ids, end], dtype=np.int32)
+        opened = [tokenizer.opened(one.text) for one in chunk]
+        for text, encoded in zip(chunk, tokenizer.encode_batch(opened, is_input=True), strict=True):
+            tokens = np.array([*encoded.ids, *tail], dtype=np.int32)
             builder.add(
                 text.source,
                 [TokenizedExample(tokens, np.arange(len(tokens)) > 0)],
-                skip_reason=int(len(tokens) == 1),
+                skip_reason=int(len(encoded.ids) == len(tokenizer.opening_ids)),
                 special=special.first_in(text),
             )
     return builder.table()
@@ -157,8 +158,14 @@ def _cut_alone(table: Table, rows: np.ndarray, cutoff_len: int) -> Pieces:
     return Pieces(table, starts[stops - starts > 1], stops[stops - starts > 1])
 
 
-def end_token(tokenizer: Tokenizer) -> int:
-    """The id that ends every text: the tokenizer's eos token, else the smallest id that ends an answer."""
+def end_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end every text: what the tokenizer puts there, and the end token unless it is that."""
+    end = _end_token(tokenizer)
+    return [*tokenizer.closing_ids, *([end] if tokenizer.closing_ids[-1:] != (end,) else [])]
+
+
+def _end_token(tokenizer: Tokenizer) -> int:
+    """The tokenizer's eos token, else the smallest id that ends an answer."""
     named = tokenizer.special_map.get("eos_token")
     if named is not None:
         ids = tokenizer.encode(named).ids

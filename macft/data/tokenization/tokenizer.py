@@ -9,11 +9,12 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from macft.errors import MissingPackageError, ModelError
 from macft.files import write_bytes
@@ -63,7 +64,11 @@ class Placed:
 
 
 class Tokenizer:
-    """Encodes without adding special tokens; those typed in the text stay special."""
+    """Encodes without adding special tokens; those typed in the text stay special.
+
+    `opening_ids` and `closing_ids` are what the post-processor puts around a text that is the whole input, such as BOS
+    and EOS; `opening` is the text of the former.
+    """
 
     def __init__(
         self,
@@ -75,6 +80,8 @@ class Tokenizer:
     ) -> None:
         core.no_truncation()
         core.no_padding()
+        self.opening_ids, self.closing_ids = _around(core)
+        self.opening = "".join(core.id_to_token(id_) for id_ in self.opening_ids)
         # a byte-level post-processor trims blanks off the offsets, which would move the loss mask
         core.post_processor = None
         self._core = core
@@ -91,27 +98,69 @@ class Tokenizer:
         """Every token's text with its id."""
         return dict(self._core.get_vocab(with_added_tokens=True))
 
+    @cached_property
+    def last_id(self) -> int:
+        """The largest id of any token."""
+        return max(self.vocabulary.values(), default=-1)
+
+    @property
+    def added_tokens(self) -> list[AddedToken]:
+        """The tokens that are cut out of a text before anything else, by id, with their flags."""
+        return [token for _, token in sorted(self._core.get_added_tokens_decoder().items())]
+
     @property
     def fingerprint(self) -> str:
         """A digest of everything that the tokens of a text and the special tokens of a template depend on."""
         parts = [self._core.to_str(), json.dumps(self.special_map, sort_keys=True), str(sorted(self.eos_ids))]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def encode(self, text: str) -> Encoded:
-        """Token ids of `text`, and where each token ends in it (in characters)."""
-        return _encoded(self._core.encode(text, add_special_tokens=False))
+    def opened(self, text: str) -> str:
+        """`text` as a whole input, which begins with the opening."""
+        return text if text.startswith(self.opening) else self.opening + text
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode(self, text: str, *, is_input: bool = False) -> Encoded:
+        """Token ids of `text`, and where each token ends in it (in characters).
+
+        `is_input`: the text is a whole input. What follows its opening then gets the tokens that it has without it:
+        SentencePiece's tokenizers put a space before the first word of a text, but not before one after a token.
+        """
+        start = self._start(text, is_input)
+        return self._encoded(self._core.encode(text[start:], add_special_tokens=False), start)
+
+    def encode_batch(self, texts: Sequence[str], *, is_input: bool = False) -> list[Encoded]:
         """`encode` for many texts, on all cores."""
-        return [_encoded(one) for one in self._core.encode_batch(list(texts), add_special_tokens=False)]
+        starts, encoded = self._encode_after_openings(texts, is_input)
+        return [self._encoded(one, start) for one, start in zip(encoded, starts, strict=True)]
 
-    def place_batch(self, texts: Sequence[str], borders: Sequence[Sequence[int]]) -> list[Placed]:
+    def place_batch(
+        self, texts: Sequence[str], borders: Sequence[Sequence[int]], *, is_input: bool = False
+    ) -> list[Placed]:
         """`encode_batch` that locates only the tokens around the `borders` (characters) of each text."""
-        encoded = self._core.encode_batch(list(texts), add_special_tokens=False)
-        return [
-            Placed(one.ids, [_token_after(one, border) for border in expected])
-            for one, expected in zip(encoded, borders, strict=True)
-        ]
+        starts, encoded = self._encode_after_openings(texts, is_input)
+        placed = []
+        for one, start, expected in zip(encoded, starts, borders, strict=True):
+            before = self.opening_ids if start else ()
+            found = [_token_after(one, border - start) if border >= start else (0, border > 0) for border in expected]
+            places = zip(found, expected, strict=True)
+            shifted = [(at + len(before) * (border >= start), inside) for (at, inside), border in places]
+            placed.append(Placed([*before, *one.ids] if before else one.ids, shifted))
+        return placed
+
+    def _start(self, text: str, is_input: bool) -> int:
+        """The characters of the opening that a whole input begins with."""
+        return len(self.opening) if is_input and self.opening and text.startswith(self.opening) else 0
+
+    def _encode_after_openings(self, texts: Sequence[str], is_input: bool) -> tuple[list[int], list[Any]]:
+        starts = [self._start(text, is_input) for text in texts]
+        rests = [text[start:] for text, start in zip(texts, starts, strict=True)]
+        return starts, self._core.encode_batch(rests, add_special_tokens=False)
+
+    def _encoded(self, encoding: Any, start: int) -> Encoded:
+        encoded = _encoded(encoding)
+        if not start:
+            return encoded
+        ends = [*[start] * len(self.opening_ids), *(start + end for end in encoded.ends)]
+        return Encoded([*self.opening_ids, *encoded.ids], ends)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that do not form a character become U+FFFD."""
@@ -163,6 +212,14 @@ def special_texts(settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text is not None}
 
 
+def _around(core: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the post-processor puts before a text, and those after it."""
+    alone = core.encode("a", add_special_tokens=False).ids
+    whole = core.encode("a").ids
+    before = next((at for at in range(len(whole)) if whole[at : at + len(alone)] == alone), 0)
+    return tuple(whole[:before]), tuple(whole[before + len(alone) :])
+
+
 def _encoded(encoding: Any) -> Encoded:
     return Encoded(encoding.ids, [end for _, end in encoding.offsets])
 
@@ -210,7 +267,18 @@ def _load_core(folder: Path, files: dict[str, bytes], settings: dict[str, Any], 
     known = _added_texts(core)
     roles = [text for text in special_map.values() if text not in known and core.token_to_id(text) is not None]
     core.add_special_tokens(roles)
+    if "tokenizer.json" not in files:
+        _surround(core, settings, special_map)
     return core
+
+
+def _surround(core: Any, settings: Mapping[str, Any], special_map: Mapping[str, str]) -> None:
+    """Add what puts BOS and EOS around an input, where only the settings ask for it."""
+    asked = [special_map.get(f"{role}_token") if settings.get(f"add_{role}_token") else None for role in ("bos", "eos")]
+    bos, eos = ([text] if text is not None and core.token_to_id(text) is not None else [] for text in asked)
+    if bos or eos:
+        tokens = [(text, core.token_to_id(text)) for text in (*bos, *eos)]
+        core.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=tokens)
 
 
 def _parse_core(path: Path, content: bytes) -> Any:

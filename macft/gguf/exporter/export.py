@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +27,11 @@ from macft.weights.model_config import read_config
 from macft.weights.source import open_model
 from macft.weights.tensors.lazy import LazyTensor
 
+logger = logging.getLogger("macft")
+
+# Under 6 bits a weight. The figures are docs/export.md's, and those of its verification with the quickstart's adapter.
+_COARSE = ("q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m")
+_SMALL = 1_000_000_000
 _PHI = re.compile("phi-?3", re.IGNORECASE)
 _SIZES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
@@ -39,15 +45,23 @@ class GgufReport:
 
 
 def export_gguf(
-    model: ModelFolder, adapters: Sequence[Adapter], outputs: Mapping[str, Path], *, template: str | None
+    model: ModelFolder,
+    adapters: Sequence[Adapter],
+    outputs: Mapping[str, Path],
+    *,
+    template: str | None,
+    check: Callable[[str, Path], None] | None = None,
 ) -> GgufReport:
     """Write a model, adapters merged, as one GGUF file for each quantization of `outputs`, in one pass.
 
-    `template` is the Jinja chat template to embed. Raises ModelError for an unknown architecture and for weights or
-    tokenizer files that do not fit; nothing is then left behind.
+    `template` is the Jinja chat template to embed; the notes are logged before anything is written. Raises ModelError
+    for an unknown architecture and for weights or tokenizer files that do not fit, and what `check` raises of a
+    quantization and its file, which has no name yet; nothing is then left behind.
     """
-    gguf, notes = read_gguf_model(model, adapters, template=template)
-    written = write_gguf(gguf, outputs, if_not_finite=if_not_finite(model, adapters))
+    gguf, notes = read_gguf_model(model, adapters, template=template, quants=outputs)
+    for note in notes:
+        logger.warning(note)
+    written = write_gguf(gguf, outputs, if_not_finite=if_not_finite(model, adapters), check=check)
     return GgufReport(tuple(written), tuple(notes))
 
 
@@ -59,9 +73,9 @@ def if_not_finite(model: ModelFolder, adapters: Sequence[Adapter]) -> str:
 
 
 def read_gguf_model(
-    model: ModelFolder, adapters: Sequence[Adapter], *, template: str | None
+    model: ModelFolder, adapters: Sequence[Adapter], *, template: str | None, quants: Collection[str]
 ) -> tuple[GgufModel, list[str]]:
-    """(The model in GGUF form, none of its weights read yet, notes for the user.)"""
+    """(The model in GGUF form, none of its weights read yet, notes for the user on it and on these quantizations.)"""
     given_config, tensors = as_hf(open_model(model.path, exact=True))
     architecture_of(given_config)
     adapters = [without_copies(adapter, tensors) for adapter in adapters]
@@ -78,6 +92,7 @@ def read_gguf_model(
     fields |= gguf.fields
     fields |= tokenizer_fields(vocabulary, config, template=template, vocab_rows=rows)
     notes = [*architecture_notes(config), *_notes(model, adapters), *fitted.notes]
+    notes += _coarse_notes(gguf.tensors, quants)
     return GgufModel(gguf.architecture, fields, gguf.tensors), notes
 
 
@@ -115,9 +130,25 @@ def _name(model: ModelFolder, adapters: Sequence[Adapter], required: str | None)
     return name if required in name.lower() else f"{name} ({required})"
 
 
+def _coarse_notes(tensors: Sequence[LazyTensor], quants: Collection[str]) -> list[str]:
+    """What too few bits do to a small model."""
+    coarse = [quant for quant in quants if quant in _COARSE]
+    if not coarse or _parameters(tensors) >= _SMALL:
+        return []
+    return [
+        f"{', '.join(coarse)}: this hurts so small a model ({_size_label(tensors)} parameters): the likeliest next "
+        "token of SmolLM2-135M stays the same at 67 to 86% of positions with q4_k_m, at 94% with q8_0; take --quant "
+        "q8_0"
+    ]
+
+
+def _parameters(tensors: Sequence[LazyTensor]) -> int:
+    return sum(prod(tensor.shape) for tensor in tensors)
+
+
 def _size_label(tensors: Sequence[LazyTensor]) -> str:
     """The number of parameters as model names state it: 135M, 1.5B."""
-    count = float(sum(prod(tensor.shape) for tensor in tensors))
+    count = float(_parameters(tensors))
     scale, letter = next(((scale, letter) for scale, letter in _SIZES if count >= scale), (1.0, ""))
     value = count / scale
     return f"{value:.0f}{letter}" if value >= 10 or value == round(value) else f"{value:.1f}{letter}"

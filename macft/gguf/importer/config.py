@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from math import pi
 from typing import Any
 
@@ -12,6 +13,9 @@ from macft.gguf import dimensions
 from macft.gguf.dimensions import Sizes
 from macft.gguf.format import GgufFile, GgufTensor
 
+log = logging.getLogger("macft")
+
+_MISTRAL_7B = {"layers": 32, "hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8}
 _NEEDED = ("layers", "hidden", "ffn", "heads")
 _EXPERTS = ("experts", "experts_used", "expert_ffn")
 
@@ -83,13 +87,31 @@ def common(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
 
 
 def llama(source: GgufFile, sizes: Sizes) -> dict[str, Any]:
-    """What llama has of its own: flags for biases."""
-    del sizes
+    """What llama has of its own: flags for biases; a file with a window, which llama has not, is a mistral."""
+    if window := source.number("llama.attention.sliding_window", 0):
+        mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        return {**mistral, "hidden_act": "silu", "sliding_window": window}
+    if _is_early_mistral(source, sizes):
+        log.warning(
+            "%s: by its name or sizes a Mistral of 2023, which attends over a window of tokens (Mistral 7B v0.1: 4096) "
+            "that this file does not record: beyond it the imported model attends to everything, as llama.cpp does; "
+            "for longer texts use the original model's folder",
+            source.path,
+        )
     return {
         "hidden_act": "silu",
         "attention_bias": "blk.0.attn_q.bias" in source.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in source.tensors,
     }
+
+
+def _is_early_mistral(source: GgufFile, sizes: Sizes) -> bool:
+    """By its sizes, or by its name: later ones have no window, and another rope base."""
+    if _number(source, "rope.freq_base", 10_000.0) != 10_000.0:
+        return False
+    names = " ".join(str(value) for key, value in source.fields.items() if key.startswith("general."))
+    has_sizes = all(sizes[word] == size for word, size in _MISTRAL_7B.items())
+    return has_sizes or "mistral" in names.lower()
 
 
 def smollm3(source: GgufFile, sizes: Sizes) -> dict[str, Any]:

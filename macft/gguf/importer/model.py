@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from macft.gguf.tensor_rules import EXPERT, TensorRule, shape_problems
 from macft.weights.model_config import Config, normalize_config
 from macft.weights.tensors.lazy import Array, LazyTensor
 from macft.weights.tensors.safetensors import write_safetensors
+
+log = logging.getLogger("macft")
 
 _HALF = np.dtype(np.float16)  # for tensors of all other types
 _CHUNK = 1 << 17  # elements dequantized at a time: small enough for the CPU's cache
@@ -76,7 +79,7 @@ def _config(source: GgufFile, model_type: str, vocabulary: GgufVocabulary, sizes
         )
     imports = ARCHITECTURES[model_type].imports
     assert imports is not None, model_type
-    return {
+    config = {
         "architectures": [imports.class_name],
         "model_type": model_type,
         "dtype": _dtype(source.tensors["token_embd.weight"]).name,
@@ -84,6 +87,12 @@ def _config(source: GgufFile, model_type: str, vocabulary: GgufVocabulary, sizes
         **imports.entries(source, sizes),
         **_special_ids(vocabulary),
     }
+    window = source.number(f"{source.fields['general.architecture']}.attention.sliding_window", 0)
+    if window and not config.get("sliding_window"):
+        log.warning(
+            "%s: its window of %d tokens is left out, as llama.cpp does for %s", source.path, window, model_type
+        )
+    return config
 
 
 def _special_ids(vocabulary: GgufVocabulary) -> dict[str, Any]:

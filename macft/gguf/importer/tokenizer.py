@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from macft.errors import ModelError
@@ -16,13 +16,14 @@ from macft.files import write_json, write_text
 from macft.gguf.format import GgufFile
 from macft.gguf.vocabulary.sentencepiece import sentencepiece_tokenizer
 from macft.gguf.vocabulary.split_patterns import PRE_TOKENIZERS, PreTokenizer
+from macft.gguf.vocabulary.tokens import SPACE
 
 log = logging.getLogger("macft")
 
 _CUT_OUT = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)  # of a text, before anything else
-_KINDS = ("gpt2", "llama")
+_KINDS = ("gpt2", "llama", "gemma4")
 # what llama.cpp takes for the end of a turn when the file does not name one
-_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>")
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<turn|>", "<end_of_utterance>")
 # llama.cpp goes by the name too: in Phi-3, all special tokens except these swallow the white space after them
 _EATS_SPACE = ("phi-3", "phi3")
 _KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
@@ -50,13 +51,13 @@ def read_gguf_vocabulary(source: GgufFile) -> GgufVocabulary:
     kind = source.text("tokenizer.ggml.model")
     if kind not in _KINDS:
         raise ModelError(
-            f"{path}: tokenizer.ggml.model is {kind!r}; {' and '.join(map(repr, _KINDS))} can be imported: "
+            f"{path}: tokenizer.ggml.model is {kind!r}; {', '.join(map(repr, _KINDS))} can be imported: "
             "use the original model's folder instead of the .gguf file"
         )
-    pre = (source.text("tokenizer.ggml.pre") if kind == "gpt2" else None) or "default"
+    pre = kind if kind == "gemma4" else (source.text("tokenizer.ggml.pre") if kind == "gpt2" else None) or "default"
     if pre not in PRE_TOKENIZERS:
         raise ModelError(
-            f"{path}: pre-tokenizer {pre!r} is not known (known: {', '.join(sorted(PRE_TOKENIZERS))}): "
+            f"{path}: pre-tokenizer {pre!r} is none of the {len(PRE_TOKENIZERS)} that can be imported: "
             "use the original model's folder instead of the .gguf file"
         )
     tokens = _strings(source, "tokenizer.ggml.tokens")
@@ -76,13 +77,15 @@ def read_gguf_vocabulary(source: GgufFile) -> GgufVocabulary:
     ends = [index for index, token in enumerate(tokens) if token in _TURN_ENDS and types[index] in _CUT_OUT]
     if ends:
         ids.setdefault("eot", ends[0])
+    adds_bos = kind == "llama" or PRE_TOKENIZERS[pre].add_bos
     return GgufVocabulary(
         kind=kind,
         pre=PRE_TOKENIZERS[pre],
         tokens=tokens,
         types=types,
         ids=ids,
-        add_bos=bool(fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or PRE_TOKENIZERS[pre].add_bos)),
+        # as llama.cpp does for the first gemma4 files, which say false
+        add_bos=kind == "gemma4" or bool(fields.get("tokenizer.ggml.add_bos_token", adds_bos)),
         add_eos=bool(fields.get("tokenizer.ggml.add_eos_token", False)),
     )
 
@@ -90,7 +93,7 @@ def read_gguf_vocabulary(source: GgufFile) -> GgufVocabulary:
 def write_tokenizer(source: GgufFile, vocabulary: GgufVocabulary, folder: Path) -> None:
     """Write the tokenizer files into `folder`; a chat template is kept unchanged."""
     try:
-        tokenizer = _byte_level(source, vocabulary) if vocabulary.kind == "gpt2" else _sentencepiece(source, vocabulary)
+        tokenizer = _sentencepiece(source, vocabulary) if vocabulary.kind == "llama" else _bpe(source, vocabulary)
         _add_tokens(tokenizer, source, vocabulary)
     except ModelError:
         raise
@@ -123,7 +126,7 @@ def _add_tokens(tokenizer: Tokenizer, source: GgufFile, vocabulary: GgufVocabula
             raise ModelError(f"{source.path}: token {token!r} is not {index} in the vocabulary")
 
 
-def _byte_level(source: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
+def _bpe(source: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
     merges = []
     for line in _strings(source, "tokenizer.ggml.merges"):
         left, space, right = line[1:].partition(" ")
@@ -131,8 +134,15 @@ def _byte_level(source: GgufFile, vocabulary: GgufVocabulary) -> Tokenizer:
             raise ModelError(f"{source.path}: merge {line!r} is not two tokens with a space between")
         merges.append((line[:1] + left, right))
     vocab = {token: index for index, token in enumerate(vocabulary.tokens)}
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=vocabulary.pre.whole_words))
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in vocabulary.pre.patterns]
+    pre = vocabulary.pre
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    if pre.is_raw:
+        tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, byte_fallback=True))
+        tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+        tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+        return tokenizer
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre.whole_words))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from gguf import TokenType
 
-from macft.data.templates.chat_template import ChatTemplate, load_template
+from macft.data.templates.chat_template import ChatTemplate, has_template, load_template
 from macft.data.tokenization.tokenizer import read_json
 from macft.errors import ModelError
 from macft.gguf.format import Field
@@ -89,8 +89,7 @@ def _chat_template(vocabulary: Vocabulary, given: str | None) -> ChatTemplate | 
     special_map = vocabulary.tokenizer.special_map
     if given is not None:
         return ChatTemplate(given, name="the template", special_map=special_map)
-    has_own = (vocabulary.folder / "chat_template.jinja").is_file() or vocabulary.settings.get("chat_template")
-    return load_template(vocabulary.folder, special_map) if has_own else None
+    return load_template(vocabulary.folder, special_map) if has_template(vocabulary.folder) else None
 
 
 def _padded(vocabulary: Vocabulary, rows: int) -> list[str]:

@@ -68,7 +68,8 @@ def _byte_level(
 ) -> Vocabulary:
     settings, ids = read_settings(folder), tokenizer.vocabulary
     tokens = tokens_of(ids)
-    mark_added(tokens, added_tokens(folder, core, settings, ids))
+    # U+2581 is a character like any other here: llama.cpp's converter makes a space of it, which matches other texts
+    mark_added(tokens, added_tokens(folder, core, settings, ids), space=" ")
     # a space separates the two, so a space within one is written as in byte-level tokens
     lines = [f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}" for left, right in merges]
     return Vocabulary(folder, "gpt2", tokens, pre, tokenizer, ids, settings, core, merges=lines)

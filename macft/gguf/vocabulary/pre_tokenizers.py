@@ -19,15 +19,33 @@ _ANY_CASE = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
 # (what cuts the text, step by step; whether a piece that is a token is taken without merging) -> name
 _Cut = tuple[tuple[str, ...], bool]
+
+
+def _cut_of(pre: split_patterns.PreTokenizer) -> _Cut:
+    return pre.patterns, pre.whole_words
+
+
 _NAMES: dict[_Cut, str] = {
-    **{
-        (split_patterns.PRE_TOKENIZERS[name].patterns, split_patterns.PRE_TOKENIZERS[name].whole_words): name
-        for name in reversed(_PREFERRED)
-    },
+    **{_cut_of(split_patterns.PRE_TOKENIZERS[name]): name for name in reversed(_PREFERRED)},
     ((split_patterns.tekken(*split_patterns.PUBLISHED_CASES),), True): "tekken",
     ((split_patterns.gpt4o(*split_patterns.PUBLISHED_CASES),), False): "gpt-4o",
     ((split_patterns.QWEN35,), False): "qwen35",
     (split_patterns.DEEPSEEK3, False): "deepseek-v3",
+}
+# Names that llama.cpp's source treats as it treats the first; `split_patterns` says it of those that are imported.
+_ALIKE = {
+    "gpt-2": ("a.x-4.0", "gigachat", "granite-docling", "jina-v2-de", "jina-v2-es", "mellum", "modern-bert"),
+    "llama-bpe": ("falcon-h1", "jina-v5-nano", "midm-2.0"),
+    "qwen2": ("f2llmv2", "grok-2", "kormo", "solar-open"),
+    "gpt-4o": ("kanana2", "llama4", "minimax-m2", "talkie"),
+    "deepseek-v3": ("hunyuan-dense", "joyai-llm"),
+    "smollm": ("mellum2",),
+}
+# name -> the name of `_NAMES` that cuts alike
+_CUTS_AS: dict[str, str] = {
+    **{name: known for name, pre in split_patterns.PRE_TOKENIZERS.items() if (known := _NAMES.get(_cut_of(pre)))},
+    **{name: name for name in _NAMES.values()},
+    **{name: known for known, names in _ALIKE.items() for name in names},
 }
 # Normalizers that llama.cpp leaves out: NFC does not change text that is composed already, as typed text is.
 _HARMLESS = ("NFC",)
@@ -36,20 +54,20 @@ _HARMLESS = ("NFC",)
 def name_of_pre_tokenizer(path: Path, core: Mapping[str, Any], ids: Sequence[int], bos: int | None) -> str:
     """The `tokenizer.ggml.pre` of a tokenizer.json with the content `core`, read from `path`.
 
-    `ids` are those of `pre_tokenizer_hashes.TEXT` without special tokens. Published tokenizers are found by the hash
-    of these ids, as llama.cpp's converter does; one with its own vocabulary by how it cuts text. Raises ModelError,
-    with the regexes, when neither is known: under another name llama.cpp would silently cut text differently.
+    Known rules decide. Where they have several names, and where llama.cpp's source has others than tokenizer.json, the
+    name is that of the published tokenizer, found by the hash of `ids`: those of `pre_tokenizer_hashes.TEXT` without
+    special tokens. Raises ModelError, with the regexes, when neither is known: under another name llama.cpp would
+    silently cut text differently.
     """
-    for sequence in (list(ids), [bos, *ids]):
-        name = HASHES.get(hashlib.sha256(str(sequence).encode()).hexdigest())
-        if name is not None:
-            return name
     cuts = tuple(_cuts(core.get("pre_tokenizer")))
     is_whole = bool(core["model"].get("ignore_merges"))
     normalizers = [step for step in steps(core.get("normalizer"), "normalizers") if step.get("type") not in _HARMLESS]
     known = _NAMES.get((cuts, is_whole))
+    published = _published(ids, bos)
+    if known is None and published is not None:
+        return published
     if known is not None and not normalizers:
-        return known
+        return published if published is not None and _CUTS_AS.get(published) == known else known
     shown = [f"cuts text by {cut}" for cut in cuts] or ["cuts text by nothing"]
     shown += [f"changes text before by {json.dumps(step, ensure_ascii=False)}" for step in normalizers]
     if is_whole:
@@ -61,6 +79,12 @@ def name_of_pre_tokenizer(path: Path, core: Mapping[str, Any], ids: Sequence[int
             shown,
         )
     )
+
+
+def _published(ids: Sequence[int], bos: int | None) -> str | None:
+    """The name by which llama.cpp's converter knows the tokenizer with these ids of its text."""
+    hashes = (hashlib.sha256(str(sequence).encode()).hexdigest() for sequence in (list(ids), [bos, *ids]))
+    return next((HASHES[found] for found in hashes if found in HASHES), None)
 
 
 def _cuts(pre_tokenizer: Any) -> Iterable[str]:

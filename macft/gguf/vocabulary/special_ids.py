@@ -20,7 +20,7 @@ logger = logging.getLogger("macft")
 # role -> (its name in tokenizer.json's neighbors and config.json, its name in GGUF, misspelled there)
 _ROLES = {"bos": "bos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 # texts that end generation in llama.cpp whatever the file says (llama-vocab.cpp)
-_ENDS_BY_TEXT = (
+ENDS_BY_TEXT = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
     "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
@@ -82,8 +82,8 @@ def end_ids(vocabulary: Vocabulary, config: Mapping[str, Any], template: ChatTem
             "eos_token_id in config.json or generation_config.json); without it llama.cpp takes token 11"
         )
     texts = vocabulary.tokens.texts
-    first, others = found[0], sorted(found[1:], key=lambda id_: texts[id_] in _ENDS_BY_TEXT)
-    lost = [texts[id_] for id_ in others[len(_SLOTS) :] if texts[id_] not in _ENDS_BY_TEXT]
+    first, others = found[0], sorted(found[1:], key=lambda id_: texts[id_] in ENDS_BY_TEXT)
+    lost = [texts[id_] for id_ in others[len(_SLOTS) :] if texts[id_] not in ENDS_BY_TEXT]
     if lost:
         logger.warning(
             "a GGUF file has room for three ends of generation: llama.cpp will not stop at %s", ", ".join(lost)

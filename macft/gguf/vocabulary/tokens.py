@@ -110,13 +110,13 @@ def steps(step: Any, key: str) -> list[dict[str, Any]]:
     )
 
 
-def mark_added(tokens: Tokens, added: Mapping[int, Added]) -> None:
-    """Give the added tokens their texts and types; user-defined ones hold real spaces, as text does."""
+def mark_added(tokens: Tokens, added: Mapping[int, Added], *, space: str = SPACE) -> None:
+    """Give the added tokens their texts and types; `space` is how user-defined ones write a space, as text does not."""
     for id_, token in added.items():
         if token.is_special or _looks_special(token.text):
             tokens.texts[id_], tokens.types[id_] = token.text, TokenType.CONTROL
         else:
-            tokens.texts[id_], tokens.types[id_] = token.text.replace(SPACE, " "), TokenType.USER_DEFINED
+            tokens.texts[id_], tokens.types[id_] = token.text.replace(space, " "), TokenType.USER_DEFINED
 
 
 def _looks_special(text: str) -> bool:

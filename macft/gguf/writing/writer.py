@@ -48,6 +48,7 @@ def write_gguf(
     *,
     if_not_finite: str = "the model is broken; download it again",
     name: str | None = None,
+    check: Callable[[str, Path], None] | None = None,
 ) -> list[Written]:
     """Write a file for each quantization (`outputs`: its name to a path), reading every tensor once, on all cores.
 
@@ -55,7 +56,8 @@ def write_gguf(
     `general.file_type` come last, so that the file equals what it would write. ModelError, with nothing left behind,
     when a disk has no room, or naming each tensor with numbers that are not finite
     (`if_not_finite` says what that means) or too large for their type. UsageError for an unknown
-    quantization or a path that exists. `name` is what errors call the files, by default their paths.
+    quantization or a path that exists. `name` is what errors call the files, by default their paths. `check` gets each
+    quantization with the whole file, which has no name yet: what it raises leaves nothing behind either.
     """
     _check_outputs(outputs)
     _check_tensors(model.tensors)
@@ -72,6 +74,9 @@ def write_gguf(
                 raise ModelError(join_problems(f"{name}: not written: {if_not_finite}", broken))
             if overflowing:
                 raise ModelError(join_problems(f"{name}: not written: choose bf16 or f32 instead", overflowing))
+            if check is not None:
+                for target, temporary in zip(targets, temporaries, strict=True):
+                    check(target.quant, temporary)
     return [_written(target, digest) for target, digest in zip(targets, sums, strict=True)]
 
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from macft.data.templates.chat_template import ChatTemplate, template_end_ids
 from macft.data.tokenization.tokenizer import Tokenizer
+from macft.weights.folder import model_files, weight_files
 
 # Names of the matrix that turns hidden states into logits, the likelier first: tied models have no head.
 _OUTPUT_NAMES = ("lm_head.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight")
@@ -85,7 +86,7 @@ class _OutputRows:
     def find(folder: Path) -> _OutputRows | None:
         """Find the matrix in a folder; None if it has none in floating point."""
         found: dict[str, _OutputRows] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in model_files(folder)[0] if any(weight_files(folder)) else ():
             try:
                 with safe_open(path, framework="numpy") as file:
                     for name in file.keys():  # noqa: SIM118 (this is not a dict)

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from macft.errors import ModelError
 from macft.weights.adapters.peft import Adapter
-from macft.weights.folder import ModelFolder, damage, token_ids, weight_files, weights_hash
+from macft.weights.folder import ModelFolder, token_ids, weights_hash
 
 _HUB_CACHE = "models--"  # the hub cache's folder of org/name is models--org--name
 
@@ -21,12 +21,11 @@ def other_base_note(adapter: Adapter, base: ModelFolder) -> str | None:
     name = adapter.config.base
     folder = Path(name).expanduser()
     # a relative name is a hub's, or relative to a folder that is not known here
-    files = weight_files(folder) if folder.is_absolute() else []
-    is_here = bool(files) and not any(map(damage, files))
-    trained_on = adapter.base_hash or (weights_hash(folder) if is_here else None)
+    here = _hash_if_whole(folder) if folder.is_absolute() and folder.is_dir() else None
+    trained_on = adapter.base_hash or here
     if trained_on is not None and trained_on == weights_hash(base.path):
         return None
-    _check_tokens(adapter, base, folder if is_here else None)
+    _check_tokens(adapter, base, folder if here is not None else None)
     if trained_on is not None:
         return f"{adapter.folder} was trained on {name}, whose weights are not those of {base.name}"
     if not name or _last_part(name) in (_last_part(base.name), _last_part(str(base.path))):
@@ -35,6 +34,13 @@ def other_base_note(adapter: Adapter, base: ModelFolder) -> str | None:
         f"{adapter.folder} names {name} as its base, not {base.name}: on any other weights than those it was trained "
         "on its answers mean nothing"
     )
+
+
+def _hash_if_whole(folder: Path) -> str | None:
+    try:
+        return weights_hash(folder)
+    except ModelError:
+        return None
 
 
 def _last_part(name: str) -> str:

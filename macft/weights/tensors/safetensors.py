@@ -34,6 +34,13 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# read, to be dequantized, and never written
+FP8_DTYPES: dict[str, np.dtype[Any]] = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+_READABLE = {**DTYPES, **FP8_DTYPES}
 
 _FROM_TORCH = {"format": "pt"}  # what transformers asks of a safetensors file
 
@@ -138,11 +145,11 @@ def _entry(name: str, value: Any, problems: list[str]) -> _HeaderEntry | None:
     if not isinstance(value, dict):
         problems.append(f"{name}: described by {value!r}")
         return None
-    dtype = DTYPES.get(str(value.get("dtype")))
+    dtype = _READABLE.get(str(value.get("dtype")))
     shape: Any = value.get("shape")
     offsets: Any = value.get("data_offsets")
     if dtype is None:
-        problems.append(f"{name}: dtype {value.get('dtype')!r} cannot be read (accepted: {', '.join(DTYPES)})")
+        problems.append(f"{name}: dtype {value.get('dtype')!r} cannot be read (accepted: {', '.join(_READABLE)})")
     if not _are_sizes(shape):
         problems.append(f"{name}: shape {shape!r}")
     if not _are_sizes(offsets) or len(offsets) != 2:

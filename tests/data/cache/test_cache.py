@@ -35,7 +35,7 @@ from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.table import Table
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import DataError
-from macft.training.data import read_data
+from macft.training.data import encoding_of, read_data
 
 CHATML = build(TEMPLATES["chatml"])
 
@@ -371,12 +371,11 @@ def test_invalid_data_leave_nothing(tmp_path, place, tokenizer):
 
 def test_what_is_cached_serves_every_split_of_it(tmp_path, place, eos_model):
     data = write_rows(tmp_path / "rows.jsonl", 30)
-    found = load_tokenizer(eos_model)
-    whole = [
-        row.tokens.tolist() for row in read_data(toy_settings(eos_model, data, tmp_path, "mlx"), found, CHATML).train
-    ]
+    settings = toy_settings(eos_model, data, tmp_path, "mlx")
+    encoding = encoding_of(settings, load_tokenizer(eos_model), CHATML)
+    whole = [row.tokens.tolist() for row in read_data(settings, encoding).train]
     for seed in (1, 2):
-        split = read_data(toy_settings(eos_model, data, tmp_path, "mlx", val_size=7, seed=seed), found, CHATML)
+        split = read_data(toy_settings(eos_model, data, tmp_path, "mlx", val_size=7, seed=seed), encoding)
         parts = [row.tokens.tolist() for row in (*split.train, *split.valid)]
         assert (len(split.train), len(split.valid)) == (23, 7) and sorted(parts) == sorted(whole)
         assert split.report.kept == 23 and split.report.tokens == split.train.lengths.sum()  # type: ignore[union-attr]

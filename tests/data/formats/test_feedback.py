@@ -125,7 +125,7 @@ def test_a_row_without_an_answer_to_rate_is_named():
         "line 1: ends in a user message, expected the rated answer",
         "line 2: the rated answer is empty",
         "line 3: there is no prompt before the rated answer",
-        'line 4: "messages"[1] "role": found \'bot\', expected one of system, user, assistant, tool',
+        'line 4: "messages"[1] "role": found \'bot\', expected one of system, user, assistant, tool, function',
         "line 4: \"label\": found 'no', expected true (desirable) or false",
         'line 5: "messages": the list is empty, expected at least one user and one assistant message',
     ]

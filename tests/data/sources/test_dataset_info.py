@@ -44,6 +44,15 @@ def refused(folder: Path, entry: dict[str, Any], *rows: dict[str, Any], read: An
     return str(error.value).replace(f"{folder}/", "")
 
 
+def test_a_data_set_that_is_named_twice_is_an_error(tmp_path: Path) -> None:
+    put(tmp_path, {}, rows=[ALPACA])
+    info = tmp_path / "dataset_info.json"
+    info.write_text('{"d": {"file_name": "rows.jsonl"}, "d": {"file_name": "other.jsonl"}}')
+    with pytest.raises(DataError) as error:
+        read_examples("d", str(tmp_path), None)
+    assert str(error.value) == f'{info}: the key "d" stands twice in one object; keep one'
+
+
 # --- columns and tags
 
 

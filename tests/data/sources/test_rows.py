@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.data_rows import read_examples, to_examples
 
@@ -181,10 +184,10 @@ def test_problems_of_messages_rows_are_all_named(tmp_path: Path) -> None:
         'line 3: "messages": the list is empty, expected at least one user and one assistant message',
         'line 4: "messages": found a string, expected a list',
         'line 5: "messages"[0]: found a string, expected an object with role and content',
-        'line 5: "messages"[1] "role": found \'human\', expected one of system, user, assistant, tool',
+        'line 5: "messages"[1] "role": found \'human\', expected one of system, user, assistant, tool, function',
         'line 5: "messages"[2]: no "content"; found the keys role',
         'line 6: "messages"[0] "content": found null, expected a string',
-        'line 6: "messages"[1] "role": found a number, expected one of system, user, assistant, tool',
+        'line 6: "messages"[1] "role": found a number, expected one of system, user, assistant, tool, function',
         'line 6: "messages"[1] "content": found a list, expected a string',
         'line 7: "tools"[0]: found the keys none, expected an object with a name',
         'line 7: "messages"[0] "tool_calls"[0]: found a number, expected an object with name and arguments',
@@ -237,10 +240,10 @@ def test_format_and_oddities_are_said_once(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_unused_keys_inside_messages_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    row = {"messages": [{"role": "assistant", "content": "a", "weight": 0}], "tools": None}
+    row = {"messages": [{"role": "assistant", "content": "a", "mood": 0}], "tools": None}
     path = written(tmp_path / "a.jsonl", json.dumps(row))
     list(to_examples(path))
-    assert caplog.messages == [f"{path}: unused keys: messages[].weight"]
+    assert caplog.messages == [f"{path}: unused keys: messages[].mood"]
 
 
 # --- dataset
@@ -300,3 +303,60 @@ def test_alpaca_files_are_read_one_after_the_other(data_folder: Path) -> None:
     assert len(examples) == first + second
     assert examples[first].source == f"{files[1]}:2"
     assert [m["role"] for m in examples[first].messages] == ["user", "assistant"]
+
+
+# --- keys that an object holds twice
+
+DOUBLE = '{"instruction": "q", "output": "a1", "output": "a2"}'
+NESTED = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "content": "b"}]}'
+SOUND = '{"instruction": "q", "output": "a"}'
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json"])
+def test_a_key_that_a_row_holds_twice_is_an_error_with_its_line(tmp_path: Path, name: str) -> None:
+    content = "\n".join((DOUBLE, SOUND, NESTED, SOUND)).encode()
+    path = written(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+    assert problem(path).split("\n")[1:] == [
+        '  line 1: the key "output" stands twice in one object; keep one',
+        '  line 3: the key "content" stands twice in one object; keep one',
+    ]
+
+
+def test_a_key_that_a_row_of_a_list_holds_twice_is_an_error_and_the_rows_after_it_are_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.json", f"[\n{DOUBLE},\n{SOUND},\n{NESTED}, 5]\n")
+    assert problem(path).split("\n")[1:] == [
+        '  line 2: the key "output" stands twice in one object; keep one',
+        '  line 4: the key "content" stands twice in one object; keep one',
+        "  line 4: found a number, expected an object",
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tools": '[{"name": "f", "name": "g"}]'},
+        {"message": {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"name": 1, "name": 2}'}]}},
+    ],
+)
+def test_a_key_that_json_inside_a_text_holds_twice_is_an_error(tmp_path: Path, row: dict[str, Any]) -> None:
+    answer = row.pop("message", GOOD["messages"][1])
+    [found] = row_problems(tmp_path, {"messages": [GOOD["messages"][0], answer], **row})
+    assert 'the key "name" stands twice in one object; keep one' in found
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "arrow"])
+def test_two_columns_of_one_name_are_an_error(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    table = pa.Table.from_arrays(
+        [pa.array(["q"]), pa.array(["a1"]), pa.array(["a2"])], ["instruction", *2 * ["output"]]
+    )
+    if suffix == "csv":
+        path.write_text("instruction,output,output\nq,a1,a2\n")
+    elif suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as file:
+            file.write(table)
+    assert problem(path) == f'{path}: two columns are named "output"; rename or remove one'
+    with pytest.raises(DataError, match="two columns are named"):
+        list(to_examples(path))

@@ -117,6 +117,15 @@ def test_the_models_own_template_is_found_in_each_place(tmp_path: Path) -> None:
     assert load_template(folder, {}, str(tmp_path / "own.jinja")).render([]) == "own"
 
 
+def test_the_file_of_older_processors_is_read_where_there_is_no_other(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, template=None)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "processor {{ bos_token }}"}))
+    assert load_template(folder, {"bos_token": "<s>"}).render([]) == "processor <s>"
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "tokenizer"}))
+    assert load_template(folder, {}).render([]) == "tokenizer"
+
+
 def test_a_missing_template_says_where_it_was_looked_for(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, template=None)
     with pytest.raises(ModelError) as error:

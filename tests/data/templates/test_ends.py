@@ -24,7 +24,7 @@ from macft.data.templates.llamafactory import NAMED
 from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import DataError
-from macft.training.data import read_data
+from macft.training.data import encoding_of, read_data
 
 GLM = ("<|user|>", "<|assistant|>", "<|observation|>", "<|system|>", "<sop>")
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -144,6 +144,16 @@ def test_the_models_end_token_is_added_where_generation_stops_at_no_marker(tmp_p
     assert note.is_warning and "<|endoftext|> is added after the last one of a conversation" in note.text
 
 
+def test_the_end_of_a_last_answer_that_is_marked_off_is_not_trained(tmp_path: Path) -> None:
+    tokenizer, template = glm(tmp_path)
+    messages = [*chat("Q0", "A1"), {"role": "user", "content": "Q2"}]
+    marked = Example((*messages, {"role": "assistant", "content": "A3", "weight": 0}), "r.jsonl:1")
+    text, spans = trained(marked, tokenizer, template)
+    assert text.endswith("A3<|endoftext|>") and spans == ["\n<think></think>\nA1"]
+    _, spans = trained(marked, tokenizer, template, train_on_prompt=True)
+    assert "".join(spans) == "[gMASK]<sop><|user|>\nQ0<|assistant|>\n<think></think>\nA1<|user|>\nQ2<|assistant|>"
+
+
 def test_both_answers_of_a_pair_are_ended(tmp_path: Path) -> None:
     tokenizer, template = glm(tmp_path, "<|user|>")
     question, *answers = [chat("Q0")[0], *({"role": "assistant", "content": text} for text in ("A", "B"))]
@@ -199,7 +209,7 @@ def test_training_says_it_before_it_reads_the_rows(
         tokenizer, template = glm(tmp_path / level, *ends)
         caplog.clear()
         with caplog.at_level("INFO", "macft"):
-            data = read_data(load(), tokenizer, template)
+            data = read_data(load(), encoding_of(load(), tokenizer, template))
         [said] = [one for one in caplog.records if "writes no end after an answer" in one.getMessage()]
         assert said.levelname == level
         [end] = tokenizer.encode(ends[0] if ends else "<|endoftext|>").ids

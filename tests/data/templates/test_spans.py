@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.chat_templates import build, chat
+from support.chat_templates import build, chat, published
 from support.tiny_tokenizer import CHATML, CHATML_GENERATION, TEMPLATES
 
 from macft.data.templates.spans import render_with_spans
@@ -88,9 +88,92 @@ def test_an_opening_assistant_turn_is_trained_from_its_content_on() -> None:
     assert trained("default_system", opening) == ["welcome<|im_end|>\n", "b<|im_end|>\n"]
 
 
+@pytest.mark.parametrize(
+    ("name", "spans"),
+    [
+        # a default system text, the first token and the header come before it
+        ("qwen2_5_vl", ["welcome<|im_end|>\n", "b<|im_end|>\n"]),
+        ("llama3", ["welcome<|eot_id|>", "b<|eot_id|>"]),
+        ("gptoss", ["<|channel|>final<|message|>welcome<|return|>"]),
+        # refuses a conversation without a question, which the first answer alone is
+        ("qwen3_8", ["\n</think>\n\nwelcome<|im_end|>\n", "\n</think>\n\nb<|im_end|>\n"]),
+        # what is between the prompt, <think>\n, and the content is written by the model
+        ("nemotron_3_nano", ["</think>welcome<|im_end|>\n", "</think>b<|im_end|>\n"]),
+        ("glm4moe", ["\n<think></think>\nwelcome", "\n<think></think>\nb"]),
+        ("diffusion_gemma", ["welcome<turn|>\n", "b<turn|>\n"]),
+    ],
+)
+def test_an_opening_assistant_turn_is_trained_as_an_answer_to_a_question(name: str, spans: list[str]) -> None:
+    opening = [{"role": "assistant", "content": "welcome"}, *chat("a", "b")]
+    rendered = render_with_spans(published(name), opening if len(spans) > 1 else opening[:1])
+    assert [rendered.text[start:end] for start, end in rendered.spans] == spans
+
+
+def test_an_opening_answer_begins_after_the_blank_that_a_template_writes_before_each() -> None:
+    opening = [{"role": "assistant", "content": "welcome"}, *chat("a", "b")]
+    assert trained("mistral", opening) == [" welcome</s>", " b</s>"]
+    # it writes nothing at all for a prompt after nothing
+    source = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '</s>' }}{% endfor %}"
+        "{% if messages and add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    for _ in range(4):  # the fourth time without Jinja
+        assert trained(source, opening) == ["welcome</s>", "b</s>"]
+
+
 def test_two_answers_in_a_row_are_two_spans() -> None:
     messages = [*chat("a", "b"), {"role": "assistant", "content": "c"}]
     assert trained("chatml", messages) == ["b<|im_end|>\n", "c<|im_end|>\n"]
+
+
+def test_an_answer_after_one_that_loses_its_empty_thought_has_its_own_span() -> None:
+    # the prompt for the second answer renders the first one with the thought, so it is no prefix of the text
+    messages = [*chat("a", "b"), {"role": "assistant", "content": "c"}]
+    rendered = render_with_spans(published("qwen3"), messages)
+    assert [rendered.text[start:end] for start, end in rendered.spans] == [
+        "b<|im_end|>\n",
+        "<think>\n\n</think>\n\nc<|im_end|>\n",
+    ]
+
+
+def test_calls_that_lose_their_empty_thought_are_trained_with_their_end() -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "How warm is it in Oslo?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "content": '{"celsius": 4}'},
+        {"role": "assistant", "content": "Once more, in both", "tool_calls": [call, call]},
+        {"role": "tool", "name": "weather", "content": '{"celsius": 4}'},
+        {"role": "tool", "name": "weather", "content": '{"celsius": 4}'},
+        {"role": "assistant", "content": "It is 4 degrees in Oslo."},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    rendered = render_with_spans(published("qwen3"), messages, tools=tools)
+    called = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    assert [rendered.text[start:end] for start, end in rendered.spans] == [
+        f"{called}<|im_end|>\n",
+        f"Once more, in both\n{called}\n{called}<|im_end|>\n",
+        "<think>\n\n</think>\n\nIt is 4 degrees in Oslo.<|im_end|>\n",
+    ]
+
+
+@pytest.mark.parametrize("name", ["phi3", "phi3_5"])
+def test_an_end_of_text_after_the_last_answer_alone_leaves_earlier_ones_their_end(name: str) -> None:
+    for _ in range(4):  # the fourth time without Jinja
+        for system in (None, "S"):
+            rendered = render_with_spans(published(name), chat("a", "b <", "c", "", "e", "f", system=system))
+            assert [rendered.text[start:end] for start, end in rendered.spans] == [
+                "b <<|end|>\n",
+                "<|end|>\n",
+                "f<|end|>\n</s>",
+            ]
+
+
+def test_a_marker_is_never_cut_in_two() -> None:
+    # the prompt opens a thought, and the answer begins with another marker
+    forced = CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
+    assert trained(forced, chat("a", "<tool_call>b")) == ["<tool_call>b<|im_end|>\n"]
+    assert trained(forced, chat("a", "<b>b", "c", "d")) == ["<b>b<|im_end|>\n", "d<|im_end|>\n"]
 
 
 def test_tool_results_are_prompt() -> None:
@@ -129,6 +212,18 @@ def test_an_end_only_after_the_last_turn_is_refused_by_name() -> None:
         trained(source, chat("a", "b", "c", "d"))
     assert "(test.jinja) renders message 2 (assistant) differently" in str(error.value)
     assert trained(source, chat("a", "b", "c", "d"), mask_history=True) == ["d</s>"]
+
+
+def test_another_end_after_the_last_turn_is_refused_by_name() -> None:
+    # generation stops at <|return|>, not at the <|end|> of earlier answers
+    with pytest.raises(DataError, match=r"message 2 .assistant. differently once more turns follow"):
+        render_with_spans(published("gptoss"), chat("a", "b", "c", "d"))
+
+
+def test_a_template_that_leaves_out_texts_is_refused() -> None:
+    # it reads a content as a list of parts, and rendered only the ends of a text's turns
+    with pytest.raises(DataError, match=r"smolvlm.jinja. leaves out the text of an answer"):
+        render_with_spans(published("smolvlm"), chat("a", "b"))
 
 
 def test_a_template_that_hides_earlier_turns_is_refused() -> None:

@@ -173,6 +173,13 @@ def test_the_ways_out_of_the_refusal_keep_each_trained_thought() -> None:
     assert trained(named("qwen3_nothink"), HISTORY) == trained(own("qwen3_training"), HISTORY) == whole
 
 
+def test_an_earlier_answer_that_is_marked_off_may_lose_its_thought() -> None:
+    marked = [dict(message) for message in HISTORY]
+    marked[1]["weight"] = 0
+    for template in (own("qwen3"), named("qwen3")):
+        assert trained(template, marked) == ["<think>\nTHP\n</think>\n\nA3<|im_end|>\n"]
+
+
 def test_answers_without_thoughts_are_trained_as_rendered_where_they_stand() -> None:
     for template in (own("qwen3"), named("qwen3")):
         assert trained(template, chat("Q0", "A1", "Q2", "A3")) == [

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.chat_templates import build, chat
+from support.chat_templates import build, chat, published
 from support.data_folders import own_and_public_qwen
+from support.original_templates import original
 from support.tiny_tokenizer import CHATML, TEMPLATES
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from macft.data.templates.chat_template import ChatTemplate, load_template
 from macft.data.templates.spans import render_with_spans
@@ -87,6 +89,18 @@ def test_named_templates_list_and_call_tools_as_qwens_own(qwen: Path, data_folde
             assert rendered.text.replace("<think>\n\n</think>\n\n", "") == expected.text
         else:
             assert rendered == expected
+
+
+def test_calls_of_real_rows_are_trained_as_with_the_training_template(data_folder: Path) -> None:
+    # Qwen3's own writes an empty thought before the last message alone, its training template before all
+    source = original("qwen3_training")
+    for messages, tools in glaive(data_folder):
+        texts, marks = render_jinja_template(
+            [messages], tools=tools, chat_template=source, return_assistant_tokens_mask=True
+        )
+        expected = [texts[0][start:end].removeprefix("<think>\n\n</think>\n\n") for start, end in marks[0]]
+        spans = trained(published("qwen3"), messages, tools=tools)
+        assert [span.removeprefix("<think>\n\n</think>\n\n") for span in spans] == expected
 
 
 def test_calls_results_and_answers_of_a_named_template() -> None:

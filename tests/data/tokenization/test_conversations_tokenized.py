@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat_templates import build, chat
 from support.data_rows import encode, fit_examples, read_examples, tokenize_examples
 from support.own_qwen import write_own_qwen
 from support.tiny_tokenizer import CHATML_GENERATION, TEMPLATES, write_tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from macft.data.formats.conversations import Example
 from macft.data.kinds import SFT
@@ -21,6 +23,7 @@ from macft.data.templates.chat_template import load_template
 from macft.data.tokenization.table import TokenizedExample
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import DataError
+from macft.models.locate import resolve_model
 
 CHATML = build(TEMPLATES["chatml"])
 
@@ -65,6 +68,26 @@ def test_train_on_prompt_trains_all_but_token_0(tokenizer: Tokenizer) -> None:
 def test_mask_history_trains_the_last_answer(tokenizer: Tokenizer) -> None:
     tokenized = one(tokenizer, example("a", "b", "c", "d"), mask_history=True)
     assert trained_text(tokenizer, tokenized) == "d<|im_end|>\n"
+
+
+def test_of_an_answer_that_opens_a_conversation_neither_system_text_nor_header_is_trained() -> None:
+    folder = resolve_model("smollm2-135m").path
+    own = load_tokenizer(folder)
+    messages = [{"role": "assistant", "content": "Welcome!"}, *chat("Q1", "A2")]
+    [tokenized], _ = tokenize_examples(
+        [Example(tuple(messages), "x:1")], own, load_template(folder, own.special_map), cutoff_len=64
+    )
+    assert trained_text(own, tokenized) == "Welcome!<|im_end|>\nA2<|im_end|>\n"
+    assert tokenized.loss_mask.sum() == 8
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = LlamaConfig(tie_word_embeddings=True, **sizes)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    ids = torch.from_numpy(tokenized.tokens.astype(np.int64))[None]
+    labels = torch.where(torch.from_numpy(tokenized.loss_mask)[None], ids, -100)
+    # float32 sums of another machine may part in the seventh digit
+    assert model(ids, labels=labels).loss.item() == pytest.approx(10.73971, abs=2e-5)
 
 
 def test_token_0_is_never_trained(tokenizer: Tokenizer) -> None:

@@ -21,7 +21,7 @@ from macft.data.kinds import PT
 from macft.data.tokenization.encoding import Encoding
 from macft.data.tokenization.packing import PackedRows
 from macft.data.tokenization.row_preview import preview_text
-from macft.data.tokenization.texts import end_token
+from macft.data.tokenization.texts import end_tokens
 from macft.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from macft.errors import DataError, ModelError
 from macft.training.prepare import prepare
@@ -36,7 +36,7 @@ def texts_of(*contents: str) -> list[PlainText]:
 
 def stream(texts: list[PlainText], tokenizer: Tokenizer) -> list[int]:
     """All tokens of all texts, the end token after each, one text at a time."""
-    return [id_ for text in texts if text.text for id_ in [*tokenizer.encode(text.text).ids, end_token(tokenizer)]]
+    return [id_ for text in texts if text.text for id_ in [*tokenizer.encode(text.text).ids, *end_tokens(tokenizer)]]
 
 
 some_texts = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map("".join), min_size=1, max_size=20)
@@ -87,7 +87,7 @@ def test_rows_are_cut_by_hand(tokenizer):
     assert rows[0].parts[0].tokens.tolist() == stream(texts, tokenizer)[:4]
     # the end token is a target unless it begins a row, and what follows it begins a segment of its own
     batch = collate(list(rows))
-    ends = batch.tokens[:, 1:] == end_token(tokenizer)
+    ends = batch.tokens[:, 1:] == end_tokens(tokenizer)[0]
     assert ends.sum() > 1 and batch.loss_mask[:, 1:][ends].all()
     assert (np.diff(batch.segment_ids, axis=1)[:, 1:][ends[:, :-1]] != 0).all()
 

