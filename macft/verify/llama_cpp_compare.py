@@ -146,7 +146,7 @@ def _prompt_difference(
 
 
 def _drops_space(server: LlamaCpp, tokenizer: Tokenizer, template: ChatTemplate | None, tokens: Sequence[str]) -> bool:
-    """Whether the template in the file writes no white space beside these tokens, so that prompts have the right ids."""
+    """Whether the template in the file writes no white space beside these tokens: prompts then have the right ids."""
     if template is None:
         return False
     content = "".join(f" \n x {token} \n y" for token in tokens) + " \n "
