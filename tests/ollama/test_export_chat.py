@@ -94,6 +94,6 @@ def test_real_go_renders_the_prompts_that_were_trained_on(exports: Exports):
 def test_the_report_of_the_folder_says_what_was_compared(exports: Exports):
     report = json.loads((exports.ollama / "report.json").read_text(encoding="utf-8"))
     found = report["verification"]
-    assert (found["texts"], found["prompts"], found["warnings"], found["positions"]) == (4, 4, [], 24)
+    assert (found["texts"], found["prompts"], found["warnings"], found["positions"]) == (16, 4, [], 24)
     assert found["top1"] > 0.5 and found["kl"] < 0.5
     assert report["proof"]["go"] and report["proof"]["cases"] > 1000
