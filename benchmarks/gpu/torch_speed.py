@@ -130,7 +130,7 @@ def memory() -> Iterator[Row]:
         model = load(folder_of(name), max_length=length)
         split = model._split
         with torch.autocast("cuda", torch.bfloat16):
-            kept = kept_bytes(split, length) / length
+            kept = kept_bytes(split, 1, length) / length
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         batch = whole_rows(rows, length)

@@ -8,7 +8,7 @@ and not where positions have a meaning of their own; restarted, each number is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -82,22 +82,54 @@ def split_by_tokens(batch: NumpyBatch, tokens_at_once: int | None, *, packs: boo
         return split_by_tokens(_part(single, longest_first, len(single.tokens)), tokens_at_once or batch.tokens.size)
     if tokens_at_once is None or batch.tokens.size <= tokens_at_once:
         return [batch]
-    pairs = batch.prompt_mask is not None
-    count = len(batch.tokens) // 2 if pairs else len(batch.tokens)
+    count = _units(batch)
+    return [_part(batch, indices, count) for indices in _unit_parts(batch, tokens_at_once)]
+
+
+def score_in_parts(
+    batch: NumpyBatch,
+    positions: np.ndarray,
+    tokens_at_once: int | None,
+    score: Callable[[NumpyBatch, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """`score(batch, positions)`, float32 like `positions`, computed in parts of whole rows or pairs."""
+    if tokens_at_once is None or batch.tokens.size <= tokens_at_once:
+        return score(batch, positions)
+    found = np.zeros(positions.shape, dtype=np.float32)
+    # what belongs to pairs, or to rated answers, is not asked for
+    batch = Batch(**{name: column for name, column in batch.columns.items() if len(column) == len(batch.tokens)})
+    count = _units(batch)
+    for indices in _unit_parts(batch, tokens_at_once):
+        part = _part(batch, indices, count)
+        rows, length = _rows_of(batch, indices, count), part.tokens.shape[1] - 1
+        found[rows, :length] = score(part, positions[rows, :length])
+    return found
+
+
+def _units(batch: NumpyBatch) -> int:
+    """How many rows, or pairs, a batch has."""
+    return len(batch.tokens) if batch.prompt_mask is None else len(batch.tokens) // 2
+
+
+def _unit_parts(batch: NumpyBatch, tokens_at_once: int) -> Iterator[np.ndarray]:
+    count = _units(batch)
     lengths = batch.lengths.reshape(-1, count).max(axis=0)
     rows_each = len(batch.tokens) // count
-    parts, start = [], 0
+    start = 0
     while start < count:
         end = start + 1
         while end < count and lengths[start : end + 1].max() * rows_each * (end + 1 - start) <= tokens_at_once:
             end += 1
-        parts.append(_part(batch, np.arange(start, end), count))
+        yield np.arange(start, end)
         start = end
-    return parts
+
+
+def _rows_of(batch: NumpyBatch, indices: np.ndarray, count: int) -> np.ndarray:
+    return indices if batch.prompt_mask is None else np.concatenate([indices, indices + count])
 
 
 def _part(batch: NumpyBatch, indices: np.ndarray, count: int) -> NumpyBatch:
-    rows = indices if batch.prompt_mask is None else np.concatenate([indices, indices + count])
+    rows = _rows_of(batch, indices, count)
     length = int(batch.lengths[rows].max())
     columns = {}
     for name, column in batch.columns.items():

@@ -8,7 +8,7 @@ import numpy as np
 
 from macft.backends.batch_layout import BatchLayout, exact, plain_layout, shared_layout
 from macft.data.batches import unpack
-from macft.errors import MacftError
+from macft.errors import MacftError, ModelError
 from macft.objectives.batch import Batch
 
 # Rounding to 16 bits in other kernels gave 0.01 to 0.06 on real models, examples that see each other 0.7 to 1.5.
@@ -28,7 +28,7 @@ def agree(
     """Whether a faster way gives the logits of the plain one, at layouts of the same positions.
 
     Judged by the root mean square of the difference as a share of the logits' spread. Raises MacftError when the
-    device itself fails, which says nothing about the model.
+    device itself fails, which says nothing about the model, and for logits that are not finite.
     """
     try:
         found, expected = fast.logits(layout), plain.logits(plain_layout)
@@ -36,6 +36,12 @@ def agree(
         raise
     except Exception:  # whatever a foreign model file does not expect
         return False
+    if not np.isfinite(expected).all():
+        hint = "float16 overflows in it: compute in float32 (bf16=false, fp16=false)"
+        raise ModelError(
+            f"the model's logits on a few tokens are not finite in {precision}; "
+            f"{hint if precision == 'float16' else 'its weights are damaged: download it again'}"
+        )
     if found.shape != expected.shape:
         return False
     difference = np.sqrt(np.mean(np.square(found - expected), dtype=np.float64))

@@ -59,6 +59,7 @@ class Prepared:
     report: TokenizeReport
     plan: StepPlan
     max_length: int  # tokens of the longest example; in a stream, of the longest possible one
+    row_length: int  # the same of the longest row, which packing makes of several examples
     data_hash: str
 
     @property
@@ -88,7 +89,10 @@ def prepare(settings: Settings, group: ProcessGroup = ONE_PROCESS) -> Prepared:
     encoding = encoding_of(settings, tokenizer, template, min(known, default=None))
     train, valid, report, plan, data_hash = _data(settings, encoding)
     examples = train.examples if isinstance(train, PackedRows) else train
-    longest = max((int(lengths_of(rows).max()) for rows in (examples, valid) if len(rows)), default=0)
+    longest, longest_row = (
+        max((int(lengths_of(rows).max()) for rows in (trained, valid) if len(rows)), default=0)
+        for trained in (examples, train)
+    )
     return Prepared(
         group=group,
         base=base,
@@ -103,6 +107,7 @@ def prepare(settings: Settings, group: ProcessGroup = ONE_PROCESS) -> Prepared:
         report=report,
         plan=plan,
         max_length=settings.cutoff_len if settings.streaming else longest,
+        row_length=settings.cutoff_len if settings.streaming else longest_row,
         data_hash=data_hash,
     )
 
@@ -220,6 +225,7 @@ def model_spec(settings: Settings, prepared: Prepared) -> ModelSpec:
         quantization_bit=settings.quantization_bit,
         gradient_checkpointing=settings.gradient_checkpointing,
         max_length=prepared.max_length,
+        row_length=prepared.row_length,
         rows_per_example=2 if settings.is_preference else 1,
         packing=settings.is_packed,
         from_scratch=prepared.from_scratch,

@@ -38,7 +38,7 @@ def test_the_formula_is_what_pytorch_keeps_to_the_byte(architecture, head_dim, t
         folder = write_model(tmp_path / str(layers), architecture, **sizes, **more, num_hidden_layers=layers)
         loaded = load_model("torch", ModelSpec(folder, LoraSpec(4, 8), precision="bfloat16"), OptimizerSpec())
         with torch.autocast("cpu", torch.bfloat16):
-            kept.append([memory.kept_bytes(loaded._split, tokens) for tokens in (64, 128)])
+            kept.append([memory.kept_bytes(loaded._split, 1, tokens) for tokens in (64, 128)])
     assert (kept[1][1] - kept[1][0] - kept[0][1] + kept[0][0]) / 64 == shape.kept_by_layer(4)
 
 

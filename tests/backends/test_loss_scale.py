@@ -11,8 +11,11 @@ from support.tiny_models import random_examples
 
 from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec
 from macft.backends.loss_scale import LossScale
+from macft.backends.probes import agree, probe_rows
 from macft.backends.torch import model as models
+from macft.backends.torch.split import SplitModel
 from macft.data.batches import collate
+from macft.errors import ModelError
 from macft.objectives.losses import Sft
 
 pytestmark = pytest.mark.usefixtures("small_threads")
@@ -107,6 +110,46 @@ def test_a_step_that_overflows_changes_nothing_and_the_next_one_is_taken(model_f
     # the first step that AdamW takes moves by the rate itself, whatever the gradient
     moved = max(float(np.abs(model.trained_state()[name] - before[name]).max()) for name in before)
     assert moved == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.usefixtures("float16")
+def test_a_run_goes_on_from_a_checkpoint_before_its_first_taken_step(model_folder):
+    def load():
+        return load_model("torch", ModelSpec(model_folder, LoraSpec(4, 8), precision="float16"), OptimizerSpec())
+
+    batch = collate(random_examples(2, seed=3))
+    model = load()
+    model._loss_scale.value = 2.0**40
+    assert train_step(model, Sft(), [batch], lr=1e-3, step=0).is_skipped
+    resumed = load()
+    resumed.set_trained_state(model.trained_state())
+    resumed.set_optimizer_state(model.optimizer_state(), 1)
+    for each in (model, resumed):
+        each._loss_scale.value = 1024.0
+    assert train_step(model, Sft(), [batch], lr=1e-3, step=1) == train_step(resumed, Sft(), [batch], lr=1e-3, step=1)
+
+
+def test_a_model_that_overflows_in_float16_is_refused_by_its_logits():
+    class Overflows:
+        def logits(self, _layout):
+            return np.full((3, 5), np.nan, dtype=np.float32)
+
+    layout = probe_rows()
+    with pytest.raises(ModelError) as refusal:
+        agree(Overflows(), layout, Overflows(), layout, "float16")
+    assert str(refusal.value) == (
+        "the model's logits on a few tokens are not finite in float16; float16 overflows in it: compute in float32 "
+        "(bf16=false, fp16=false)"
+    )
+
+
+@pytest.mark.usefixtures("float16")
+def test_a_loss_that_is_not_finite_is_not_skipped(model_folder, monkeypatch):
+    model = load_model("torch", ModelSpec(model_folder, LoraSpec(4, 8), precision="float16"), OptimizerSpec())
+    real = SplitModel.hidden
+    monkeypatch.setattr(SplitModel, "hidden", lambda self, layout: real(self, layout) * float("inf"))
+    result = train_step(model, Sft(), [collate(random_examples(2, seed=3))], lr=1e-3, step=0)
+    assert not result.is_skipped and not np.isfinite(result.loss) and model._loss_scale.value == 65536.0
 
 
 @pytest.mark.usefixtures("float16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from dataclasses import dataclass, replace
 
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from support.engines import load_model, train_step
-from support.tiny_models import random_examples, write_model
+from support.tiny_models import random_examples, random_feedback, random_pairs, write_model
 
 from macft.backends.base import LoraSpec, ModelSpec, OptimizerSpec
-from macft.backends.memory import plan_passes
+from macft.backends.batch_layout import exact, multiples_of, score_in_parts
+from macft.backends.memory import LEVERS, plan_passes
 from macft.backends.torch import backend as torch_backend
 from macft.backends.torch import logits as verification
 from macft.backends.torch import memory, model
@@ -68,7 +70,7 @@ def kept_by_a_layer(folder, **options) -> float:
         loaded = load_model("torch", spec, OptimizerSpec())
         loaded._model.train()
         with torch.autocast("cpu", torch.bfloat16):
-            kept.append([memory.kept_bytes(loaded._split, tokens) for tokens in (64, 128)])
+            kept.append([memory.kept_bytes(loaded._split, 1, tokens) for tokens in (64, 128)])
     [one, two] = [(long - short) / 64 for short, long in kept]
     return two - one
 
@@ -87,7 +89,7 @@ def test_measuring_leaves_nothing_behind(tiny_model):
     spec = ModelSpec(tiny_model("qwen3"), LoraSpec(4, 8), precision="bfloat16")
     loaded = load_model("torch", spec, OptimizerSpec())
     with torch.autocast("cpu", torch.bfloat16):
-        assert memory.kept_bytes(loaded._split, 32) > 0
+        assert memory.kept_bytes(loaded._split, 1, 32) > 0
     weights = [weakref.ref(parameter) for parameter in loaded._split.model.parameters()]
     del loaded
     gc.collect()
@@ -142,22 +144,20 @@ def run_out(*_args, **_options):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-ONE_LINE = (
-    r"is out of memory {doing}, with [0-9.]+ [MG]B of [0-9.]+ GB in use: lower per_device_train_batch_size \(and "
-    r"raise gradient_accumulation_steps by as much: the same curve\) or cutoff_len, set gradient_checkpointing: true, "
-    r"or take the base in 4 bits \(quantization_bit: 4\)$"
-)
+def one_line(doing: str, phase: str) -> str:
+    """The whole message, as a pattern; `doing` is one too."""
+    return rf"is out of memory {doing}, with [0-9.]+ [MG]B of [0-9.]+ GB in use: {re.escape(LEVERS[phase])}$"
 
 
 def test_memory_that_runs_out_at_load_is_one_line(tiny_model, monkeypatch):
     monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", run_out)
-    with pytest.raises(ModelError, match=ONE_LINE.format(doing="loading \\S+")):
+    with pytest.raises(ModelError, match=one_line("loading the weights in float32", "load")):
         load_model("torch", ModelSpec(tiny_model("llama"), None))
 
 
 def test_memory_that_runs_out_while_a_model_is_tried_is_no_property_of_the_model(tiny_model, monkeypatch):
     monkeypatch.setattr(SplitModel, "hidden", run_out)
-    with pytest.raises(ModelError, match=ONE_LINE.format(doing="trying the model on a few tokens")):
+    with pytest.raises(ModelError, match=one_line("trying the model on a few tokens", "load")):
         load_model("torch", ModelSpec(tiny_model("llama"), LoraSpec(4, 8)), OptimizerSpec())
 
 
@@ -170,25 +170,107 @@ def test_memory_that_runs_out_in_a_step_is_one_line(loaded, monkeypatch):
     batch = collate(random_examples(3, seed=1))
     monkeypatch.setattr(SplitModel, "hidden", run_out)
     rows = f"in a training step of 3 rows of {batch.tokens.shape[1]} tokens"
-    with pytest.raises(ModelError, match=ONE_LINE.format(doing=rows)):
+    with pytest.raises(ModelError, match=one_line(rows, "train")):
         train_step(loaded, Sft(), [batch], lr=1e-3, step=0)
-    with pytest.raises(ModelError, match=ONE_LINE.format(doing=rows.replace("in a training step", "scoring"))):
+    with pytest.raises(ModelError, match=one_line(rows.replace("in a training step", "scoring"), "score")):
         loaded.logps(batch, batch.loss_mask[:, 1:])
 
 
 def test_memory_that_runs_out_in_an_answer_is_one_line(loaded, monkeypatch):
     monkeypatch.setattr(type(loaded._model.base_model.model), "forward", run_out)
-    with pytest.raises(ModelError, match=ONE_LINE.format(doing="answering a prompt of 3 tokens")):
+    with pytest.raises(ModelError, match=one_line("answering a prompt of 3 tokens", "answer")):
         list(loaded.generate([1, 2, 3], max_new_tokens=4, stop_ids=frozenset(), sampling=torch_backend.Sampling()))
-    with pytest.raises(ModelError, match=ONE_LINE.format(doing="computing the logits of 3 tokens")):
+    with pytest.raises(ModelError, match=one_line("computing the logits of 3 tokens", "answer")):
         loaded.logits([1, 2, 3])
 
 
 def test_memory_that_runs_out_while_logits_are_verified_is_one_line(tiny_model, monkeypatch):
     folder = tiny_model("llama")
     monkeypatch.setattr(verification, "whole_logits", run_out)
-    with pytest.raises(ModelError, match=ONE_LINE.format(doing=f"computing the logits of {folder.name} in float32")):
+    with pytest.raises(ModelError, match=one_line(f"computing the logits of {folder.name} in float32", "load")):
         verification.logits(folder, [], [1, 2, 3])
+
+
+def test_a_device_that_fails_while_a_model_is_tried_is_no_property_of_the_model(tiny_model, monkeypatch):
+    def fail(*_args):
+        raise torch.AcceleratorError(
+            "CUDA error: no kernel image is available for execution on the device\nCompile with"
+        )
+
+    monkeypatch.setattr(SplitModel, "hidden", fail)
+    expected = (
+        "^CPU failed trying the model on a few tokens: CUDA error: no kernel image is available for execution on the "
+        "device; macft doctor says what it lacks$"
+    )
+    with pytest.raises(ModelError, match=expected):
+        load_model("torch", ModelSpec(tiny_model("llama"), LoraSpec(4, 8)), OptimizerSpec())
+
+
+def test_a_pass_is_planned_by_the_longest_row_with_both_sides_of_a_pair(tiny_model, monkeypatch):
+    """Also where rows pack several examples, and are longer than each; never by one row of twice the length."""
+    loaded = load_model("torch", ModelSpec(tiny_model("qwen2"), LoraSpec(4, 8), precision="bfloat16"), OptimizerSpec())
+    tried = []
+    monkeypatch.setattr(
+        memory, "kept_bytes", lambda _split, rows, length: tried.append((rows, length)) or 100 * rows * length + 5000
+    )
+    monkeypatch.setattr(memory, "free_memory", lambda _: 10**9)
+    spec = ModelSpec(tiny_model("qwen2"), LoraSpec(4, 8), max_length=91, row_length=200, rows_per_example=2)
+    plan = memory.plan_device_passes(loaded._split, spec, 0)
+    assert tried == [(2, 200), (2, 100)]
+    # what a pass keeps whatever it holds is taken off first
+    free = 10**9 - loaded._split.head_bytes - 5000
+    assert plan.tokens_at_once == int(0.85 * free / 100) and not plan.checkpoints
+
+
+def test_a_trial_that_runs_out_is_tried_with_shorter_rows(tiny_model, monkeypatch):
+    loaded = load_model("torch", ModelSpec(tiny_model("qwen2"), LoraSpec(4, 8), precision="bfloat16"), OptimizerSpec())
+
+    def kept(_split, rows, length):
+        if length > 600:
+            run_out()
+        return 100 * rows * length
+
+    monkeypatch.setattr(memory, "kept_bytes", kept)
+    assert memory._kept_by_tokens(loaded._split, 1, 2048) == (100.0, 0.0)
+
+
+def test_scoring_in_parts_gives_the_numbers_of_the_whole_batch(tiny_model):
+    """Rows, pairs and rated answers, each part of whole rows or pairs."""
+    model = load_model("torch", ModelSpec(tiny_model("llama"), LoraSpec(4, 8)), OptimizerSpec())
+    pairs = collate(random_pairs(5, seed=3))
+    for batch in (collate(random_examples(7, seed=2)), pairs, collate(random_feedback(6, 3))):
+        positions = batch.loss_mask[:, 1:]
+        sizes: list[int] = []
+
+        def score(part, where, sizes=sizes):
+            sizes.append(part.tokens.size)
+            return model.logps(part, where)
+
+        found = score_in_parts(batch, positions, 100, score)
+        assert len(sizes) > 1 and all(size <= 100 for size in sizes)
+        np.testing.assert_allclose(found, model.logps(batch, positions), atol=1e-5)
+
+
+def test_rows_are_padded_to_few_lengths_and_change_no_number(tiny_model, monkeypatch):
+    batch = collate(random_examples(3, seed=2))
+    results, scores, lengths = [], [], []
+    real = SplitModel.hidden
+
+    def hidden(self, layout):
+        lengths.append(layout["inputs"].shape[1])
+        return real(self, layout)
+
+    monkeypatch.setattr(SplitModel, "hidden", hidden)
+    for round_up in (exact, multiples_of(64)):
+        model = load_model("torch", ModelSpec(tiny_model("llama"), LoraSpec(4, 8)), OptimizerSpec())
+        model._round_up = round_up
+        lengths.clear()
+        scores.append(model.logps(batch, batch.loss_mask[:, 1:]))
+        results.append(train_step(model, Sft(), [batch], lr=1e-3, step=0))
+        assert set(lengths) == {round_up(batch.tokens.shape[1] - 1)}
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
+    assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)
 
 
 def test_another_error_of_a_step_stays_what_it_is(loaded, monkeypatch):

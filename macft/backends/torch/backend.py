@@ -11,9 +11,17 @@ import numpy as np
 import torch
 
 from macft.backends.base import ModelInfo, ModelSpec, OptimizerSpec, Sampling, StepResult
-from macft.backends.batch_layout import GPU_MIN_SAVING, MIN_SAVING, exact, lay_out, multiples_of
+from macft.backends.batch_layout import (
+    GPU_MIN_SAVING,
+    MIN_SAVING,
+    exact,
+    lay_out,
+    multiples_of,
+    pad_batch,
+    score_in_parts,
+)
 from macft.backends.loss_scale import LossScale
-from macft.backends.memory import PassPlan
+from macft.backends.memory import PassPlan, Phase
 from macft.backends.shared import CPU_TOKENS_AT_ONCE, dropout_seed, load_notes, step_parts
 from macft.backends.torch import generate as generation
 from macft.backends.torch import lora
@@ -32,6 +40,8 @@ from macft.system import peak_process_memory
 from macft.weights.adapters.peft import State
 
 CPU_PASSES = PassPlan(CPU_TOKENS_AT_ONCE, checkpoints=False)
+# A GPU scores so many tokens in one pass of a model that is not trained.
+SCORED_AT_ONCE = 8192
 # Rows of a length not seen before cost a GPU new kernels' plans and other blocks of memory.
 GPU_LENGTH_MULTIPLE = 64
 _LOSS_SCALE = "loss_scale"
@@ -60,7 +70,7 @@ def load(spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) 
         )
     notes = load_notes(spec, has_lm_head=halves.splits, packs=halves.packs, rope_problem=loaded.rope_problem)
     trainable, total = models.count_parameters(model)
-    passes = CPU_PASSES
+    passes = CPU_PASSES if device.type == "cpu" else PassPlan(SCORED_AT_ONCE, checkpoints=False)
     if optimizer is not None and device.type != "cpu":
         with autocast(device, autocast_dtype):
             passes = plan_device_passes(halves, spec, trainable)
@@ -139,7 +149,8 @@ class TorchModel:
         losses: list[torch.Tensor] = []
         amounts: dict[str, list[torch.Tensor]] = {}
         scale = 1.0 if self._loss_scale is None else self._loss_scale.value
-        for index, batch in step_parts(micro_batches, self._tokens_at_once, packs=self._split.packs):
+        for index, part in step_parts(micro_batches, self._tokens_at_once, packs=self._split.packs):
+            batch = pad_batch(part, self._round_up)
             if self._dropout_seed is not None:
                 torch.manual_seed(dropout_seed(self._dropout_seed, step, index, self._group.rank))
             with self._explaining("in a training step", batch):
@@ -160,7 +171,9 @@ class TorchModel:
         grad_norm = next(numbers)
         loss = _in_turn(itertools.islice(numbers, len(losses)))
         metrics = {name: _in_turn(next(numbers) / weight for _ in values) for name, values in amounts.items()}
-        is_skipped = self._loss_scale is not None and self._loss_scale.skips(is_finite=math.isfinite(grad_norm))
+        # a loss that is not finite is not the scale's doing
+        scale_counts = self._loss_scale if math.isfinite(loss) else None
+        is_skipped = scale_counts is not None and scale_counts.skips(is_finite=math.isfinite(grad_norm))
         if not is_skipped:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
@@ -170,9 +183,11 @@ class TorchModel:
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm, metrics, is_skipped=is_skipped)
 
-    def _explaining(self, doing: str, batch: NumpyBatch | None = None) -> AbstractContextManager[None]:
+    def _explaining(
+        self, doing: str, batch: NumpyBatch | None = None, phase: Phase = "train"
+    ) -> AbstractContextManager[None]:
         of = "" if batch is None else " of {} rows of {} tokens".format(*batch.tokens.shape)
-        return explaining_out_of_memory(self._device, doing + of)
+        return explaining_out_of_memory(self._device, doing + of, phase)
 
     def _logps(self, batch: NumpyBatch, positions: np.ndarray) -> torch.Tensor:
         layout = lay_out(
@@ -191,17 +206,31 @@ class TorchModel:
     def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
         assert batch.segment_ids is None or self._split.packs, "this model takes one example per row"
         self._model.eval()
-        with self._explaining("scoring", batch), autocast(self._device, self._dtype):
-            return self._logps(batch, positions).cpu().numpy()
+        # on a CPU a batch is scored whole
+        bound = None if self._device.type == "cpu" else self._tokens_at_once
+        return score_in_parts(batch, positions, bound, self._score)
+
+    def _score(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
+        padded = pad_batch(batch, self._round_up)
+        extra = padded.tokens.shape[1] - batch.tokens.shape[1]
+        with self._explaining("scoring", batch, "score"), autocast(self._device, self._dtype):
+            found = self._logps(padded, np.pad(positions, ((0, 0), (0, extra))))
+            return found.cpu().numpy()[:, : positions.shape[1]]
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        with self._explaining(f"computing the logits of {len(tokens)} tokens"), autocast(self._device, self._dtype):
+        with (
+            self._explaining(f"computing the logits of {len(tokens)} tokens", phase="answer"),
+            autocast(self._device, self._dtype),
+        ):
             return whole_logits(self._model.eval(), self._device, tokens)
 
     def generate(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
     ) -> Iterator[int]:
-        with self._explaining(f"answering a prompt of {len(prompt)} tokens"), autocast(self._device, self._dtype):
+        with (
+            self._explaining(f"answering a prompt of {len(prompt)} tokens", phase="answer"),
+            autocast(self._device, self._dtype),
+        ):
             yield from generation.generate(
                 self._model,
                 prompt,
@@ -233,6 +262,8 @@ class TorchModel:
         if self._loss_scale is not None and _LOSS_SCALE in state:
             self._steps_taken = self._loss_scale.restore(state[_LOSS_SCALE])
         for name, parameter in self._trained.items():
+            if f"{name}.exp_avg" not in state:
+                continue  # every step so far was skipped
             device = parameter.device
             self._optimizer.state[parameter] = {
                 # the fused AdamW of CUDA counts on the device

@@ -69,18 +69,16 @@ def has_bfloat16(device: torch.device) -> bool:
 def compute_dtype(precision: str, device: torch.device, notes: list[str]) -> torch.dtype:
     """The compute type for `precision`; adds to `notes` what the user should be told of it.
 
-    On a GPU `auto` is bfloat16, or float16 with loss scaling on one that lacks it (T4, V100); on a CPU float32.
+    On a GPU `auto` and `bfloat16` are bfloat16, or float16 with loss scaling on one that lacks it (T4, V100); on a CPU
+    `auto` is float32.
     """
-    if precision == "auto":
-        if device.type == "cpu":
-            return torch.float32
+    if precision == "auto" and device.type == "cpu":
+        return torch.float32
+    if precision in ("auto", "bfloat16") and device.type != "cpu":
         if has_bfloat16(device):
             return torch.bfloat16
         notes.append("this GPU has no bfloat16: computing in float16, with a scaled loss")
         return torch.float16
-    if precision == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):
-        notes.append("this GPU has no bfloat16: computing in float32; fp16=true is faster here")
-        return torch.float32
     if precision == "float16" and device.type == "cpu":
         notes.append("float16 is not trainable on the CPU: computing in float32")
         return torch.float32
@@ -93,3 +91,11 @@ def free_memory(device: torch.device) -> int:
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give blocks that PyTorch keeps for later back to a GPU."""
+    if device.type == "mps":
+        torch.mps.empty_cache()
+    elif device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from macft.backends.base import Sampling
+from macft.errors import ModelError
 
 
 def generate(
@@ -36,7 +37,10 @@ def generate(
         with torch.inference_mode():
             output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
-            scores = processors(seen, output.logits[:, -1].float())
+            logits = output.logits[:, -1].float()
+            if not logits.max() < torch.inf:
+                raise ModelError("the logits of the next token are not finite; load the model in float32 (bf16=false)")
+            scores = processors(seen, logits)
             if sampling.temperature > 0:
                 weights = torch.softmax(scores, dim=-1).cpu()
                 chosen = torch.multinomial(weights, 1, generator=random).to(device)

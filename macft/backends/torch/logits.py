@@ -42,7 +42,7 @@ def logits(folder: Path, adapters: Sequence[MergedAdapter | Path], tokens: Seque
             if index < len(adapters) - 1:
                 _unshare(model)
                 model = model.merge_and_unload()
-    with explaining_out_of_memory(loaded.device, f"computing the logits of {folder.name} in float32"):
+    with explaining_out_of_memory(loaded.device, f"computing the logits of {folder.name} in float32", "load"):
         return whole_logits(model.eval(), loaded.device, tokens)
 
 

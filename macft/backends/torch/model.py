@@ -54,7 +54,7 @@ def load(spec: ModelSpec, device: torch.device | None = None) -> LoadedTorchMode
     # A fully trained model keeps float32 weights and computes in `dtype` under autocast.
     weight_dtype = torch.float32 if spec.full else dtype
     try:
-        with explaining_out_of_memory(device, f"loading {spec.folder.name}"):
+        with explaining_out_of_memory(device, f"loading the weights in {str(dtype)[6:]}", "load"):
             model = _from_folder(spec, device, weight_dtype, notes).to(device)
     except MacftError:
         raise

@@ -128,7 +128,7 @@ class SplitModel:
 
     def logits(self, layout: BatchLayout) -> np.ndarray:
         """float32 [K, V]: the logits at `rows` of a layout."""
-        with explaining_out_of_memory(self.device, "trying the model on a few tokens"):
+        with explaining_out_of_memory(self.device, "trying the model on a few tokens", "load"):
             return self.lm_head(self.hidden(self.columns(layout))).cpu().numpy()
 
     def logps(self, layout: Columns) -> torch.Tensor:

@@ -18,9 +18,9 @@ _USUAL_BETA = 0.1
 # Rewards of two pairs could be wrong in opposite ways: their means get this many times the tolerance.
 _REWARD_ROOM = 10
 # In 16 bits the log-probability of a token is off by so many nats (root mean square; 0.03 to 0.05 were measured) when
-# other kernels compute it. What four deviations do not explain is told, what forty do not is an error.
+# other kernels compute it. What two deviations of a margin do not explain is told, what ten do not is an error.
 _NOISE_16_BITS = 0.07
-_TOLD, _REFUSED = 4, 40
+_TOLD, _REFUSED = 2, 10
 _LEAST_16_BITS = 2e-2
 
 
