@@ -52,6 +52,7 @@ class ModelSpec:
     quantization_bit: int | None = None  # 4 or 8
     gradient_checkpointing: bool = False
     max_length: int = 0  # of the longest example to come; 0: unknown
+    row_length: int = 0  # of the longest row, packed or not; 0: unknown
     rows_per_example: int = 1  # 2 for the two answers of a pair, which are computed together
     packing: bool = False  # whether rows will hold several examples
     from_scratch: bool = False  # `folder` holds only a config.json; weights are drawn with `seed`

@@ -25,7 +25,7 @@ def plan_device_passes(
     split: SplitModel, spec: ModelSpec, masters: Parameters, dtype: mx.Dtype, dropout: Dropout | None
 ) -> PassPlan:
     """Plan the passes of a step on a GPU, and switch checkpointing on where the longest row does not fit without."""
-    length = max(_SHORTEST_TRIAL, spec.max_length)
+    length = max(_SHORTEST_TRIAL, spec.row_length or spec.max_length)
     row_tokens = length * spec.rows_per_example
     trained = sum(value.size for value in masters.values())
     free = device.free_memory() - trained * BYTES_PER_TRAINED - split.head_bytes
