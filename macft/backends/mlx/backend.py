@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from macft.backends.base import ModelInfo, ModelSpec, OptimizerSpec, Sampling, StepResult
-from macft.backends.batch_layout import exact, lay_out, pad_batch, quarter_octaves
+from macft.backends.batch_layout import exact, lay_out, pad_batch, quarter_octaves, split_by_tokens
 from macft.backends.loss_scale import LossScale
 from macft.backends.memory import PassPlan
 from macft.backends.mlx import device, lora
@@ -180,8 +180,14 @@ class MlxModel:
     def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
         assert batch.segment_ids is None or self._split.packs, "this model takes one example per row"
         self._use(training=False)
-        with explaining_out_of_memory("scoring {} rows of {} tokens".format(*batch.tokens.shape)):
-            return np.array(steps.scored_as_trained(self._split, self._lay_out(batch, positions), positions.shape))
+        parts = split_by_tokens(batch, self._tokens_at_once)
+        found = np.zeros(positions.shape, dtype=np.float32)
+        with explaining_out_of_memory("scoring {} rows of {} tokens".format(*_largest(parts))):
+            for rows, part in _with_rows(parts, batch):
+                asked = positions[rows, : part.tokens.shape[1] - 1]
+                scored = steps.scored_as_trained(self._split, self._lay_out(part, asked), asked.shape)
+                found[rows, : asked.shape[1]] = np.array(scored)
+        return found
 
     def _lay_out(self, batch: NumpyBatch, positions: np.ndarray) -> Columns:
         layout = lay_out(batch, positions, share=self._split.shares_prompts, round_up=self._round_up)
@@ -231,9 +237,13 @@ class MlxModel:
     def set_optimizer_state(self, state: State, step: int) -> None:
         if self._loss_scale is not None and _LOSS_SCALE in state:
             step = self._loss_scale.restore(state[_LOSS_SCALE])
+        fresh = steps.AdamState(step)
+        if not state.keys() - {_LOSS_SCALE}:
+            self._state = fresh
+            return
         moments = {
             kind: {path: mx.array(state[f"{lora.canonical_name(path)}.{kind}"]) for path in self._masters}
-            for kind in self._state.moments
+            for kind in fresh.moments
         }
         self._state = steps.AdamState(step, moments)
 
@@ -246,6 +256,16 @@ class MlxModel:
 
 def _float(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
+
+
+def _with_rows(parts: Sequence[NumpyBatch], batch: NumpyBatch) -> Iterator[tuple[np.ndarray, NumpyBatch]]:
+    """The parts of a batch, each with where its rows are; of pairs all chosen rows come before the rejected ones."""
+    sides = 1 if batch.prompt_mask is None else 2
+    start = 0
+    for part in parts:
+        end = start + len(part.tokens) // sides
+        yield np.concatenate([np.arange(start, end) + side * len(batch.tokens) // sides for side in range(sides)]), part
+        start = end
 
 
 def _largest(batches: Sequence[NumpyBatch]) -> tuple[int, ...]:

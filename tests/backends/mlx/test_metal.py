@@ -261,3 +261,19 @@ def test_float16_skips_what_overflows_and_goes_on_where_it_stopped(loud_but_shor
     assert resumed._state.steps == 1, "of two steps one was skipped"
     third, again = (train_step(each, Sft(), [batch], lr=1e-3, step=2) for each in (model, resumed))
     assert third == again
+
+
+@pytest.mark.usefixtures("mac")
+def test_a_float16_checkpoint_before_the_first_step_taken_is_resumed(loud_but_short):
+    spec, batch = ModelSpec(loud_but_short, LORA, precision="float16"), collate(random_examples(2, seed=3))
+    model, resumed = (load_model("mlx", spec, OptimizerSpec()) for _ in range(2))
+    model._loss_scale.value = 2.0**40
+    assert train_step(model, Sft(), [batch], lr=1e-3, step=0).is_skipped
+    resumed.set_optimizer_state(model.optimizer_state(), 1)
+    assert resumed._loss_scale.value == 2.0**39
+    for each in (model, resumed):
+        each._loss_scale.value = 1024.0
+    second, again = (train_step(each, Sft(), [batch], lr=1e-3, step=1) for each in (model, resumed))
+    assert second == again and not second.is_skipped
+    assert model.trained_state().keys() == resumed.trained_state().keys()
+    assert all(np.array_equal(value, resumed.trained_state()[name]) for name, value in model.trained_state().items())
