@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -73,7 +74,19 @@ def load(spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) 
 
 
 def _attached(spec: ModelSpec) -> tuple[models.LoadedMlxModel, list[str], lora.Dropout | None]:
-    """The model with its adapters, their targets, and the dropout switch."""
+    """The model with its adapters, their targets, and the dropout switch; in float32 where float16 overflows."""
+    found = _attached_in(spec)
+    if found[0].dtype != mx.float16 or models.has_finite_logits(found[0].model):
+        return found
+    # two copies at once might not fit
+    del found
+    mx.clear_cache()
+    found = _attached_in(replace(spec, precision="float32"))
+    found[0].notes.append("float16 overflows in this model: computing in float32")
+    return found
+
+
+def _attached_in(spec: ModelSpec) -> tuple[models.LoadedMlxModel, list[str], lora.Dropout | None]:
     loaded = models.load(spec)
     if spec.merged_adapter is not None:
         lora.merge(loaded.model, spec.merged_adapter)
@@ -131,7 +144,9 @@ class MlxModel:
             # all numbers of the step come to the host at once
             mx.eval(loss, metrics, norm, self._masters, self._state.moments)
         grad_norm = _float(norm)
-        is_skipped = self._loss_scale is not None and self._loss_scale.skips(is_finite=math.isfinite(grad_norm))
+        # a loss that is not finite says that activations overflow, which no loss scale mends
+        is_finite = math.isfinite(grad_norm) or not math.isfinite(_float(loss))
+        is_skipped = self._loss_scale is not None and self._loss_scale.skips(is_finite=is_finite)
         if is_skipped and before is not None:
             self._state, self._masters = before
         self._place_masters()
