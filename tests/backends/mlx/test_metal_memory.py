@@ -66,6 +66,38 @@ def test_the_logits_of_one_chunk_are_in_memory_however_many_there_are(wide, comp
 
 
 @pytest.fixture(scope="module")
+def tied_or_not(tmp_path_factory):
+    """tied_or_not(True) is little but a head that is also the embedding, tied_or_not(False) has two matrices."""
+    sizes = {"vocab_size": 16384, "hidden_size": 32, "num_hidden_layers": 1}
+    folders = {
+        tied: write_model(tmp_path_factory.mktemp(f"tied-{tied}"), "llama", tie_word_embeddings=tied, **sizes)
+        for tied in (False, True)
+    }
+    return folders.__getitem__
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_a_trained_head_holds_the_logits_of_one_chunk_too(tied_or_not, tied, compiled):
+    model = load("mlx", tied_or_not(tied), lora=None, full=True)
+    model._split._rows_at_once = 32
+    peaks = [step_peak(model, rows(chunks, 32, trained=32), compiled=compiled) for chunks in (4, 16)]
+    chunk = 32 * 16384 * 4
+    # twelve more chunks of logits and their slopes would be 24; what they keep of the layer was 3 at most
+    assert peaks[1] < peaks[0] + 6 * chunk
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_a_trained_head_in_chunks_has_the_numbers_and_gradients_of_a_whole_one(tied_or_not, tied):
+    batch, results = collate(random_examples(3, seed=6)), []
+    for rows_at_once in (1000, 7):
+        model = load("mlx", tied_or_not(tied), lora=None, full=True, gradient_checkpointing=rows_at_once == 7)
+        model._split._rows_at_once = rows_at_once
+        results.append(supervised_numbers(model, batch))
+    assert_same(*results)
+
+
+@pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """Eight layers, so that activations outweigh gradients."""
     return write_model(tmp_path_factory.mktemp("deep"), "qwen2", num_hidden_layers=8, max_position_embeddings=1024)
