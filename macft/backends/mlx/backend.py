@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from macft.backends.base import ModelInfo, ModelSpec, OptimizerSpec, Sampling, StepResult
-from macft.backends.batch_layout import exact, lay_out, pad_batch, quarter_octaves
+from macft.backends.batch_layout import exact, lay_out, pad_batch, quarter_octaves, split_by_tokens
 from macft.backends.loss_scale import LossScale
 from macft.backends.memory import PassPlan
 from macft.backends.mlx import device, lora
@@ -73,7 +74,19 @@ def load(spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) 
 
 
 def _attached(spec: ModelSpec) -> tuple[models.LoadedMlxModel, list[str], lora.Dropout | None]:
-    """The model with its adapters, their targets, and the dropout switch."""
+    """The model with its adapters, their targets, and the dropout switch; in float32 where float16 overflows."""
+    found = _attached_in(spec)
+    if found[0].dtype != mx.float16 or models.has_finite_logits(found[0].model):
+        return found
+    # two copies at once might not fit
+    del found
+    mx.clear_cache()
+    found = _attached_in(replace(spec, precision="float32"))
+    found[0].notes.append("float16 overflows in this model: computing in float32")
+    return found
+
+
+def _attached_in(spec: ModelSpec) -> tuple[models.LoadedMlxModel, list[str], lora.Dropout | None]:
     loaded = models.load(spec)
     if spec.merged_adapter is not None:
         lora.merge(loaded.model, spec.merged_adapter)
@@ -131,7 +144,9 @@ class MlxModel:
             # all numbers of the step come to the host at once
             mx.eval(loss, metrics, norm, self._masters, self._state.moments)
         grad_norm = _float(norm)
-        is_skipped = self._loss_scale is not None and self._loss_scale.skips(is_finite=math.isfinite(grad_norm))
+        # a loss that is not finite says that activations overflow, which no loss scale mends
+        is_finite = math.isfinite(grad_norm) or not math.isfinite(_float(loss))
+        is_skipped = self._loss_scale is not None and self._loss_scale.skips(is_finite=is_finite)
         if is_skipped and before is not None:
             self._state, self._masters = before
         self._place_masters()
@@ -180,8 +195,14 @@ class MlxModel:
     def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
         assert batch.segment_ids is None or self._split.packs, "this model takes one example per row"
         self._use(training=False)
-        with explaining_out_of_memory("scoring {} rows of {} tokens".format(*batch.tokens.shape)):
-            return np.array(steps.scored_as_trained(self._split, self._lay_out(batch, positions), positions.shape))
+        parts = split_by_tokens(batch, self._tokens_at_once)
+        found = np.zeros(positions.shape, dtype=np.float32)
+        with explaining_out_of_memory("scoring {} rows of {} tokens".format(*_largest(parts))):
+            for rows, part in _with_rows(parts, batch):
+                asked = positions[rows, : part.tokens.shape[1] - 1]
+                scored = steps.scored_as_trained(self._split, self._lay_out(part, asked), asked.shape)
+                found[rows, : asked.shape[1]] = np.array(scored)
+        return found
 
     def _lay_out(self, batch: NumpyBatch, positions: np.ndarray) -> Columns:
         layout = lay_out(batch, positions, share=self._split.shares_prompts, round_up=self._round_up)
@@ -231,9 +252,13 @@ class MlxModel:
     def set_optimizer_state(self, state: State, step: int) -> None:
         if self._loss_scale is not None and _LOSS_SCALE in state:
             step = self._loss_scale.restore(state[_LOSS_SCALE])
+        fresh = steps.AdamState(step)
+        if not state.keys() - {_LOSS_SCALE}:
+            self._state = fresh
+            return
         moments = {
             kind: {path: mx.array(state[f"{lora.canonical_name(path)}.{kind}"]) for path in self._masters}
-            for kind in self._state.moments
+            for kind in fresh.moments
         }
         self._state = steps.AdamState(step, moments)
 
@@ -246,6 +271,16 @@ class MlxModel:
 
 def _float(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
+
+
+def _with_rows(parts: Sequence[NumpyBatch], batch: NumpyBatch) -> Iterator[tuple[np.ndarray, NumpyBatch]]:
+    """The parts of a batch, each with where its rows are; of pairs all chosen rows come before the rejected ones."""
+    sides = 1 if batch.prompt_mask is None else 2
+    start = 0
+    for part in parts:
+        end = start + len(part.tokens) // sides
+        yield np.concatenate([np.arange(start, end) + side * len(batch.tokens) // sides for side in range(sides)]), part
+        start = end
 
 
 def _largest(batches: Sequence[NumpyBatch]) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ def plan_device_passes(
     split: SplitModel, spec: ModelSpec, masters: Parameters, dtype: mx.Dtype, dropout: Dropout | None
 ) -> PassPlan:
     """Plan the passes of a step on a GPU, and switch checkpointing on where the longest row does not fit without."""
-    length = max(_SHORTEST_TRIAL, spec.max_length)
+    length = max(_SHORTEST_TRIAL, spec.row_length or spec.max_length)
     row_tokens = length * spec.rows_per_example
     trained = sum(value.size for value in masters.values())
     free = device.free_memory() - trained * BYTES_PER_TRAINED - split.head_bytes
@@ -41,7 +41,7 @@ def plan_device_passes(
 
 
 def token_bytes(split: SplitModel, length: int, masters: Parameters, dtype: mx.Dtype, dropout: Dropout | None) -> float:
-    """Bytes that a training pass takes for each token of a row of this length, without gradients and a frozen head.
+    """Bytes that a training pass takes for each token of a row of this length, without gradients and a head's chunks.
 
     The sum of a part for each token and of one for each pair of tokens, which attention has where it keeps its scores;
     both follow from three short rows.
@@ -52,7 +52,7 @@ def token_bytes(split: SplitModel, length: int, masters: Parameters, dtype: mx.D
     pairs, tokens, _ = np.polyfit(lengths, peaks, 2)
     if pairs < 0:
         pairs, tokens = 0.0, (peaks[2] - peaks[1]) / (lengths[2] - lengths[1])
-    head = 0 if split.lm_head_is_frozen else split.row_bytes
+    head = split.row_bytes if split.backbone is None else 0
     return max(1.0, float(tokens + pairs * length)) + head
 
 

@@ -17,6 +17,7 @@ from macft.backends.batch_layout import rope_problem
 from macft.backends.mlx import device
 from macft.backends.mlx.out_of_memory import is_out_of_memory
 from macft.backends.mlx.split import BACKBONES
+from macft.backends.probes import probe_rows
 from macft.backends.shared import initial_value
 from macft.errors import ModelError
 from macft.weights.model_config import (
@@ -185,6 +186,11 @@ def checkpoint_layers(model: nn.Module) -> bool:
             object.__setattr__(backbone, "layers", [CheckpointedLayer(layer) for layer in backbone["layers"]])
             return True
     return False
+
+
+def has_finite_logits(model: nn.Module) -> bool:
+    """Whether the logits of a few tokens are finite."""
+    return bool(mx.isfinite(model(mx.array(probe_rows().inputs))).all().item())
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from macft.backends.batch_layout import BatchLayout
@@ -128,20 +130,18 @@ class SplitModel:
         """float32 [K]: log p(target) at every row of a layout, times its validity.
 
         A frozen head is differentiated chunk by chunk in the forward pass, d logp / d hidden [K, D], so
-        that the logits of only one chunk are in memory at a time, and none of them in the backward pass.
+        that the logits of only one chunk are in memory at a time, and none of them in the backward pass. One that is
+        trained computes each chunk again in the backward pass.
         """
         hidden, targets = self.hidden(layout), mx.stop_gradient(layout["targets"])
         if with_gradient and (self.backbone is None or not self.lm_head_is_frozen):
-            return -cross_entropy(self.lm_head(hidden), targets) * layout["valid"]
+            return self._trained_head_logps(hidden, targets) * layout["valid"]
         constant = mx.stop_gradient(hidden)
         values: list[mx.array] = []
         slopes: list[mx.array] = []
         for start in range(0, hidden.shape[0], self._rows_at_once):
             chunk = slice(start, start + self._rows_at_once)
-            part, expected = constant[chunk], targets[chunk]
-            # without an order among them MLX computes up to 20 chunks side by side
-            if values:
-                part = mx.depends(part, [values[-1], *slopes[-1:]])
+            part, expected = _after(constant[chunk], [*values[-1:], *slopes[-1:]]), targets[chunk]
 
             def score(rows: mx.array, expected: mx.array = expected) -> mx.array:
                 return -cross_entropy(self.lm_head(rows), expected)
@@ -158,6 +158,49 @@ class SplitModel:
             slope = mx.stop_gradient(mx.concatenate(slopes)).astype(mx.float32)
             logps = logps + ((hidden - constant).astype(mx.float32) * slope).sum(axis=-1)
         return logps * layout["valid"]
+
+    def _trained_head_logps(self, hidden: mx.array, targets: mx.array) -> mx.array:
+        if self.backbone is None or hidden.shape[0] <= self._rows_at_once:
+            return -cross_entropy(self.lm_head(hidden), targets)
+        trained = tree_flatten(self.model.trainable_parameters())
+        head = {path: value for path, value in trained if ".layers." not in path}
+        chunks = [slice(start, start + self._rows_at_once) for start in range(0, hidden.shape[0], self._rows_at_once)]
+
+        def score(chunk: slice, rows: mx.array, *parameters: mx.array) -> mx.array:
+            self.model.update(tree_unflatten(list(zip(head, parameters, strict=True))))
+            return -cross_entropy(self.lm_head(rows), targets[chunk])
+
+        # Not mx.checkpoint: without an order among them, MLX computes the chunks of a backward pass side by side.
+        @mx.custom_function
+        def logps(hidden: mx.array, *parameters: mx.array) -> mx.array:
+            values: list[mx.array] = []
+            for chunk in chunks:
+                values.append(score(chunk, _after(hidden[chunk], values[-1:]), *parameters))
+            return mx.concatenate(values)
+
+        @logps.vjp
+        def slopes(inputs: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+            hidden, *parameters = inputs
+            rows: list[mx.array] = []
+            totals: list[mx.array] = []
+            for chunk in chunks:
+                part = _after(hidden[chunk], [*rows[-1:], *totals])
+                slope, *found = mx.vjp(partial(score, chunk), [part, *parameters], [cotangent[chunk]])[1]
+                rows.append(slope)
+                # a sum of many in 16 bits would be rounded at every chunk
+                more = [gradient.astype(mx.float32) for gradient in found]
+                totals = [total + new for total, new in zip(totals, more, strict=True)] if totals else more
+            sums = (total.astype(value.dtype) for total, value in zip(totals, parameters, strict=True))
+            return mx.concatenate(rows), *sums
+
+        found: mx.array = logps(hidden, *head.values())  # type: ignore[assignment]
+        self.model.update(tree_unflatten(list(head.items())))
+        return found
+
+
+def _after(array: mx.array, before: list[mx.array]) -> mx.array:
+    """The array, computed after others: without an order MLX computes up to 20 chunks side by side."""
+    return mx.depends(array, before) if before else array
 
 
 def _gpu_logits() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from support.loud_models import write_loud_model
 from support.step_numbers import LORA, assert_same, load, supervised_numbers
 from support.tiny_models import random_examples, random_pairs, write_mlx_quantized, write_model
 
-from macft.backends.base import ModelSpec, OptimizerSpec
+from macft.backends.base import ModelSpec, OptimizerSpec, Sampling
 from macft.backends.mlx import device
 from macft.backends.mlx import step as steps
 from macft.backends.mlx.split import SplitModel
 from macft.backends.probes import probe_packed
 from macft.data.batches import collate
 from macft.data.tokenization.table import Reference
+from macft.errors import ModelError
 from macft.objectives.losses import Sft
 from macft.objectives.preference import Preference, answer_positions, reference_columns
 
@@ -261,3 +263,66 @@ def test_float16_skips_what_overflows_and_goes_on_where_it_stopped(loud_but_shor
     assert resumed._state.steps == 1, "of two steps one was skipped"
     third, again = (train_step(each, Sft(), [batch], lr=1e-3, step=2) for each in (model, resumed))
     assert third == again
+
+
+@pytest.mark.usefixtures("mac")
+def test_a_float16_checkpoint_before_the_first_step_taken_is_resumed(loud_but_short):
+    spec, batch = ModelSpec(loud_but_short, LORA, precision="float16"), collate(random_examples(2, seed=3))
+    model, resumed = (load_model("mlx", spec, OptimizerSpec()) for _ in range(2))
+    model._loss_scale.value = 2.0**40
+    assert train_step(model, Sft(), [batch], lr=1e-3, step=0).is_skipped
+    resumed.set_optimizer_state(model.optimizer_state(), 1)
+    assert resumed._loss_scale.value == 2.0**39
+    for each in (model, resumed):
+        each._loss_scale.value = 1024.0
+    second, again = (train_step(each, Sft(), [batch], lr=1e-3, step=1) for each in (model, resumed))
+    assert second == again and not second.is_skipped
+    assert model.trained_state().keys() == resumed.trained_state().keys()
+    assert all(np.array_equal(value, resumed.trained_state()[name]) for name, value in model.trained_state().items())
+
+
+@pytest.fixture(scope="module")
+def overflowing(loud_but_short, tmp_path_factory):
+    """overflowing(factor) has a first layer whose values are multiplied: 1e6 overflows float16, 1e80 float32 too."""
+
+    def write(factor: float) -> Path:
+        folder = tmp_path_factory.mktemp("overflowing") / "model"
+        shutil.copytree(loud_but_short, folder)
+        weights = mx.load(str(folder / "model.safetensors"))
+        for name in ("up_proj", "down_proj"):
+            weights[f"model.layers.0.mlp.{name}.weight"] *= factor**0.5
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+        return folder
+
+    return write
+
+
+@pytest.mark.usefixtures("mac")
+def test_a_model_whose_activations_overflow_float16_is_computed_in_float32(overflowing):
+    spec = ModelSpec(overflowing(1e6), LORA, precision="float16", packing=True)
+    model = load_model("mlx", spec, OptimizerSpec())
+    assert model.info.notes == ("float16 overflows in this model: computing in float32",)
+    assert model.info.precision == "float32" and model._loss_scale is None
+    assert model._split.backbone is not None and model._split.packs
+    assert np.isfinite(model.logits([1, 2, 3])).all()
+
+
+@pytest.mark.usefixtures("mac")
+def test_float16_skips_no_step_whose_loss_is_not_finite(loud_but_short):
+    model = load_model("mlx", ModelSpec(loud_but_short, LORA, precision="float16"), OptimizerSpec())
+    state = model.trained_state()
+    model.set_trained_state({name: np.full_like(value, 6e4) for name, value in state.items()})
+    result = train_step(model, Sft(), [collate(random_examples(2, seed=3))], lr=1e-3, step=0)
+    assert not np.isfinite(result.loss) and not result.is_skipped
+    assert model._loss_scale.value == 65536.0
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.8, top_p=0.9, top_k=5)], ids=["greedy", "drawn"]
+)
+def test_scores_that_are_not_finite_are_an_error_not_an_answer(overflowing, sampling):
+    model = load_model("mlx", ModelSpec(overflowing(1e80), None))
+    with pytest.raises(
+        ModelError, match=r"^the scores of the next token are not finite: .* float32 \(bf16=false\), or"
+    ):
+        list(model.generate([1, 2, 3], max_new_tokens=4, stop_ids=frozenset(), sampling=sampling))

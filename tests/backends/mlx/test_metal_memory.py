@@ -9,7 +9,7 @@ import pytest
 from support.engines import load_model, train_step
 from support.mac import GB
 from support.step_numbers import LORA, assert_same, load, supervised_numbers
-from support.tiny_models import random_examples, write_model
+from support.tiny_models import random_examples, random_pairs, write_model
 
 from macft.backends.base import ModelSpec, OptimizerSpec, Sampling
 from macft.backends.batch_layout import exact, plain_layout
@@ -22,6 +22,7 @@ from macft.data.batches import collate
 from macft.errors import ModelError
 from macft.objectives.batch import Batch
 from macft.objectives.losses import Sft
+from macft.objectives.preference import answer_positions
 
 pytestmark = [pytest.mark.mlx, pytest.mark.usefixtures("small_threads")]
 
@@ -62,6 +63,38 @@ def test_the_logits_of_one_chunk_are_in_memory_however_many_there_are(wide, comp
     assert peaks[0] > 2 * chunk
     # the rest of twelve more rows is small beside a chunk
     assert peaks[1] < peaks[0] + chunk
+
+
+@pytest.fixture(scope="module")
+def tied_or_not(tmp_path_factory):
+    """tied_or_not(True) is little but a head that is also the embedding, tied_or_not(False) has two matrices."""
+    sizes = {"vocab_size": 16384, "hidden_size": 32, "num_hidden_layers": 1}
+    folders = {
+        tied: write_model(tmp_path_factory.mktemp(f"tied-{tied}"), "llama", tie_word_embeddings=tied, **sizes)
+        for tied in (False, True)
+    }
+    return folders.__getitem__
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_a_trained_head_holds_the_logits_of_one_chunk_too(tied_or_not, tied, compiled):
+    model = load("mlx", tied_or_not(tied), lora=None, full=True)
+    model._split._rows_at_once = 32
+    peaks = [step_peak(model, rows(chunks, 32, trained=32), compiled=compiled) for chunks in (4, 16)]
+    chunk = 32 * 16384 * 4
+    # twelve more chunks of logits and their slopes would be 24; what they keep of the layer was 3 at most
+    assert peaks[1] < peaks[0] + 6 * chunk
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_a_trained_head_in_chunks_has_the_numbers_and_gradients_of_a_whole_one(tied_or_not, tied):
+    batch, results = collate(random_examples(3, seed=6)), []
+    for rows_at_once in (1000, 7):
+        model = load("mlx", tied_or_not(tied), lora=None, full=True, gradient_checkpointing=rows_at_once == 7)
+        model._split._rows_at_once = rows_at_once
+        results.append(supervised_numbers(model, batch))
+    assert_same(*results)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +144,37 @@ def test_a_row_that_does_not_fit_switches_checkpointing_on_and_changes_no_number
             assert model.info.notes[0].startswith(note) and 512 <= model._tokens_at_once < 10_000
         assert_same(supervised_numbers(model, batch), expected)
         del model
+
+
+@pytest.mark.usefixtures("mac")
+def test_packed_runs_are_planned_for_their_rows_not_for_their_examples(deep, monkeypatch):
+    planned = []
+    monkeypatch.setattr(memory, "token_bytes", lambda _split, length, *_rest: planned.append(length) or 1.0)
+    for lengths in ({"max_length": 40, "row_length": 512}, {"max_length": 40}):
+        load("mlx", deep, packing=True, **lengths)
+    assert planned == [512, 40]
+
+
+def test_scoring_holds_no_more_tokens_at_once_than_a_training_pass_and_keeps_its_order(tiny_model, monkeypatch):
+    model = load("mlx", tiny_model("qwen2"))
+    scored = []
+    monkeypatch.setattr(
+        steps, "scored_as_trained", lambda *of, by=steps.scored_as_trained: scored.append(of[2]) or by(*of)
+    )
+    for batch in (collate(random_examples(7, seed=1)), collate(random_pairs(7, seed=1))):
+        positions = (
+            answer_positions(batch, with_prompt=True) if batch.prompt_mask is not None else batch.loss_mask[:, 1:]
+        )
+        model._tokens_at_once = 10_000
+        expected = model.logps(batch, positions)
+        assert scored == [positions.shape] and np.abs(expected).max() > 1
+        scored.clear()
+        model._tokens_at_once = 2 * batch.tokens.shape[1]
+        found = model.logps(batch, positions)
+        assert found.shape == expected.shape and found.dtype == np.float32
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+        assert len(scored) > 2 and all(rows * (length + 1) <= model._tokens_at_once for rows, length in scored)
+        scored.clear()
 
 
 @pytest.mark.parametrize(
