@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.fake_gpus import H100, P100, RTX_3060, T4, install_torch, plug_in
+from support.fake_gpus import H100, P100, RTX_3060, T4, install_torch, plug_in, questions
 
 import macft
 from macft import doctor, platforms
@@ -170,6 +170,13 @@ def test_several_cards_are_named_and_one_is_used(tmp_path, monkeypatch):
     said = on_nvidia(tmp_path, monkeypatch, H100, H100)
     assert said[:2] == [f"ok GPU: {H100.name}, sm_90, 85.5 GB, driver 580.65.06"] * 2
     assert said[2] == f"ok torch: 2.13.0, CUDA 13.0 on {H100.name}, one of 2 that are here"
+
+
+def test_the_doctor_asks_nvidia_smi_once_and_once_more_for_what_auto_chooses(tmp_path, monkeypatch):
+    on_nvidia(tmp_path, monkeypatch, H100)
+    assert len(questions(tmp_path / "bin")) == 1
+    doctor._auto()
+    assert len(questions(tmp_path / "bin")) == 2
 
 
 def test_on_a_p100_the_doctor_names_the_build_that_has_code_for_it(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 # The oldest driver for each CUDA of PyTorch's builds. Source: NVIDIA, CUDA minor version compatibility.
@@ -42,12 +43,26 @@ class TorchBuild:
 
 
 def visible_cards() -> tuple[Card, ...]:
-    """The GPUs that nvidia-smi lists; none where it is missing or fails, or where the user hides them."""
-    if is_hidden():
+    """The GPUs that nvidia-smi lists, in the order of CUDA_VISIBLE_DEVICES where that holds numbers of them.
+
+    None where nvidia-smi is missing or fails, or where the user hides them.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None or is_hidden():
         return ()
+    cards = _cards(program)
+    numbers = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    chosen = tuple(cards[int(number)] for number in numbers if number.isdigit() and int(number) < len(cards))
+    # a number of no GPU hides all from CUDA, by a mistake that is to be told of them
+    return chosen or cards
+
+
+@cache
+def _cards(program: str) -> tuple[Card, ...]:
+    """What nvidia-smi says, asked once: it takes up to a second on a machine of many GPUs."""
     fields = "memory.total,driver_version,name"
     # older drivers do not know their GPU's capability
-    lines = _ask(f"compute_cap,{fields}") or [f"[N/A], {line}" for line in _ask(fields)]
+    lines = _ask(program, f"compute_cap,{fields}") or [f"[N/A], {line}" for line in _ask(program, fields)]
     return tuple(_card(line) for line in lines)
 
 
@@ -62,8 +77,8 @@ def driver_fails() -> bool:
     return shutil.which("nvidia-smi") is not None and not is_hidden() and not visible_cards()
 
 
-def _ask(fields: str) -> list[str]:
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+def _ask(program: str, fields: str) -> list[str]:
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired):
