@@ -7,6 +7,8 @@ import importlib.util
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +20,8 @@ _TURING = (7, 5)
 _NEWEST_BUILD = "pip install --force-reinstall torch"
 # the last builds for drivers before 580, and for GPUs before Turing
 OLDER_BUILD = "pip install --force-reinstall 'torch<2.15' --index-url https://download.pytorch.org/whl/cu126"
+# the variable that PyTorch reads once, as it starts to use CUDA, and its older name, which gives way to it
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _TIMEOUT = 60
 
 
@@ -95,6 +99,23 @@ def _card(line: str) -> Card:
         memory=int(mebibytes) << 20 if mebibytes.isdigit() else 0,
         capability=(int(major), int(minor)) if major.isdigit() and minor.isdigit() else None,
     )
+
+
+@contextmanager
+def growing_segments() -> Iterator[None]:
+    """Let a PyTorch that first uses CUDA within this block reserve memory in segments that grow.
+
+    Rows of ever other lengths would leave much of a GPU's memory in pieces too small to use. What the user sets counts.
+    """
+    if any(name in os.environ for name in _ALLOCATOR):
+        yield
+        return
+    os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+    try:
+        yield
+    finally:
+        # the process is the caller's: its children and its other libraries see what they saw
+        del os.environ[_ALLOCATOR[0]]
 
 
 def torch_build() -> TorchBuild | None:
