@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
@@ -109,7 +110,23 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Check everything; the last finding is what `--backend auto` chooses here."""
-    return [*_machine(), *_nvidia(), *_mlx(), *_torch(), *_packages(), _built_in_model(), _hub(), _auto()]
+    found = [*_machine(), *_nvidia(), *_mlx(), *_torch(), *_packages(), _built_in_model(), _hub(), _auto()]
+    pip = _pip()
+    return [
+        replace(
+            finding,
+            detail=finding.detail.replace("pip install", f"{pip} install"),
+            remedy=finding.remedy.replace("pip install", f"{pip} install"),
+        )
+        for finding in found
+    ]
+
+
+def _pip() -> str:
+    """The pip of the Python that runs this, as a shell finds it: the one in PATH may belong to another."""
+    found = shutil.which("pip")
+    is_own = found is not None and Path(found).parent == Path(sys.executable).parent
+    return "pip" if is_own else f"{shlex.quote(sys.executable)} -m pip"
 
 
 def show(findings: list[Finding], console: Console) -> None:

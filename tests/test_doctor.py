@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.fake_gpus import H100, P100, RTX_3060, T4, install_torch, plug_in
+from support.fake_gpus import H100, P100, RTX_3060, T4, install_torch, plug_in, questions
 
 import macft
 from macft import doctor, platforms
@@ -33,6 +33,15 @@ print(json.dumps([name for name in ("mlx", "mlx.core", "torch", "transformers") 
 
 def by_name(findings) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
+
+
+def program(folder: Path, name: str) -> Path:
+    """A program that does nothing."""
+    folder.mkdir()
+    path = folder / name
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return path
 
 
 def break_package(folder: Path, name: str, code: str, monkeypatch) -> None:
@@ -74,6 +83,8 @@ def test_on_a_bare_machine_everything_missing_comes_with_its_command(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ASK_AS_JSON}"
     command = [sys.executable, "-S", "-c", code]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    # the first pip is of another Python, and would install there
+    environment["PATH"] = f"{program(tmp_path / 'bin', 'pip').parent}{os.pathsep}{environment['PATH']}"
     ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
     found = {finding["name"]: finding for finding in json.loads(ran.stdout.splitlines()[0])}
     remedies = {
@@ -86,7 +97,15 @@ def test_on_a_bare_machine_everything_missing_comes_with_its_command(tmp_path):
     }
     for name, remedy in remedies.items():
         status = "missing" if name in ("mlx", "torch", "smollm2-135m") else "optional"
-        assert (found[name]["status"], found[name]["remedy"]) == (status, remedy)
+        assert (found[name]["status"], found[name]["remedy"]) == (status, f"{sys.executable} -m {remedy}")
+
+
+def test_a_pip_that_is_of_this_python_is_written_shortly(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(program(tmp_path / "env", "pip").parent))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "env" / "python"))
+    assert doctor._pip() == "pip"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "my env" / "python"))
+    assert doctor._pip() == f"'{tmp_path}/my env/python' -m pip"
 
 
 @pytest.mark.parametrize(
@@ -170,6 +189,13 @@ def test_several_cards_are_named_and_one_is_used(tmp_path, monkeypatch):
     said = on_nvidia(tmp_path, monkeypatch, H100, H100)
     assert said[:2] == [f"ok GPU: {H100.name}, sm_90, 85.5 GB, driver 580.65.06"] * 2
     assert said[2] == f"ok torch: 2.13.0, CUDA 13.0 on {H100.name}, one of 2 that are here"
+
+
+def test_the_doctor_asks_nvidia_smi_once_and_once_more_for_what_auto_chooses(tmp_path, monkeypatch):
+    on_nvidia(tmp_path, monkeypatch, H100)
+    assert len(questions(tmp_path / "bin")) == 1
+    doctor._auto()
+    assert len(questions(tmp_path / "bin")) == 2
 
 
 def test_on_a_p100_the_doctor_names_the_build_that_has_code_for_it(tmp_path, monkeypatch):

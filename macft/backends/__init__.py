@@ -10,7 +10,13 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, cast
 
-from macft.backends.nvidia import torch_build, torch_is_for_cuda, visible_cards, why_torch_sees_none
+from macft.backends.nvidia import (
+    growing_segments,
+    torch_build,
+    torch_is_for_cuda,
+    visible_cards,
+    why_torch_sees_none,
+)
 from macft.engines import BACKENDS
 from macft.errors import MissingPackageError, UsageError
 from macft.process_group import ProcessGroup
@@ -68,7 +74,8 @@ def _choose() -> str:
 
 def _ask(check: str) -> bool:
     module, _, function = check.partition(":")
-    return bool(getattr(importlib.import_module(module), function)())
+    with growing_segments():
+        return bool(getattr(importlib.import_module(module), function)())
 
 
 @cache
@@ -100,8 +107,9 @@ def load_model(backend: str, spec: ModelSpec, optimizer: OptimizerSpec | None, g
     """
     name = choose_backend(backend)
     _warn_of_unused_gpu(name)
-    engine = cast("EngineModule", importlib.import_module(BACKENDS[name].module))
-    return engine.load(spec, optimizer, group)
+    with growing_segments():
+        engine = cast("EngineModule", importlib.import_module(BACKENDS[name].module))
+        return engine.load(spec, optimizer, group)
 
 
 def load_logits_module(backend: str) -> LogitsModule:

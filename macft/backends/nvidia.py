@@ -7,7 +7,10 @@ import importlib.util
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 # The oldest driver for each CUDA of PyTorch's builds. Source: NVIDIA, CUDA minor version compatibility.
@@ -17,6 +20,8 @@ _TURING = (7, 5)
 _NEWEST_BUILD = "pip install --force-reinstall torch"
 # the last builds for drivers before 580, and for GPUs before Turing
 OLDER_BUILD = "pip install --force-reinstall 'torch<2.15' --index-url https://download.pytorch.org/whl/cu126"
+# the variable that PyTorch reads once, as it starts to use CUDA, and its older name, which gives way to it
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _TIMEOUT = 60
 
 
@@ -42,12 +47,26 @@ class TorchBuild:
 
 
 def visible_cards() -> tuple[Card, ...]:
-    """The GPUs that nvidia-smi lists; none where it is missing or fails, or where the user hides them."""
-    if is_hidden():
+    """The GPUs that nvidia-smi lists, in the order of CUDA_VISIBLE_DEVICES where that holds numbers of them.
+
+    None where nvidia-smi is missing or fails, or where the user hides them.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None or is_hidden():
         return ()
+    cards = _cards(program)
+    numbers = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    chosen = tuple(cards[int(number)] for number in numbers if number.isdigit() and int(number) < len(cards))
+    # a number of no GPU hides all from CUDA, by a mistake that is to be told of them
+    return chosen or cards
+
+
+@cache
+def _cards(program: str) -> tuple[Card, ...]:
+    """What nvidia-smi says, asked once: it takes up to a second on a machine of many GPUs."""
     fields = "memory.total,driver_version,name"
     # older drivers do not know their GPU's capability
-    lines = _ask(f"compute_cap,{fields}") or [f"[N/A], {line}" for line in _ask(fields)]
+    lines = _ask(program, f"compute_cap,{fields}") or [f"[N/A], {line}" for line in _ask(program, fields)]
     return tuple(_card(line) for line in lines)
 
 
@@ -62,8 +81,8 @@ def driver_fails() -> bool:
     return shutil.which("nvidia-smi") is not None and not is_hidden() and not visible_cards()
 
 
-def _ask(fields: str) -> list[str]:
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+def _ask(program: str, fields: str) -> list[str]:
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired):
@@ -80,6 +99,23 @@ def _card(line: str) -> Card:
         memory=int(mebibytes) << 20 if mebibytes.isdigit() else 0,
         capability=(int(major), int(minor)) if major.isdigit() and minor.isdigit() else None,
     )
+
+
+@contextmanager
+def growing_segments() -> Iterator[None]:
+    """Let a PyTorch that first uses CUDA within this block reserve memory in segments that grow.
+
+    Rows of ever other lengths would leave much of a GPU's memory in pieces too small to use. What the user sets counts.
+    """
+    if any(name in os.environ for name in _ALLOCATOR):
+        yield
+        return
+    os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+    try:
+        yield
+    finally:
+        # the process is the caller's: its children and its other libraries see what they saw
+        del os.environ[_ALLOCATOR[0]]
 
 
 def torch_build() -> TorchBuild | None:

@@ -69,7 +69,7 @@ _NO_EFFECT = {
     "pad_to_multiple_of bnb_4bit_quant_storage eval_accumulation_steps enable_jit_checkpoint jit_mode_eval use_ipex "
     "eval_do_concat_batches eval_use_gather_object save_on_cpu",
     "scales of a quantized base are not quantized again": "double_quantization use_bnb_nested_quant",
-    "bf16 and fp16 say in what is computed; norms and logits are float32": "dtype torch_dtype compute_dtype tf32 "
+    "bf16 and fp16 say in what is computed; norms and losses are float32": "dtype torch_dtype compute_dtype tf32 "
     "half_precision_backend fp16_backend fp16_opt_level bf16_full_eval fp16_full_eval upcast_layernorm "
     "upcast_lmhead_output",
     "safetensors is the only format": "save_safetensors",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import subprocess
+import os
 import sys
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -12,10 +12,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from support.engines import load_model
 from support.tiny_models import write_model
 
+from macft import backends
 from macft.backends.base import ModelSpec
 from macft.backends.torch import device, lora, memory, model, split
+from macft.engines import BACKENDS
+from macft.errors import ModelError
 
 CUDA = torch.device("cuda")
 GIB = 1 << 30
@@ -77,15 +81,44 @@ def test_weights_are_loaded_straight_to_the_device(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(None, "expandable_segments:True"), ("backend:native", "backend:native")]
+    ("own", "told"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        # under the older name, which the newer one would override
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_ALLOC_CONF": ""}, {"PYTORCH_ALLOC_CONF": ""}),
+    ],
+    ids=["nothing", "new", "old", "empty"],
 )
-def test_memory_is_reserved_in_segments_that_grow(value, expected, monkeypatch):
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    if value is not None:
-        monkeypatch.setenv("PYTORCH_ALLOC_CONF", value)
-    code = "import os; from macft.cli import _set_up; _set_up(); print(os.environ['PYTORCH_ALLOC_CONF'])"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == expected
+def test_memory_is_reserved_in_segments_that_grow(own, told, tiny_model, monkeypatch):
+    seen = []
+
+    def settings() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+
+    def used(real):
+        def function(*arguments, **options):
+            seen.append(settings())
+            return real(*arguments, **options)
+
+        return function
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    # where a process first uses CUDA: in the question whether it is there, or as a model is loaded
+    monkeypatch.setattr(device, "on_gpu", used(device.on_gpu))
+    monkeypatch.setattr(model, "pick_device", used(model.pick_device))
+    backends._ask(BACKENDS["torch"].gpu_check)
+    load_model("torch", ModelSpec(tiny_model("llama"), None))
+    assert seen == [told, told]
+    # a caller from Python finds its environment as it was, whatever goes wrong
+    assert settings() == own
+    with pytest.raises(ModelError):
+        load_model("torch", ModelSpec(tiny_model("llama") / "not here", None))
+    assert settings() == own
 
 
 def test_what_does_not_fit_twice_in_float32_is_verified_on_the_cpu(tiny_model, monkeypatch):

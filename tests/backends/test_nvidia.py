@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.fake_gpus import H100, P100, RTX_3060, T4, install_torch, plug_in
+from support.fake_gpus import H100, P100, RTX_3060, T4, install_torch, plug_in, questions
 
 import macft.backends.torch.backend  # noqa: F401 (transformers replaces itself when it is first imported)
 from macft.backends import load_model, unused_gpu
@@ -28,6 +28,8 @@ from macft.backends.nvidia import (
 from macft.backends.torch.device import idle_gpus_note
 from macft.engines import BACKENDS
 from macft.process_group import ONE_PROCESS
+from macft.training.checks.machine import check_machine
+from macft.weights.folder import ModelFolder
 
 NEWEST = "pip install --force-reinstall torch"
 OLDER = "pip install --force-reinstall 'torch<2.15' --index-url https://download.pytorch.org/whl/cu126"
@@ -60,9 +62,9 @@ def test_an_older_driver_does_not_tell_the_capability(tmp_path, monkeypatch):
 
 
 def test_an_nvidia_smi_that_fails_is_no_gpu(tmp_path, monkeypatch):
-    plug_in(tmp_path, monkeypatch, T4, fails=True)
+    plug_in(tmp_path / "broken", monkeypatch, T4, fails=True)
     assert visible_cards() == () and driver_fails()
-    plug_in(tmp_path, monkeypatch)  # "No devices were found"
+    plug_in(tmp_path / "empty", monkeypatch)  # "No devices were found"
     assert visible_cards() == () and driver_fails()
 
 
@@ -73,6 +75,22 @@ def test_a_gpu_that_is_hidden_on_purpose_is_not_there(value, tmp_path, monkeypat
     assert visible_cards() == () and not driver_fails()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert visible_cards() == (T4_CARD,)
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ("1", ["NVIDIA H100 80GB HBM3"]),
+        ("1, 0", ["NVIDIA H100 80GB HBM3", "Tesla T4"]),
+        ("GPU-0", ["Tesla T4", "NVIDIA H100 80GB HBM3"]),
+        # what CUDA then does not see is told of all the same
+        ("7", ["Tesla T4", "NVIDIA H100 80GB HBM3"]),
+    ],
+)
+def test_the_gpu_that_is_told_of_is_the_one_that_was_chosen(value, names, tmp_path, monkeypatch):
+    plug_in(tmp_path, monkeypatch, T4, H100)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert [card.name for card in visible_cards()] == names
 
 
 def test_auto_takes_pytorch_beside_a_gpu_and_imports_nothing_to_know_it(tmp_path, monkeypatch):
@@ -166,10 +184,18 @@ def test_a_gpu_that_is_not_used_is_told_once(tmp_path, monkeypatch, tiny_model, 
 
 
 @pytest.mark.usefixtures("without_cuda")
-def test_where_no_gpu_is_or_where_it_is_hidden_nothing_is_told(tmp_path, monkeypatch):
-    plug_in(tmp_path, monkeypatch, T4, fails=True)
-    assert unused_gpu("torch") is None
+def test_a_process_asks_nvidia_smi_once(tmp_path, monkeypatch, tiny_model):
     plug_in(tmp_path, monkeypatch, T4)
+    check_machine("torch", [ModelFolder("llama", tiny_model("llama"))], None)
+    load_model("auto", ModelSpec(tiny_model("llama"), None), None, ONE_PROCESS)
+    assert questions(tmp_path) == ["--query-gpu=compute_cap,memory.total,driver_version,name"]
+
+
+@pytest.mark.usefixtures("without_cuda")
+def test_where_no_gpu_is_or_where_it_is_hidden_nothing_is_told(tmp_path, monkeypatch):
+    plug_in(tmp_path / "broken", monkeypatch, T4, fails=True)
+    assert unused_gpu("torch") is None
+    plug_in(tmp_path / "bin", monkeypatch, T4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert unused_gpu("mlx") is None
 

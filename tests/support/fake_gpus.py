@@ -33,6 +33,7 @@ H100 = FakeGpu("NVIDIA H100 80GB HBM3", 9, 0, 81_559)
 # NVIDIA's own words for a driver that does not run; drivers before 495 do not know the field compute_cap
 _SMI = """\
 #!/bin/sh
+echo "$1" >> "$0.asked"
 if [ -n "{fails}" ]; then
   echo "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
   exit 9
@@ -84,7 +85,10 @@ class backends:
 def plug_in(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *gpus: FakeGpu, fails: bool = False, is_old: bool = False
 ) -> None:
-    """Put an nvidia-smi first in PATH that lists these GPUs, or fails, or is older than the field compute_cap."""
+    """Put an nvidia-smi first in PATH that lists these GPUs, or fails, or is older than the field compute_cap.
+
+    What it is asked stands in a file beside it: `questions`.
+    """
     lines = [f"{gpu.mebibytes}, {gpu.driver}, {gpu.name}" for gpu in gpus]
     script = _SMI.format(
         fails="yes" if fails else "",
@@ -93,11 +97,16 @@ def plug_in(
         new=_echo([f"{gpu.major}.{gpu.minor}, {line}" for gpu, line in zip(gpus, lines, strict=True)]),
         old=_echo(lines),
     )
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "nvidia-smi").write_text(script)
     (folder / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def questions(folder: Path) -> list[str]:
+    """What the nvidia-smi in a folder was asked so far, by whatever process."""
+    return (folder / "nvidia-smi.asked").read_text().splitlines()
 
 
 def _echo(lines: list[str]) -> str:
