@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from macft.backends.base import ModelInfo, ModelSpec, OptimizerSpec, Sampling, StepResult
-from macft.backends.batch_layout import exact, lay_out, pad_batch, quarter_octaves, split_by_tokens
+from macft.backends.batch_layout import exact, lay_out, pad_batch, quarter_octaves, score_in_parts
 from macft.backends.loss_scale import LossScale
 from macft.backends.memory import PassPlan
 from macft.backends.mlx import device, lora
@@ -37,7 +37,7 @@ def load(spec: ModelSpec, optimizer: OptimizerSpec | None, group: ProcessGroup) 
     device.bound_memory()
     # the buffers of a model that was there before
     mx.clear_cache()
-    with explaining_out_of_memory(f"loading {spec.folder.name}"):
+    with explaining_out_of_memory("loading the weights", "load"):
         loaded, targets, dropout = _attached(spec)
     model = loaded.model
     precision = str(loaded.dtype).rsplit(".", 1)[-1]
@@ -195,14 +195,12 @@ class MlxModel:
     def logps(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
         assert batch.segment_ids is None or self._split.packs, "this model takes one example per row"
         self._use(training=False)
-        parts = split_by_tokens(batch, self._tokens_at_once)
-        found = np.zeros(positions.shape, dtype=np.float32)
-        with explaining_out_of_memory("scoring {} rows of {} tokens".format(*_largest(parts))):
-            for rows, part in _with_rows(parts, batch):
-                asked = positions[rows, : part.tokens.shape[1] - 1]
-                scored = steps.scored_as_trained(self._split, self._lay_out(part, asked), asked.shape)
-                found[rows, : asked.shape[1]] = np.array(scored)
-        return found
+        # on a CPU a batch is scored whole
+        return score_in_parts(batch, positions, self._tokens_at_once if device.on_gpu() else None, self._score)
+
+    def _score(self, batch: NumpyBatch, positions: np.ndarray) -> np.ndarray:
+        with explaining_out_of_memory("scoring {} rows of {} tokens".format(*batch.tokens.shape), "score"):
+            return np.array(steps.scored_as_trained(self._split, self._lay_out(batch, positions), positions.shape))
 
     def _lay_out(self, batch: NumpyBatch, positions: np.ndarray) -> Columns:
         layout = lay_out(batch, positions, share=self._split.shares_prompts, round_up=self._round_up)
@@ -210,14 +208,14 @@ class MlxModel:
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         self._use(training=False)
-        with explaining_out_of_memory(f"computing the logits of {len(tokens)} tokens"):
+        with explaining_out_of_memory(f"computing the logits of {len(tokens)} tokens", "answer"):
             return steps.whole_logits(self._model, tokens)
 
     def generate(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling
     ) -> Iterator[int]:
         self._use(training=False)
-        with explaining_out_of_memory(f"answering a prompt of {len(prompt)} tokens"):
+        with explaining_out_of_memory(f"answering a prompt of {len(prompt)} tokens", "answer"):
             yield from generation.generate(
                 self._model, prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling
             )
@@ -271,16 +269,6 @@ class MlxModel:
 
 def _float(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
-
-
-def _with_rows(parts: Sequence[NumpyBatch], batch: NumpyBatch) -> Iterator[tuple[np.ndarray, NumpyBatch]]:
-    """The parts of a batch, each with where its rows are; of pairs all chosen rows come before the rejected ones."""
-    sides = 1 if batch.prompt_mask is None else 2
-    start = 0
-    for part in parts:
-        end = start + len(part.tokens) // sides
-        yield np.concatenate([np.arange(start, end) + side * len(batch.tokens) // sides for side in range(sides)]), part
-        start = end
 
 
 def _largest(batches: Sequence[NumpyBatch]) -> tuple[int, ...]:

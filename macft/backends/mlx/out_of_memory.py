@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from macft.backends.memory import out_of_memory_text, timeout_text
+from macft.backends.memory import Phase, out_of_memory_text, timeout_text
 from macft.backends.mlx import device
 from macft.errors import ModelError
 from macft.system import peak_process_memory
@@ -25,7 +25,7 @@ _TIMEOUT = ("Timeout", "Impacting Interactivity")
 
 
 @contextmanager
-def explaining_out_of_memory(doing: str) -> Iterator[None]:
+def explaining_out_of_memory(doing: str, phase: Phase = "train") -> Iterator[None]:
     """Raise ModelError, one line with numbers and what to change, when the device runs out of memory in this block."""
     try:
         yield
@@ -33,9 +33,9 @@ def explaining_out_of_memory(doing: str) -> Iterator[None]:
         name = device.device_name() if device.on_gpu() else "this machine"
         if is_out_of_memory(error):
             used = mx.get_active_memory() + mx.get_cache_memory() if device.on_gpu() else peak_process_memory()
-            raise ModelError(out_of_memory_text(name, doing, used, device.memory_size())) from None
+            raise ModelError(out_of_memory_text(name, doing, used, device.memory_size(), phase)) from None
         if any(words in str(error) for words in _TIMEOUT):
-            raise ModelError(timeout_text(name, doing)) from None
+            raise ModelError(timeout_text(name, doing, phase)) from None
         raise
 
 

@@ -123,7 +123,7 @@ class SplitModel:
 
     def logits(self, layout: BatchLayout) -> np.ndarray:
         """float32 [K, V]: the logits at `rows` of a layout."""
-        with explaining_out_of_memory("trying the model on a few tokens"):
+        with explaining_out_of_memory("trying the model on a few tokens", "load"):
             return np.array(self.lm_head(self.hidden(to_device(layout.columns))).astype(mx.float32))
 
     def logps(self, layout: Columns, *, with_gradient: bool) -> mx.array:
