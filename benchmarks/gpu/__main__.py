@@ -30,11 +30,11 @@ def run_engine(engine: str, only: list[str]) -> list[Row]:
         for line in process.stdout:
             if not line.startswith('{"check": '):  # a library's own words
                 continue
-            rows.append(Row(**json.loads(line)))
+            rows.append(Row(**json.loads(line) | {"engine": engine}))
             row = rows[-1]
             print(f"{row.status:<8} {engine}: {row.check}: {row.found} ({row.seconds:.0f} s)", flush=True)
     if process.returncode:
-        rows.append(Row(engine, "no error", f"the process ended with {process.returncode}", FAILED))
+        rows.append(Row("all", "no error", f"the process ended with {process.returncode}", FAILED, engine=engine))
     return rows
 
 

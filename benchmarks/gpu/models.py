@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # from a source tree, with the makers of small models that tests use
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from macft.backends.shared import step_parts  # noqa: E402
 from macft.data.batches import collate  # noqa: E402
 from macft.data.tokenization.packing import PackedExample  # noqa: E402
 from macft.data.tokenization.table import TokenizedExample  # noqa: E402
@@ -53,6 +54,16 @@ def trunk_parameters(shape: dict) -> int:
     width, inner = shape["hidden_size"], shape["intermediate_size"]
     heads, kv = shape["num_attention_heads"], shape["num_key_value_heads"]
     return shape["num_hidden_layers"] * (2 * width * width + 2 * width * width * kv // heads + 3 * width * inner)
+
+
+def parameters(shape: dict) -> int:
+    """Numbers in the matrices of the blocks and in the embedding, which is the head too."""
+    return trunk_parameters(shape) + shape["vocab_size"] * shape["hidden_size"]
+
+
+def tokens_of_a_pass(batch: NumpyBatch, at_once: int | None) -> int:
+    """The tokens of the largest pass in which a batch is computed."""
+    return max(part.tokens.size for _, part in step_parts([batch], at_once, packs=True))
 
 
 def flops_per_token(shape: dict, length: int) -> float:

@@ -21,6 +21,7 @@ class Row:
     found: str
     status: str
     seconds: float = 0.0
+    engine: str = ""
 
 
 class SkipCheck(Exception):  # noqa: N818
@@ -38,6 +39,11 @@ def outcome(check: str, expected: str, found: str, passes: bool) -> Row:
 def measured(check: str, expected: str, found: str) -> Row:
     """A row of a figure that has no limit."""
     return Row(check, expected, found, MEASURED)
+
+
+def skipped(check: str, reason: str) -> Row:
+    """A row of a check that this device is too small for."""
+    return Row(check, "", reason, SKIPPED)
 
 
 def run_all(checks: dict[str, Check], only: list[str]) -> None:
@@ -67,7 +73,7 @@ def emit(row: Row, start: float) -> None:
 
 def markdown(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    cells = [["check", "expected", "found", "", "s"]]
-    cells += [[row.check, row.expected, row.found, row.status, f"{row.seconds:.0f}"] for row in rows]
-    cells.insert(1, ["---"] * 5)
+    cells = [["engine", "check", "expected", "found", "", "s"]]
+    cells += [[row.engine, row.check, row.expected, row.found, row.status, f"{row.seconds:.0f}"] for row in rows]
+    cells.insert(1, ["---"] * 6)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -15,21 +15,20 @@ from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks.gpu.models import (
-    HALF_BILLION,
-    THREE_BILLION,
-    trunk_parameters,
-    whole_rows,
-)
+from benchmarks.gpu.models import parameters, whole_rows
 from benchmarks.gpu.table import Check, Row, SkipCheck, measured, outcome, run_all
 from benchmarks.gpu.torch_common import (
     FOLDER,
     GB,
+    SHAPES,
+    fitting,
     folder_of,
     load,
     matmul_rate,
+    native,
     on_cpu,
     share,
+    sixteen,
     steps,
     torch_or_skip,
 )
@@ -48,7 +47,7 @@ def machine() -> Iterator[Row]:
 
     versions = f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
     yield measured("versions", "", f"{versions}, transformers {transformers.__version__}, peft {peft.__version__}")
-    yield measured("matmul, bf16, 8192^3", "650-800 TFLOP/s on H100", f"{matmul_rate() / 1e12:.0f} TFLOP/s")
+    yield measured(f"matmul, {native()}, 8192^3", "650-800 TFLOP/s on H100", f"{matmul_rate() / 1e12:.0f} TFLOP/s")
 
 
 def parity() -> Iterator[Row]:
@@ -85,7 +84,7 @@ def parity() -> Iterator[Row]:
 def loading() -> Iterator[Row]:
     """Memory of device and host while a model is loaded."""
     torch = torch_or_skip()
-    for name, shape in (("0.5B", HALF_BILLION), ("3B", THREE_BILLION)):
+    for name in fitting():
         folder = folder_of(name)
         gc.collect()
         torch.cuda.empty_cache()
@@ -95,19 +94,19 @@ def loading() -> Iterator[Row]:
         seconds = time.perf_counter() - start
         device = torch.cuda.memory_allocated() - before
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - host
-        parameters = trunk_parameters(shape) + shape["vocab_size"] * shape["hidden_size"]
+        expected = 2 * parameters(SHAPES[name])
         largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
         del model
         yield outcome(
             f"loading {name}",
-            f"{2 * parameters / GB:.2f} GB on the device, host below 1.2 x {largest / GB:.1f} GB",
+            f"{expected / GB:.2f} GB on the device, host below 1.2 x {largest / GB:.1f} GB",
             f"{device / GB:.2f} GB, host {host / GB:.1f} GB more, {seconds:.1f} s",
-            abs(device / (2 * parameters) - 1) < 0.03 and host < 1.2 * largest + 0.5 * GB,
+            abs(device / expected - 1) < 0.03 and host < 1.2 * largest + 0.5 * GB,
         )
 
 
 def sixteen_bits() -> Iterator[Row]:
-    """What a loud model can do is found out in bfloat16; packing that is broken is refused."""
+    """What a loud model can do is found out in 16 bits; packing that is broken is refused."""
     torch = torch_or_skip()
     from macft.backends.probes import probe_packed, probe_pairs
     from macft.backends.torch.split import SplitModel
@@ -116,14 +115,14 @@ def sixteen_bits() -> Iterator[Row]:
     split = model._split
     shares = []
     for first, second in (probe_packed(), probe_pairs()):
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cuda", sixteen()):
             a, b = split.logits(first), split.logits(second)
         shares.append(float(np.sqrt(np.mean(np.square(a - b))) / b.std()))
     found = (
         f"splits {split.splits}, packs {split.packs} ({shares[0]:.3f}), shares {split.shares_prompts} ({shares[1]:.3f})"
     )
     passes = split.splits and split.packs and split.shares_prompts and max(shares) < 0.1
-    yield outcome("bf16, loud model", "splits, packs, shares, rms below 0.1", found, passes)
+    yield outcome(f"{native()}, loud model", "splits, packs, shares, rms below 0.1", found, passes)
     before = SplitModel.hidden
 
     def broken(self, layout):
@@ -131,7 +130,7 @@ def sixteen_bits() -> Iterator[Row]:
 
     with patch.object(SplitModel, "hidden", broken):
         refused = not load(folder_of("loud"), packing=True)._split.packs
-    yield outcome("bf16, rows that see each other", "refused", "refused" if refused else "accepted", refused)
+    yield outcome(f"{native()}, rows that see each other", "refused", "refused" if refused else "accepted", refused)
     kind = "variable-length" if split.uses_varlen else "masked"
     yield measured("attention of packed rows", "variable-length from sm_80 on", kind)
 
@@ -144,7 +143,7 @@ def precisions() -> Iterator[Row]:
     batches = [whole_rows(2, 256, seed) for seed in range(20)]
     folder = folder_of("0.5B")
     expected = steps(load(folder, precision="float32"), Sft(), batches)
-    for precision in ("bfloat16", "float16"):
+    for precision in dict.fromkeys([native(), "float16"]):
         found = steps(load(folder, precision=precision), Sft(), batches)
         kept = [(a, b) for a, b in zip(found, expected, strict=True) if not a.is_skipped]
         loss = max(abs(a.loss - b.loss) for a, b in kept)
@@ -158,7 +157,7 @@ def precisions() -> Iterator[Row]:
 
 
 def first_preference_step() -> Iterator[Row]:
-    """The first DPO step in bfloat16, its reference computed in other batches."""
+    """The first DPO step in 16 bits, its reference computed in other batches."""
     torch_or_skip()
     from support.tiny_models import random_pairs
 
@@ -168,7 +167,7 @@ def first_preference_step() -> Iterator[Row]:
     from macft.objectives.preference import Preference, answer_positions, reference_columns
     from macft.training.checks.first_step import check_start
 
-    for precision, count, length in (("float32", 8, 512), ("bfloat16", 8, 512), ("bfloat16", 1, 1024)):
+    for precision, count, length in (("float32", 8, 512), (native(), 8, 512), (native(), 1, 1024)):
         model = load(folder_of("loud"), precision=precision)
         pairs = random_pairs(count, seed=1, prompt=(length // 4, length // 4), answer=(length // 2, 3 * length // 4))
         done = []
@@ -204,7 +203,8 @@ def generation() -> Iterator[Row]:
     found = list(load(folder_of("loud"), precision="float32", optimizer=False).generate(prompt, **options))
     same = sum(a == b for a, b in zip(found, expected, strict=True))
     yield outcome("float32, 128 greedy tokens as on the CPU", "128 equal", f"{same} equal", same == 128)
-    for name, least in (("0.5B", 10), ("3B", 8)):
+    for name in fitting():
+        least = {"0.5B": 10, "3B": 8}[name]
         model = load(folder_of(name), optimizer=False)
         list(model.generate(prompt, **options | {"max_new_tokens": 8}))
         torch.cuda.synchronize()
@@ -212,7 +212,10 @@ def generation() -> Iterator[Row]:
         count = len(list(model.generate(prompt, **options)))
         rate = count / (time.perf_counter() - start)
         yield outcome(
-            f"bf16, {name} with an adapter answers", f"above {least} tokens/s", f"{rate:.0f} tokens/s", rate > least
+            f"{native()}, {name} with an adapter answers",
+            f"above {least} tokens/s",
+            f"{rate:.0f} tokens/s",
+            rate > least,
         )
 
 
@@ -221,7 +224,7 @@ def resuming() -> Iterator[Row]:
     torch_or_skip()
     from macft.objectives.losses import Sft
 
-    for precision in ("bfloat16", "float16"):
+    for precision in dict.fromkeys([native(), "float16"]):
         batches = [whole_rows(2, 128, seed) for seed in range(8)]
         model = load(folder_of("0.5B"), precision=precision)
         steps(model, Sft(), batches[:3], lr=1e-3)

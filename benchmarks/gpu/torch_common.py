@@ -7,14 +7,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
-from benchmarks.gpu.models import HALF_BILLION, THREE_BILLION, write_shape
+from benchmarks.gpu.models import HALF_BILLION, THREE_BILLION, parameters, write_shape
 from benchmarks.gpu.table import SkipCheck
 
 FOLDER = Path(tempfile.mkdtemp(prefix="macft-gpu-"))
 GB = 1e9
+SHAPES = {"0.5B": HALF_BILLION, "3B": THREE_BILLION}
 
 
 def torch_or_skip():
@@ -25,7 +27,34 @@ def torch_or_skip():
         raise SkipCheck("torch is not installed") from None
     if not torch.cuda.is_available():
         raise SkipCheck(f"torch {torch.__version__} sees no CUDA device")
+    from macft.backends.nvidia import growing_segments
+
+    with growing_segments():
+        torch.cuda.init()
     return torch
+
+
+@cache
+def sixteen():
+    """The 16-bit type that this GPU computes in: float16 where it has no bfloat16."""
+    from macft.backends.torch.device import compute_dtype, pick_device
+
+    return compute_dtype("auto", pick_device(), [])
+
+
+def native() -> str:
+    """Its name."""
+    return str(sixteen()).removeprefix("torch.")
+
+
+def fitting(others: float = 2 * GB) -> list[str]:
+    """The named models whose weights in 16 bits fit beside so many other bytes."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return [name for name, shape in SHAPES.items() if 2 * parameters(shape) + others <= free]
 
 
 @contextmanager
@@ -39,7 +68,7 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-def load(folder: Path, *, precision: str = "bfloat16", rank: int = 8, optimizer: bool = True, **options):
+def load(folder: Path, *, precision: str | None = None, rank: int = 8, optimizer: bool = True, **options):
     """A model with an adapter, ready to train, on the GPU that is free of the one before."""
     import torch
     from support.engines import load_model
@@ -49,7 +78,7 @@ def load(folder: Path, *, precision: str = "bfloat16", rank: int = 8, optimizer:
     gc.collect()
     torch.cuda.empty_cache()
     lora = None if options.get("full") else options.pop("lora", LoraSpec(rank, 2 * rank))
-    spec = ModelSpec(folder, lora, precision=precision, **options)
+    spec = ModelSpec(folder, lora, precision=precision or native(), **options)
     return load_model("torch", spec, OptimizerSpec() if optimizer else None)
 
 
@@ -67,10 +96,8 @@ def folder_of(name: str) -> Path:
     path = FOLDER / name
     if path.exists():
         return path
-    if name == "0.5B":
-        return write_shape(path, HALF_BILLION, "cuda")
-    if name == "3B":
-        return write_shape(path, THREE_BILLION, "cuda")
+    if name in SHAPES:
+        return write_shape(path, SHAPES[name], "cuda")
     wide = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
     return write_loud_model(path, **wide, max_position_embeddings=4096)
 
@@ -81,10 +108,10 @@ def share(found: list[float], expected: list[float]) -> float:
 
 
 def matmul_rate() -> float:
-    """FLOP/s of large bfloat16 products."""
+    """FLOP/s of large products in 16 bits."""
     import torch
 
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=sixteen()) for _ in range(2))
     for _ in range(3):
         a @ b
     torch.cuda.synchronize()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator
 
@@ -10,25 +9,27 @@ import numpy as np
 
 from benchmarks.gpu.models import (
     HALF_BILLION,
-    THREE_BILLION,
     flops_per_token,
     packed_rows,
-    trunk_parameters,
+    parameters,
+    tokens_of_a_pass,
     whole_rows,
 )
-from benchmarks.gpu.table import Row, SkipCheck, measured, outcome
+from benchmarks.gpu.table import Row, SkipCheck, measured, outcome, skipped
 from benchmarks.gpu.torch_common import (
     FOLDER,
     GB,
+    SHAPES,
+    fitting,
     folder_of,
     load,
     matmul_rate,
+    native,
+    sixteen,
     steps,
     timed,
     torch_or_skip,
 )
-
-SHAPES = {"0.5B": HALF_BILLION, "3B": THREE_BILLION}
 
 
 def kernels(run) -> dict[str, float]:
@@ -68,7 +69,7 @@ def attention() -> Iterator[Row]:
             {word for word in ("flash", "cudnn", "fmha", "softmax_warp") for key in names if word in key.lower()}
         )
         yield outcome(
-            f"bf16, attention kernels, {name}",
+            f"{native()}, attention kernels, {name}",
             "no softmax of whole score matrices",
             ", ".join(used) or "none found",
             "softmax_warp" not in used,
@@ -82,7 +83,7 @@ def attention() -> Iterator[Row]:
             found.append(f"{rate:,.0f} tokens/s, {torch.cuda.max_memory_allocated() / GB:.1f} GB")
             model._split.uses_varlen = before
         yield measured(
-            f"bf16, 0.5B, {rows} packed rows of {parts} x {length}, by kernel and masked", "", "; ".join(found)
+            f"{native()}, 0.5B, {rows} packed rows of {parts} x {length}, by kernel and masked", "", "; ".join(found)
         )
 
 
@@ -111,7 +112,7 @@ def shapes() -> Iterator[Row]:
             f"{seconds[0] * 1e3:.0f} and {seconds[1] * 1e3:.0f} ms a step, reserved {reserved:.2f} x, "
             f"8 x 1024 {8192 / timed(model, large):,.0f} tokens/s"
         )
-        check = "bf16, 0.5B, 40 shapes for the first time and again"
+        check = f"{native()}, 0.5B, 40 shapes for the first time and again"
         if uses_cudnn:
             yield measured(f"{check}, with cuDNN's attention", "", found)
         else:
@@ -123,34 +124,14 @@ def shapes() -> Iterator[Row]:
 def memory() -> Iterator[Row]:
     """The peak of a step beside the plan's estimate; the default batch on a card with 12 GB free."""
     torch = torch_or_skip()
-    from macft.backends.torch.memory import kept_bytes
     from macft.errors import ModelError
 
     for name, rows, length in (("0.5B", 8, 1024), ("3B", 4, 512)):
-        model = load(folder_of(name), max_length=length)
-        split = model._split
-        with torch.autocast("cuda", torch.bfloat16):
-            kept = kept_bytes(split, 1, length) / length
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        batch = whole_rows(rows, length)
-        head = min(batch.tokens.size * SHAPES[name]["vocab_size"] * 16, split.head_bytes)
-        timed(model, batch, 1)
-        trained = model.info.trainable_parameters
-        expected = held + 12 * trained + kept * rows * length + head
-        peak = torch.cuda.max_memory_allocated()
-        yield outcome(
-            f"bf16, {name}, {rows} x {length}, peak",
-            f"{expected / GB:.2f} GB +-15 %",
-            f"{peak / GB:.2f} GB",
-            abs(peak / expected - 1) < 0.15,
-        )
-    del model, split
-    gc.collect()
-    torch.cuda.empty_cache()
+        yield peak_of(name, rows, length)
+    names = fitting()  # which empties the cache
     free, _ = torch.cuda.mem_get_info()
-    ballast = torch.empty(int(free - 12 * GB), dtype=torch.uint8, device="cuda")
-    for name in ("0.5B", "3B"):
+    ballast = torch.empty(max(0, int(free - 12 * GB)), dtype=torch.uint8, device="cuda")
+    for name in names:
         try:
             small = load(folder_of(name), max_length=2048)
             batch = whole_rows(8, 2047)
@@ -160,37 +141,77 @@ def memory() -> Iterator[Row]:
             del small
         except ModelError as error:
             said = str(error)[:120]
-        yield measured(f"bf16, {name}, 8 x 2048 with 12 GB free", "runs, or one line", said)
+        yield measured(f"{native()}, {name}, 8 x 2048 with {min(free / GB, 12):.0f} GB free", "runs, or one line", said)
     del ballast
+
+
+def peak_of(name: str, rows: int, length: int) -> Row:
+    """The peak of a step of a named model, which is that of its largest pass."""
+    import torch
+
+    from macft.backends.torch.memory import kept_bytes
+
+    check = f"{native()}, {name}, {rows} x {length}, peak"
+    if name not in fitting():
+        return skipped(check, "the weights do not fit")
+    model, batch = load(folder_of(name), max_length=length), whole_rows(rows, length)
+    if any("gradient_checkpointing" in note for note in model.info.notes):
+        return skipped(check, "a row does not fit without gradient_checkpointing")
+    with torch.autocast("cuda", sixteen()):
+        kept = kept_bytes(model._split, 1, length) / length
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    timed(model, batch, 1)
+    tokens = tokens_of_a_pass(batch, model._tokens_at_once)
+    head = min(tokens * SHAPES[name]["vocab_size"] * 16, model._split.head_bytes)
+    expected = held + 12 * model.info.trainable_parameters + kept * tokens + head
+    peak = torch.cuda.max_memory_allocated()
+    found = f"{peak / GB:.2f} GB, passes of {tokens} tokens"
+    return outcome(check, f"{expected / GB:.2f} GB +-15 %", found, abs(peak / expected - 1) < 0.15)
 
 
 def full() -> Iterator[Row]:
     """The peak of full fine-tuning."""
     torch = torch_or_skip()
+    size = parameters(HALF_BILLION)
+    expected = 16 * size + 2 * size + 24 * 66368 * 4096 + 2 * GB
+    if "0.5B" not in fitting(expected - 2 * size):
+        raise SkipCheck(f"{expected / GB:.0f} GB are not free")
     model = load(folder_of("0.5B"), full=True, max_length=1024)
     torch.cuda.reset_peak_memory_stats()
     seconds = timed(model, whole_rows(4, 1024), 2)
-    parameters = trunk_parameters(HALF_BILLION) + 151936 * 896
-    expected = 16 * parameters + 2 * parameters + 24 * 66368 * 4096 + 2 * GB
     peak = torch.cuda.max_memory_allocated()
     found = f"{peak / GB:.1f} GB, {4096 / seconds:,.0f} tokens/s"
     yield outcome(
-        "bf16, 0.5B, full fine-tuning, 4 x 1024", f"below {1.15 * expected / GB:.1f} GB", found, peak < 1.15 * expected
+        f"{native()}, 0.5B, full fine-tuning, 4 x 1024",
+        f"below {1.15 * expected / GB:.1f} GB",
+        found,
+        peak < 1.15 * expected,
     )
 
 
 def speed() -> Iterator[Row]:
     """Tokens per second, as a share of what the card's products reach."""
     torch = torch_or_skip()
+    from macft.errors import ModelError
+
     rate = matmul_rate()
     cases = [("0.5B", 4, 512, False), ("0.5B", 8, 1024, False), ("3B", 4, 512, False), ("3B", 8, 1024, False)]
     for name, rows, length, checkpoints in [*cases, ("3B", 8, 1024, True)]:
+        check = f"{native()}, {name}, {rows} x {length}{', checkpointing' if checkpoints else ''}"
+        if name not in fitting():
+            yield skipped(check, "the weights do not fit")
+            continue
         model = load(folder_of(name), max_length=length, gradient_checkpointing=checkpoints)
         torch.cuda.reset_peak_memory_stats()
-        tokens = rows * length / timed(model, whole_rows(rows, length))
+        try:
+            tokens = rows * length / timed(model, whole_rows(rows, length))
+        except ModelError as error:
+            yield skipped(check, str(error)[:120])
+            continue
         share = tokens * flops_per_token(SHAPES[name], length) / rate
         yield measured(
-            f"bf16, {name}, {rows} x {length}{', checkpointing' if checkpoints else ''}",
+            check,
             {"0.5B": "above 15 %", "3B": "above 30 %"}[name],
             f"{tokens:,.0f} tokens/s, {100 * share:.0f} % of {rate / 1e12:.0f} TFLOP/s, "
             f"{torch.cuda.max_memory_allocated() / GB:.1f} GB",
@@ -200,7 +221,7 @@ def speed() -> Iterator[Row]:
     for power in (23, 24, 25, 26):
         model._split._rows_at_once = max(1, (1 << power) // 151936)
         found.append(f"2^{power}: {8192 / timed(model, whole_rows(8, 1024), 3):,.0f}")
-    yield measured("bf16, 0.5B, 8 x 1024, logits at once", "", ", ".join(found))
+    yield measured(f"{native()}, 0.5B, 8 x 1024, logits at once", "", ", ".join(found))
     times = kernels(lambda: timed(model, whole_rows(8, 1024), 1))
     top = sorted(times.items(), key=lambda item: -item[1])[:5]
     yield measured("the five longest kernels", "", "; ".join(f"{key[:40]} {ms:.0f} ms" for key, ms in top))
@@ -226,10 +247,12 @@ def trl() -> Iterator[Row]:
             self.times.append(time.perf_counter())
 
     for name, rows, length in (("0.5B", 8, 1024), ("3B", 4, 512)):
-        gc.collect()
-        torch.cuda.empty_cache()
+        check = f"TRL, {native()}, {name}, {rows} x {length}"
+        if name not in fitting():
+            yield skipped(check, "the weights do not fit")
+            continue
         torch.cuda.reset_peak_memory_stats()
-        model = AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=torch.bfloat16, device_map={"": "cuda"})
+        model = AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=sixteen(), device_map={"": "cuda"})
         tokens = whole_rows(rows * 8, length - 1).tokens.tolist()
         clock = Clock()
         trainer = SFTTrainer(
@@ -239,7 +262,8 @@ def trl() -> Iterator[Row]:
                 per_device_train_batch_size=rows,
                 max_steps=7,
                 max_length=length,
-                bf16=True,
+                bf16=native() == "bfloat16",
+                fp16=native() == "float16",
                 gradient_checkpointing=False,
                 report_to="none",
                 logging_strategy="no",
@@ -251,12 +275,14 @@ def trl() -> Iterator[Row]:
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
             callbacks=[clock],
         )
-        trainer.train()
+        try:
+            trainer.train()
+        except torch.cuda.OutOfMemoryError:
+            yield skipped(check, "TRL is out of memory")
+            continue
         seconds = (clock.times[-1] - clock.times[2]) / (len(clock.times) - 3)
         peak = torch.cuda.max_memory_allocated() / GB
-        yield measured(
-            f"TRL, bf16, {name}, {rows} x {length}", "", f"{rows * length / seconds:,.0f} tokens/s, {peak:.1f} GB"
-        )
+        yield measured(check, "", f"{rows * length / seconds:,.0f} tokens/s, {peak:.1f} GB")
         del trainer, model
 
 

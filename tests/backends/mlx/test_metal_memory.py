@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import peft  # noqa: F401  it replaces the module transformers, which must not happen during a test
@@ -13,6 +15,7 @@ from support.tiny_models import random_examples, random_pairs, write_model
 
 from macft.backends.base import ModelSpec, OptimizerSpec, Sampling
 from macft.backends.batch_layout import exact, plain_layout
+from macft.backends.memory import LEVERS
 from macft.backends.mlx import memory
 from macft.backends.mlx import model as models
 from macft.backends.mlx import split as split_model
@@ -155,6 +158,7 @@ def test_packed_runs_are_planned_for_their_rows_not_for_their_examples(deep, mon
     assert planned == [512, 40]
 
 
+@pytest.mark.usefixtures("mac")
 def test_scoring_holds_no_more_tokens_at_once_than_a_training_pass_and_keeps_its_order(tiny_model, monkeypatch):
     model = load("mlx", tiny_model("qwen2"))
     scored = []
@@ -216,10 +220,13 @@ SAID = [
     "[malloc] Unable to allocate 9 bytes.",
     "cudaMallocAsync(&data, size, stream) failed: out of memory",
 ]
-ONE_LINE = (
-    r"^Apple M4 Pro {what}: lower per_device_train_batch_size \(and raise gradient_accumulation_steps by as much: the "
-    r"same curve\) or cutoff_len, set gradient_checkpointing: true, or take the base in 4 bits \(quantization_bit: 4\)$"
-)
+
+
+def one_line(what: str, phase: str) -> str:
+    """The whole message, as a pattern; `what` is one too."""
+    return rf"^Apple M4 Pro {what}: {re.escape(LEVERS[phase])}$"
+
+
 OUT = r"is out of memory {doing}, with [0-9.]+ [kMG]B of 37.0 GB in use"
 
 
@@ -234,15 +241,15 @@ def fails(said: str):
 @pytest.mark.parametrize("said", SAID)
 def test_memory_that_runs_out_at_load_is_one_line(tiny_model, monkeypatch, said):
     spec = ModelSpec(tiny_model("llama"), LORA)
-    for owner, name, doing in (
-        (models, "load_mlx_lm_model", r"loading \S+"),
-        (mx, "eval", r"loading \S+"),
-        (SplitModel, "hidden", "trying the model on a few tokens"),
-        (memory, "gradient_step", "trying a row of 4 tokens"),
+    for owner, name, doing, phase in (
+        (models, "load_mlx_lm_model", "loading the weights", "load"),
+        (mx, "eval", "loading the weights", "load"),
+        (SplitModel, "hidden", "trying the model on a few tokens", "load"),
+        (memory, "gradient_step", "trying a row of 4 tokens", "train"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fails(said))
-            with pytest.raises(ModelError, match=ONE_LINE.format(what=OUT.format(doing=doing))):
+            with pytest.raises(ModelError, match=one_line(OUT.format(doing=doing), phase)):
                 load_model("mlx", spec, OptimizerSpec())
 
 
@@ -252,15 +259,15 @@ def test_memory_that_runs_out_later_is_one_line(tiny_model, monkeypatch):
     shape = f"3 rows of {batch.tokens.shape[1]} tokens"
 
     def tasks():
-        yield f"in a training step of {shape}", lambda: train_step(model, Sft(), [batch], lr=1e-3, step=0)
-        yield f"scoring {shape}", lambda: model.logps(batch, batch.loss_mask[:, 1:])
-        yield "computing the logits of 3 tokens", lambda: model.logits([1, 2, 3])
+        yield f"in a training step of {shape}", "train", lambda: train_step(model, Sft(), [batch], lr=1e-3, step=0)
+        yield f"scoring {shape}", "score", lambda: model.logps(batch, batch.loss_mask[:, 1:])
+        yield "computing the logits of 3 tokens", "answer", lambda: model.logits([1, 2, 3])
         answer = {"max_new_tokens": 4, "stop_ids": frozenset(), "sampling": Sampling()}
-        yield "answering a prompt of 3 tokens", lambda: list(model.generate([1, 2, 3], **answer))
+        yield "answering a prompt of 3 tokens", "answer", lambda: list(model.generate([1, 2, 3], **answer))
 
     monkeypatch.setattr(type(model._model.model.module), "__call__", fails(SAID[0]))
-    for doing, run in tasks():
-        with pytest.raises(ModelError, match=ONE_LINE.format(what=OUT.format(doing=doing))):
+    for doing, phase, run in tasks():
+        with pytest.raises(ModelError, match=one_line(OUT.format(doing=doing), phase)):
             run()
 
 
@@ -272,7 +279,7 @@ def test_a_gpu_that_is_stopped_for_taking_too_long_says_what_helps_and_other_err
         rf"was stopped by its driver scoring 1 rows of {batch.tokens.shape[1]} tokens, as one operation took too long"
     )
     monkeypatch.setattr(SplitModel, "hidden", fails(kind))
-    with pytest.raises(ModelError, match=ONE_LINE.format(what=what)):
+    with pytest.raises(ModelError, match=one_line(what, "score")):
         model.logps(batch, batch.loss_mask[:, 1:])
     monkeypatch.setattr(SplitModel, "hidden", fails("[matmul] shapes (1,2) and (3,4) do not fit"))
     with pytest.raises(RuntimeError, match="do not fit"):
