@@ -46,8 +46,12 @@ def skipped(check: str, reason: str) -> Row:
     return Row(check, "", reason, SKIPPED)
 
 
-def run_all(checks: dict[str, Check], only: list[str]) -> None:
-    """Run the checks and print each row as a line of JSON; an error in one is its row, and the next one runs."""
+def run_all(checks: dict[str, Check], arguments: list[str]) -> None:
+    """Run the checks and print each row as a line of JSON; an error in one is its row, and the next one runs.
+
+    `arguments` are the seconds that there are, and the names of the checks to run; without names all are.
+    """
+    end, only = time.perf_counter() + float(arguments[0]), arguments[1:]
     for name, check in checks.items():
         if only and name not in only:
             continue
@@ -56,6 +60,8 @@ def run_all(checks: dict[str, Check], only: list[str]) -> None:
             for row in check():
                 emit(row, start)
                 start = time.perf_counter()
+                if start > end:
+                    raise SkipCheck("the time is over")
         except SkipCheck as reason:
             emit(Row(name, "", str(reason), SKIPPED), start)
         except Exception as error:  # whatever a device does that was not foreseen

@@ -179,8 +179,11 @@ class SplitModel:
             return mx.concatenate(values)
 
         @logps.vjp
-        def slopes(inputs: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-            hidden, *parameters = inputs
+        def slopes(
+            inputs: Sequence[mx.array] | mx.array, cotangent: mx.array, _: mx.array
+        ) -> tuple[mx.array, ...] | mx.array:
+            # a single input comes, and its slope goes, without a tuple
+            hidden, *parameters = [inputs] if isinstance(inputs, mx.array) else inputs
             rows: list[mx.array] = []
             totals: list[mx.array] = []
             for chunk in chunks:
@@ -191,7 +194,7 @@ class SplitModel:
                 more = [gradient.astype(mx.float32) for gradient in found]
                 totals = [total + new for total, new in zip(totals, more, strict=True)] if totals else more
             sums = (total.astype(value.dtype) for total, value in zip(totals, parameters, strict=True))
-            return mx.concatenate(rows), *sums
+            return (mx.concatenate(rows), *sums) if parameters else mx.concatenate(rows)
 
         found: mx.array = logps(hidden, *head.values())  # type: ignore[assignment]
         self.model.update(tree_unflatten(list(head.items())))
