@@ -8,7 +8,7 @@ from typing import Any
 
 from macft.data.formats.columns import RowFormat, recognize_format
 from macft.data.formats.conversations import EXAMPLES, Example, refuse_pairs, refuse_ranking
-from macft.data.formats.lost import RATINGS, lost_key
+from macft.data.formats.lost import RATINGS, as_mark, lost_key
 from macft.data.formats.messages import RowErrors
 from macft.data.formats.reader import RowReader
 from macft.data.sources.resolve import DataSource
@@ -69,7 +69,7 @@ def _recognize(at: str, row: dict[str, Any]) -> RowFormat:
 def _read(row_format: RowFormat, row: dict[str, Any], source: str, errors: RowErrors) -> FeedbackExample | None:
     example = EXAMPLES.read(row_format, row, source, errors)
     key = row_format.columns["kto_tag"]
-    rating = row.get(key)
+    rating = as_mark(row.get(key))
     if key not in row:
         errors.problems.append(f'no "{key}", the rating; found the keys {", ".join(row) or "none"}')
     elif not isinstance(rating, bool):

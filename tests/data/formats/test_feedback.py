@@ -103,6 +103,14 @@ def test_llama_factorys_entries_are_read(row, entry):
         read_examples("rated", ".")
 
 
+def test_csv_holds_its_ratings_as_text():
+    Path("rated.csv").write_text("prompt,completion,label\nq,good,True\nq,bad,false\n")
+    found = read_feedback("rated.csv", ".")
+    assert [(row.messages[-1]["content"], row.is_desirable) for row in found] == [("good", True), ("bad", False)]
+    with pytest.raises(DataError, match='"label": rates the answer, which would be trained on all the same'):
+        read_examples("rated.csv", ".")
+
+
 def test_a_rating_that_is_missing_or_none_is_named():
     row = {"prompt": "q", "completion": "a", "label": True}
     rest = {"prompt": "q", "completion": "a"}

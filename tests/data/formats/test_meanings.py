@@ -266,6 +266,15 @@ RATED = '"label": rates the answer, which would be trained on all the same; set 
     [
         ({"label": False}, RATED),
         ({"label": True}, RATED),
+        ({"label": "False"}, RATED),
+        (
+            {"weight": "0"},
+            "\"weight\": found '0': rows are not weighted, only messages are, by 0 or 1; remove it, or the row",
+        ),
+        (
+            {"train": "false"},
+            "\"train\": found 'false': rows are not weighted, only messages are, by 0 or 1; remove it, or the row",
+        ),
         ({"images": ["a.png"]}, '"images": only text is trained on; remove it, or the row'),
         ({"audio": {"path": "a.wav"}}, '"audio": only text is trained on; remove it, or the row'),
         ({"videos": "a.mp4"}, '"videos": only text is trained on; remove it, or the row'),
@@ -315,6 +324,7 @@ def test_a_key_that_would_change_the_result_is_refused_once_a_file(
         {"label": None, "images": [], "weight": 1, "train": True, "chat_template_kwargs": {}, "audio": ""},
         {"label": "positive", "weight": "3 kg", "mood": 0},
         {"label": 1, "loss": None, "system_prompt": ""},
+        {"label": "class 1", "weight": "1", "train": "True"},
     ],
 )
 def test_keys_that_change_nothing_are_only_named(tmp_path: Path, extra: dict[str, Any]) -> None:
