@@ -27,7 +27,10 @@ def other_base_note(adapter: Adapter, base: ModelFolder) -> str | None:
         return None
     _check_tokens(adapter, base, folder if here is not None else None)
     if trained_on is not None:
-        return f"{adapter.folder} was trained on {name}, whose weights are not those of {base.name}"
+        return (
+            f"{adapter.folder} was trained on {name}, whose weight files differ from those of {base.name}: right where "
+            "one is the other converted, else its answers mean nothing"
+        )
     if not name or _last_part(name) in (_last_part(base.name), _last_part(str(base.path))):
         return None
     return (
