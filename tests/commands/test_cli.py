@@ -20,7 +20,7 @@ from macft.commands.data import data
 from macft.config.load import load_config
 
 SAMPLING = {"--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty", "--seed"}
-MODEL = {"--backend", "--template", "--max-new-tokens"}
+MODEL = {"--backend", "--template", "--quantization-bit", "--max-new-tokens"}
 # Command -> its options. A new one needs a line here, a test that it changes something, and a word in the docs.
 COMMANDS = {
     "train": {"--backend", "--dry-run"},

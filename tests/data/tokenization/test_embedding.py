@@ -19,7 +19,7 @@ from macft.commands.data import data as data_command
 from macft.data.tokenization.tokenizer import load_tokenizer
 from macft.errors import DataError
 from macft.inference.chat import answer_prompts, chat_loop
-from macft.inference.load import compare_answers
+from macft.inference.load import ChatOptions, compare_answers
 from macft.inference.prompts import user_turn
 from macft.training.dry_run import dry_run
 from macft.training.prepare import prepare
@@ -148,5 +148,5 @@ def test_compare_and_python_refuse_it(small: Path) -> None:
             chat.logps(scored)
         assert str(error.value) == problem(small)
     with pytest.raises(DataError) as error:
-        compare_answers(str(small), [], [user_turn(FIRST)], backend_name="torch", template=None, max_new_tokens=1)
+        compare_answers(str(small), [], [user_turn(FIRST)], ChatOptions("torch"), max_new_tokens=1)
     assert str(error.value) == problem(small)
