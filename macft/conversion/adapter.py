@@ -14,7 +14,7 @@ from macft.weights.adapters.experts import has_experts
 from macft.weights.adapters.fitting import without_copies
 from macft.weights.adapters.formats import AdapterFormat, adapter_format, read_any_adapter
 from macft.weights.adapters.merge import merge_problems
-from macft.weights.adapters.mlx_lm import write_mlx_adapter
+from macft.weights.adapters.mlx_lm import refuse_own_tensors, write_mlx_adapter
 from macft.weights.adapters.peft import Adapter, write_peft_adapter
 from macft.weights.folder import ModelFolder
 from macft.weights.layouts.mlx import flat_config, to_hf, to_mlx
@@ -41,7 +41,10 @@ def convert_adapter(src: Path, dst: Path, to: AdapterFormat, base: ModelFolder |
         adapter = read_any_adapter(src, with_saved=True)
     else:
         tensors, base_config = _hf_tensors(open_model(base.path))
-        adapter = _fitted(read_any_adapter(src, base_config, with_saved=True), base, tensors)
+        adapter = without_copies(read_any_adapter(src, base_config, with_saved=True), list(tensors.values()))
+        if to == "mlx":
+            refuse_own_tensors(adapter)
+        _check_fit(adapter, base, tensors)
         if note := other_base_note(adapter, base):
             notes.append(note)
     with new_dir(dst) as folder:
@@ -70,10 +73,8 @@ def _hf_tensors(source: Source) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     return by_name, config
 
 
-def _fitted(adapter: Adapter, base: ModelFolder, tensors: Mapping[str, LazyTensor]) -> Adapter:
-    """The adapter without copies of the base's own matrices; ModelError lists everything that does not fit the base."""
-    adapter = without_copies(adapter, list(tensors.values()))
+def _check_fit(adapter: Adapter, base: ModelFolder, tensors: Mapping[str, LazyTensor]) -> None:
+    """Raise ModelError that lists everything that does not fit the base."""
     if problems := merge_problems(tensors, adapter):
         trained_on = adapter.config.base or "another base"
         raise ModelError(join_problems(f"{adapter.folder}: made for {trained_on}, does not fit {base.name}:", problems))
-    return adapter

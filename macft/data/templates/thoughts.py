@@ -78,6 +78,8 @@ def _lost(template: ChatTemplate, turn: int, *, is_field: bool, keeps_last: bool
     place = f"message {turn + 1} (assistant)"
     if keeps_last:
         plain = f"{template.name}_nothink"
+        if plain not in NAMED and "<|im_start|>" in template.source:
+            plain = "qwen3_nothink"  # ChatML that renders contents as they are
         other = f"write template: {plain}" if plain in NAMED and not is_field else "give a template that keeps it"
         return DataError(
             f"the chat template ({template.name}) leaves out the thought of {place} because other turns follow, and "

@@ -195,8 +195,7 @@ def write_mlx_adapter(folder: Path, adapter: Adapter, base_config: Config | None
     Raises ModelError naming everything that mlx-lm cannot represent. `base_config` is needed for embeddings, heads
     and experts.
     """
-    hint = "" if base_config is not None else "; a copy of the base's is left out where the base is named"
-    problems = [f"{name} is of the model itself, for which mlx-lm has no place{hint}" for name in adapter.own.names]
+    problems = _own_problems(adapter, has_base=base_config is not None)
     modules = shapes.split_modules(adapter.state, adapter.config.use_dora, problems)
     if not problems:
         modules = _tied_once(modules, adapter, base_config, problems)
@@ -205,8 +204,7 @@ def write_mlx_adapter(folder: Path, adapter: Adapter, base_config: Config | None
         parts = {name: _mlx_parts(name, found, adapter, problems) for name, found in modules.items()}
     if not problems:
         parts = _mlx_names(parts, base_config, problems)
-    merge = f"merge it instead: macft export merged BASE --adapter {adapter.folder} --output NEW"
-    raise_problems(f"{adapter.folder}: mlx-lm cannot represent this adapter; {merge}", problems)
+    raise_problems(_cannot_represent(adapter), problems)
     config = adapter.config
     scale = shapes.scale_of(config.rank, config.alpha, config.use_rslora)
     content = {
@@ -225,6 +223,21 @@ def write_mlx_adapter(folder: Path, adapter: Adapter, base_config: Config | None
     state = {f"{name}.{part}": array for name, found in parts.items() for part, array in found.items()}
     write_state(folder / MLX_WEIGHTS_NAME, state, metadata=metadata_of("mlx", adapter.base_hash))
     write_json(folder / CONFIG_NAME, content)
+
+
+def refuse_own_tensors(adapter: Adapter) -> None:
+    """Raise ModelError for tensors of the model itself, which fit no base where the vocabulary grew."""
+    raise_problems(_cannot_represent(adapter), _own_problems(adapter, has_base=True))
+
+
+def _own_problems(adapter: Adapter, *, has_base: bool) -> list[str]:
+    hint = "" if has_base else "; a copy of the base's is left out where the base is named"
+    return [f"{name} is of the model itself, for which mlx-lm has no place{hint}" for name in adapter.own.names]
+
+
+def _cannot_represent(adapter: Adapter) -> str:
+    merge = f"merge it instead: macft export merged BASE --adapter {adapter.folder} --output NEW"
+    return f"{adapter.folder}: mlx-lm cannot represent this adapter; {merge}"
 
 
 def _tied_once(modules: Modules, adapter: Adapter, base: Config | None, problems: list[str]) -> Modules:

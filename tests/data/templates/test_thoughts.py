@@ -173,6 +173,12 @@ def test_the_ways_out_of_the_refusal_keep_each_trained_thought() -> None:
     assert trained(named("qwen3_nothink"), HISTORY) == trained(own("qwen3_training"), HISTORY) == whole
 
 
+def test_a_models_own_template_has_the_way_out_whatever_its_file_is_called() -> None:
+    template = ChatTemplate(own("qwen3").source, name="model/chat_template.jinja", special_map=TOKENS)
+    with pytest.raises(DataError, match=r"or write template: qwen3_nothink$"):
+        render_with_spans(template, HISTORY)
+
+
 def test_an_earlier_answer_that_is_marked_off_may_lose_its_thought() -> None:
     marked = [dict(message) for message in HISTORY]
     marked[1]["weight"] = 0

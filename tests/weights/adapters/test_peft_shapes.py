@@ -21,6 +21,7 @@ from support.tiny_models import VOCABULARY
 from transformers import AutoModelForCausalLM
 
 import macft
+from macft.conversion.adapter import convert_adapter
 from macft.conversion.merged import MergeReport, export_merged
 from macft.errors import ModelError
 from macft.verify.logits import EXACT, Subject, VerifyError
@@ -213,3 +214,16 @@ def test_starts_on_data_are_refused(init, bases, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
     with pytest.raises(ModelError, match=r"path_initial_model_for_weight_conversion.*take the changed base"):
         merge(bases["untied"], tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["grown, both saved", "grown, saved and tied", "grown, new tokens"])
+def test_for_mlx_lm_a_grown_vocabulary_has_the_way_out_with_and_without_its_base(name, bases, tmp_path):
+    base = bases["tied"]
+    save(base, {**SHAPES, **HALF}[name], tmp_path / "adapter")
+    for model in (None, ModelFolder("base", base)):
+        with pytest.raises(ModelError) as refusal:
+            convert_adapter(tmp_path / "adapter", tmp_path / "mlx", "mlx", model)
+        assert str(refusal.value).startswith(
+            f"{tmp_path / 'adapter'}: mlx-lm cannot represent this adapter; merge it instead: macft export merged BASE "
+        )
+        assert not (tmp_path / "mlx").exists()
